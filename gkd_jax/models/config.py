@@ -2,6 +2,9 @@
 
 import dataclasses
 
+DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = ("gelu", "relu", "silu", "swish", "linear")
+
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
@@ -15,6 +18,9 @@ class T5Config:
       vocab_size: rows of the embedding, padding included (32,128 for the released models).
       dtype: compute dtype, 'float32' or 'bfloat16'. Parameters, softmax and norms are float32.
       decoder_start_id: the token that starts every output; 0 (padding) in every T5.
+
+    Raises:
+      ValueError: a size below 1, or a setting outside of what it may be.
     """
 
     vocab_size: int
@@ -29,3 +35,44 @@ class T5Config:
     logits_via_embedding: bool = False
     dtype: str = "bfloat16"
     decoder_start_id: int = 0
+
+    def __post_init__(self) -> None:
+        # A gin file may give a list; the model needs something hashable.
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        sizes = (
+            "vocab_size",
+            "emb_dim",
+            "num_heads",
+            "num_encoder_layers",
+            "num_decoder_layers",
+            "head_dim",
+            "mlp_dim",
+        )
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1; got {getattr(self, name)}. "
+                    f"Set T5Config.{name} to the size of the model."
+                )
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}. "
+                "Set T5Config.dtype to one of them."
+            )
+        unknown = [name for name in self.mlp_activations if name not in ACTIVATIONS]
+        if unknown or not self.mlp_activations:
+            raise ValueError(
+                f"mlp_activations must be one or more of {', '.join(ACTIVATIONS)}; got "
+                f"{self.mlp_activations}. Set T5Config.mlp_activations to ('gelu', 'linear') "
+                "for T5 1.1 or ('relu',) for T5 1.0."
+            )
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ValueError(
+                f"dropout_rate must be at least 0 and below 1; got {self.dropout_rate}. "
+                "Set T5Config.dropout_rate, for example to 0.1, or to 0.0 for no dropout."
+            )
+        if not 0 <= self.decoder_start_id < self.vocab_size:
+            raise ValueError(
+                f"decoder_start_id must be an id below vocab_size ({self.vocab_size}); got "
+                f"{self.decoder_start_id}. Set T5Config.decoder_start_id to 0, as every T5 has it."
+            )

@@ -1,0 +1,40 @@
+"""What the student minimises, and on whose outputs."""
+
+from gkd_jax.objectives.divergences import (
+    Divergence,
+    ForwardKL,
+    GeneralizedJSD,
+    NegativeLogLikelihood,
+    ReverseKL,
+    VocabularyEntries,
+)
+from gkd_jax.objectives.mixing import FractionSchedule, OutputMix, RisingFraction
+from gkd_jax.objectives.objective import (
+    Objective,
+    Reduction,
+    Unembed,
+    WeightedLoss,
+    final_weights,
+    weighted_loss,
+)
+from gkd_jax.objectives.token_divergence import divergence_and_gradient, token_divergence
+
+__all__ = [
+    "Divergence",
+    "ForwardKL",
+    "FractionSchedule",
+    "GeneralizedJSD",
+    "NegativeLogLikelihood",
+    "Objective",
+    "OutputMix",
+    "Reduction",
+    "ReverseKL",
+    "RisingFraction",
+    "Unembed",
+    "VocabularyEntries",
+    "WeightedLoss",
+    "divergence_and_gradient",
+    "final_weights",
+    "token_divergence",
+    "weighted_loss",
+]

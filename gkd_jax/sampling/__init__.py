@@ -1,0 +1,1 @@
+"""How outputs are made: choosing a token, decoding with a cache, beam search."""

@@ -1,0 +1,249 @@
+"""Reads parameters from T5X's checkpoints, native and Orbax.
+
+Native (T5X's `checkpoints.Checkpointer`, version 3): a msgpack file `checkpoint` with the tree
+`{'version', 'optimizer': {'target', 'state'}}`, whose leaves are small arrays or TensorStore
+specs of Zarr arrays beside it. Orbax (T5X's `OrbaxCheckpointManagerInterface`): an item `state`
+with the same tree, all arrays in one OCDBT database. Only `target`, the parameters, is read.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from gkd_jax.array_types import Params, PyTree
+
+NATIVE = "native"
+ORBAX = "orbax"
+
+_STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
+_DAMAGED = "The file is damaged or was not copied completely: copy the checkpoint again."
+
+Leaves = dict[str, Any]
+"""Parameter name such as 'encoder/layers_0/mlp/wo/kernel' to an array or a TensorStore spec."""
+
+
+def is_t5x_checkpoint(path: epath.PathLike) -> str | None:
+    """Tells whether `path` holds a T5X checkpoint.
+
+    Args:
+      path: a checkpoint (`.../checkpoint_2000`), or the folder of several; local or `gs://`.
+
+    Returns:
+      'native', 'orbax', or None for anything else, a missing path included.
+    """
+    folder = _find_step(epath.Path(path))
+    return None if folder is None else _kind(folder)
+
+
+def read_t5x_params(
+    path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct]
+) -> Params:
+    """Reads parameters, one array at a time, into the dtype and sharding wanted.
+
+    Each host reads only the parts that its devices hold. Optimizer states are left out.
+
+    Args:
+      path: a checkpoint, or the folder of several, of which the last step is read.
+      abstract_params: nested dictionaries of `jax.ShapeDtypeStruct`: the tree to read, with the
+        dtype and, where given, the sharding of each array.
+
+    Returns:
+      The parameters, in the tree of `abstract_params`.
+
+    Raises:
+      FileNotFoundError: nothing is at `path`.
+      ValueError: `path` is no T5X checkpoint; a parameter is missing, has another shape, or is
+        not known to the model; a file is damaged.
+    """
+    root = epath.Path(path)
+    if not root.exists():
+        raise FileNotFoundError(
+            f"path of a T5X checkpoint must exist; got {root}. Give the folder of a checkpoint, "
+            "such as gs://bucket/model/checkpoint_1000000, or the folder of several."
+        )
+    folder = _find_step(root)
+    kind = None if folder is None else _kind(folder)
+    if folder is None or kind is None:
+        raise ValueError(
+            f"path must hold a T5X checkpoint; got {root}, which has neither a file 'checkpoint' "
+            "(native) nor a folder 'state' with T5X's parameters (Orbax), nor folders "
+            "checkpoint_<step> with them. Give the folder that T5X wrote."
+        )
+    stored = _native_leaves(folder) if kind == NATIVE else _orbax_leaves(folder)
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_params)
+    wanted = {"/".join(str(key.key) for key in keys): leaf for keys, leaf in with_paths}
+    _check_names(folder, stored=set(stored), wanted=set(wanted))
+    arrays = [_read(name, stored[name], wanted[name], folder) for name in wanted]
+    return jax.tree_util.tree_unflatten(treedef, arrays)
+
+
+def _kind(folder: epath.Path) -> str | None:
+    if (folder / "checkpoint").is_file():
+        return NATIVE
+    if not (folder / "state" / "manifest.ocdbt").is_file():
+        return None
+    # Other programs name an item `state` as well: T5X's has `target` in it.
+    return ORBAX if _orbax_names(folder) else None
+
+
+def _find_step(root: epath.Path) -> epath.Path | None:
+    """Returns `root` if it is one checkpoint, or the checkpoint of the last step in it."""
+    if (root / "checkpoint").is_file() or (root / "state").is_dir():
+        return root
+    if not root.is_dir():
+        return None
+    steps = {}
+    for child in root.iterdir():
+        # Unfinished ones have a suffix, such as checkpoint_100.orbax-checkpoint-tmp-1.
+        match = _STEP_FOLDER.fullmatch(child.name)
+        if match and _kind(child):
+            steps[int(match[1])] = child
+    return steps[max(steps)] if steps else None
+
+
+def _native_leaves(folder: epath.Path) -> Leaves:
+    import msgpack
+    from flax import serialization
+
+    file = folder / "checkpoint"
+    try:
+        contents = serialization.msgpack_restore(file.read_bytes())
+        target = contents["optimizer"]["target"]
+    except (ValueError, KeyError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raise ValueError(
+            f"{file} must be T5X's msgpack file with optimizer/target in it; reading it failed: "
+            f"{error!r}. {_DAMAGED}"
+        ) from error
+    leaves: Leaves = {}
+
+    def visit(name: str, node: Any) -> None:
+        if isinstance(node, Mapping) and "kvstore" not in node:
+            for key, child in node.items():
+                visit(f"{name}/{key}" if name else key, child)
+        elif isinstance(node, Mapping):
+            # Older TensorStore specs have the path outside of `kvstore`.
+            stored_path = node["kvstore"].get("path") or node["path"]
+            leaves[name] = {
+                "driver": node["driver"],
+                "kvstore": _kvstore(folder / stored_path.rstrip("/")),
+            }
+        else:
+            leaves[name] = np.asarray(node)
+
+    visit("", target)
+    return leaves
+
+
+def _orbax_metadata(folder: epath.Path) -> dict[str, Any]:
+    file = folder / "state" / "_METADATA"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} must be Orbax's JSON description of the arrays; reading it failed: "
+            f"{error!r}. {_DAMAGED}"
+        ) from error
+
+
+def _orbax_names(folder: epath.Path) -> list[tuple[str, ...]]:
+    keys = [
+        tuple(str(part["key"]) for part in entry["key_metadata"])
+        for entry in _orbax_metadata(folder).get("tree_metadata", {}).values()
+    ]
+    return [key[1:] for key in keys if key[0] == "target"]
+
+
+def _orbax_leaves(folder: epath.Path) -> Leaves:
+    driver = "zarr3" if _orbax_metadata(folder).get("use_zarr3") else "zarr"
+    base = _kvstore(folder / "state")
+    return {
+        "/".join(name): {
+            "driver": driver,
+            "kvstore": {
+                "driver": "ocdbt",
+                "base": base,
+                "path": ".".join(("target", *name)) + "/",
+            },
+        }
+        for name in _orbax_names(folder)
+    }
+
+
+def _kvstore(folder: epath.Path) -> dict[str, str]:
+    """Returns TensorStore's key-value store of a folder, local or in a bucket."""
+    name = str(folder)
+    for driver, scheme in (("gcs", "gs://"), ("s3", "s3://")):
+        if name.startswith(scheme):
+            bucket, _, path = name.removeprefix(scheme).partition("/")
+            return {"driver": driver, "bucket": bucket, "path": path + "/"}
+    return {"driver": "file", "path": str(folder.resolve()) + "/"}
+
+
+def _check_names(folder: epath.Path, *, stored: set[str], wanted: set[str]) -> None:
+    remedy = "Check that the model's sizes and variant are those of the checkpoint."
+    if missing := sorted(wanted - stored):
+        raise ValueError(
+            f"the checkpoint must have every parameter of the model; {folder} lacks "
+            f"{_some(missing)}. {remedy}"
+        )
+    # A model with fewer layers would otherwise load, and be another model.
+    if unknown := sorted(stored - wanted):
+        raise ValueError(
+            f"the checkpoint must have the parameters of the model only; {folder} has "
+            f"{_some(unknown)} besides. {remedy}"
+        )
+
+
+def _some(names: list[str], *, at_most: int = 5) -> str:
+    shown = ", ".join(names[:at_most])
+    rest = len(names) - at_most
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def _read(name: str, leaf: Any, wanted: jax.ShapeDtypeStruct, folder: epath.Path) -> jax.Array:
+    """Reads one parameter; an array in the msgpack file and one in TensorStore alike."""
+    try:
+        shape, read_part = _reader(leaf)
+    except ValueError as error:
+        raise _damaged(name, folder, error) from error
+    if shape != wanted.shape:
+        raise ValueError(
+            f"{name} must have the shape of the model, {wanted.shape}; {folder} has {shape}. "
+            "Check that the model's sizes (emb_dim, num_heads, head_dim, mlp_dim, vocab_size) "
+            "are those of the checkpoint."
+        )
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        # Devices that hold the same part share one read.
+        key = tuple((piece.start, piece.stop) for piece in index)
+        if key not in parts:
+            parts[key] = np.asarray(read_part(index)).astype(wanted.dtype)
+        return parts[key]
+
+    try:
+        if wanted.sharding is None:
+            return jax.numpy.asarray(part((slice(None),) * len(shape)))
+        return jax.make_array_from_callback(shape, wanted.sharding, part)
+    except ValueError as error:
+        raise _damaged(name, folder, error) from error
+
+
+def _reader(leaf: Any) -> tuple[tuple[int, ...], Callable[[tuple[slice, ...]], Any]]:
+    if isinstance(leaf, np.ndarray):
+        return leaf.shape, lambda index: leaf[index]
+    import tensorstore
+
+    # Without `fill_missing_data_reads: False`, a lost file of an array would read as zeros.
+    spec = {**leaf, "fill_missing_data_reads": False}
+    store = tensorstore.open(spec, open=True, read=True).result()
+    return tuple(store.shape), lambda index: store[index].read().result()
+
+
+def _damaged(name: str, folder: epath.Path, error: Exception) -> ValueError:
+    return ValueError(f"{name} could not be read from {folder}: {error}. {_DAMAGED}")

@@ -1,0 +1,196 @@
+"""Multi-step arithmetic word problems with worked solutions, made from nothing.
+
+An example is a pure function of (seed, split, index): no file, no network, no state. Which split
+a problem may occur in is decided by a hash of the problem itself, whatever the wording, so that
+no problem of the test split is ever in training, under any seed or setting.
+"""
+
+import dataclasses
+import hashlib
+import struct
+from collections.abc import Iterator
+
+_NAMES = (
+    ("Ann", "She"),
+    ("Tom", "He"),
+    ("Mia", "She"),
+    ("Ben", "He"),
+    ("Zoe", "She"),
+    ("Sam", "He"),
+    ("Eva", "She"),
+    ("Max", "He"),
+)
+_ITEMS = ("pens", "cups", "nuts", "keys", "eggs", "toys", "hats", "figs")
+_STARTS = ("{name} has {number} {items}.", "{name} owns {number} {items}.")
+_STEPS = {
+    "+": (
+        "{who} buys {number} more.",
+        "{who} finds {number}.",
+        "{who} gets {number} more.",
+        "A friend adds {number}.",
+    ),
+    "-": (
+        "{who} sells {number}.",
+        "{who} loses {number}.",
+        "{who} gives away {number}.",
+        "A friend takes {number}.",
+    ),
+    "*": (
+        "{who} makes it {number} times that.",
+        "They grow {number}-fold.",
+        "Now it is {number} times as many.",
+        "Soon there are {number} times as many.",
+    ),
+}
+_QUESTION = "How many?"
+
+# Tenths of all problems that each split owns.
+_SHARES = {"test": (0,), "validation": (1,), "train": tuple(range(2, 10))}
+
+
+@dataclasses.dataclass(frozen=True)
+class ArithmeticProblems:
+    """Word problems like 'Tom has 7 pens. He buys 5 more. He sells 3. How many?'.
+
+    Examples have GSM8K's fields: `question`, and `answer` with every step worked out and the
+    result after '####' ('7+5=12. 12-3=9. #### 9'). All texts are ASCII.
+
+    Attributes:
+      split: 'train', 'validation' or 'test'; they share no problem.
+      num_examples: how many examples there are. More training problems take no memory.
+      seed: another seed draws other problems from the same split.
+      min_steps, max_steps: operations in a problem.
+      max_operand: largest number in an addition or subtraction, and to start from.
+      max_factor: largest factor in a multiplication; 1 leaves multiplication out.
+      max_value: no intermediate result is larger, and none is below 1.
+      num_wordings: how many of the wordings of each operation occur, 1 to 4.
+    """
+
+    split: str
+    num_examples: int
+    seed: int = 0
+    min_steps: int = 2
+    max_steps: int = 3
+    max_operand: int = 20
+    max_factor: int = 5
+    max_value: int = 99
+    num_wordings: int = 4
+
+    def __post_init__(self) -> None:
+        if self.split not in _SHARES:
+            raise ValueError(
+                f"ArithmeticProblems.split must be one of {sorted(_SHARES)}; got {self.split!r}."
+            )
+        limits = {
+            "num_examples": (1, None),
+            "min_steps": (1, self.max_steps),
+            "max_steps": (1, 8),
+            "max_operand": (5, self.max_value),
+            "max_factor": (1, self.max_value),
+            "max_value": (10, 10**6),
+            "num_wordings": (1, 4),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value < low or (high is not None and value > high):
+                wanted = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise ValueError(f"ArithmeticProblems.{name} must be {wanted}; got {value}.")
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the settings and of the first examples, which the code decides."""
+        first = [self[index] for index in range(min(4, self.num_examples))]
+        return hashlib.sha256(repr((self, first)).encode()).hexdigest()
+
+    def open(self) -> "ArithmeticProblems":
+        """Returns itself: there is nothing to open."""
+        return self
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        if not 0 <= index < self.num_examples:
+            raise IndexError(f"index {index} is out of range for {self.num_examples} examples")
+        numbers = _numbers(f"{self.seed}/{self.split}/{index}")
+        # Splits are drawn by rejection; a test problem takes ten draws on average.
+        while True:
+            start, steps = self._draw_problem(numbers)
+            if split_of(start, steps) == self.split:
+                break
+        return {
+            "question": self._word(start, steps, numbers),
+            "answer": solution(start, steps),
+        }
+
+    def _draw_problem(self, numbers: Iterator[int]) -> tuple[int, list[tuple[str, int]]]:
+        num_steps = _between(numbers, self.min_steps, self.max_steps)
+        value = start = _between(numbers, 2, self.max_operand)
+        steps = []
+        for _ in range(num_steps):
+            highest = {
+                "+": min(self.max_operand, self.max_value - value),
+                "-": min(self.max_operand, value - 1),
+                "*": min(self.max_factor, self.max_value // value),
+            }
+            operations = [operation for operation, high in highest.items() if high >= 2]
+            operation = operations[_between(numbers, 0, len(operations) - 1)]
+            operand = _between(numbers, 2, highest[operation])
+            steps.append((operation, operand))
+            value = apply(operation, value, operand)
+        return start, steps
+
+    def _word(self, start: int, steps: list[tuple[str, int]], numbers: Iterator[int]) -> str:
+        name, who = _NAMES[_between(numbers, 0, len(_NAMES) - 1)]
+        items = _ITEMS[_between(numbers, 0, len(_ITEMS) - 1)]
+        opening = _STARTS[_between(numbers, 0, min(self.num_wordings, len(_STARTS)) - 1)]
+        sentences = [opening.format(name=name, number=start, items=items)]
+        for operation, operand in steps:
+            wording = _STEPS[operation][_between(numbers, 0, self.num_wordings - 1)]
+            sentences.append(wording.format(who=who, number=operand))
+        return " ".join([*sentences, _QUESTION])
+
+
+def apply(operation: str, value: int, operand: int) -> int:
+    """One step of a problem."""
+    if operation == "+":
+        return value + operand
+    return value - operand if operation == "-" else value * operand
+
+
+def solution(start: int, steps: list[tuple[str, int]]) -> str:
+    """Each step as an equation, and the result after '####'."""
+    value = start
+    equations = []
+    for operation, operand in steps:
+        result = apply(operation, value, operand)
+        equations.append(f"{value}{operation}{operand}={result}.")
+        value = result
+    return " ".join([*equations, f"#### {value}"])
+
+
+def split_of(start: int, steps: list[tuple[str, int]]) -> str:
+    """The split that owns a problem: a hash of its numbers and operations, not of its wording.
+
+    A first addition or multiplication is the same problem with its two numbers exchanged.
+    """
+    (operation, operand), *others = steps
+    if operation in "+*":
+        start, operand = sorted((start, operand))
+    problem = repr((start, operation, operand, others))
+    digest = hashlib.blake2b(problem.encode(), digest_size=8).digest()
+    tenth = int.from_bytes(digest, "little") % 10
+    return next(split for split, tenths in _SHARES.items() if tenth in tenths)
+
+
+def _numbers(key: str) -> Iterator[int]:
+    """An endless stream of 16-bit numbers that no library version can change."""
+    block = 0
+    while True:
+        yield from struct.unpack("<32H", hashlib.blake2b(f"{key}/{block}".encode()).digest())
+        block += 1
+
+
+def _between(numbers: Iterator[int], low: int, high: int) -> int:
+    # The bias of the remainder is below (high - low) / 65536.
+    return low + next(numbers) % (high - low + 1)

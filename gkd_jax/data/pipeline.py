@@ -1,0 +1,367 @@
+"""Batches from a task: order, process rows and exact resumption, on Grain.
+
+The state of training data is one number, the position in the global order of examples. Position p
+is an example of epoch p // num_examples, each epoch a new permutation that is computed and not
+stored. Process p of N takes the rows [pB/N, (p+1)B/N) of each global batch of B, so that neither
+order nor rows depend on the number of processes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from gkd_jax.array_types import Int
+from gkd_jax.batch import Batch
+from gkd_jax.data.encoding import Encoder, RowReader
+from gkd_jax.data.task import Task, TextExample, get_task
+from gkd_jax.data.vocabularies import Vocabulary
+
+_FEATURES = ("inputs", "targets")
+_LAST_POSITION = 1 << 60
+_MAX_EXAMPLE_ID = 2**31 - 1
+_DESCRIBED_EXAMPLES = 1000
+_CHECKED_EXAMPLES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """Which examples, in which order and of which lengths.
+
+    Attributes:
+      task: a task, or the name of a registered one (`MIXTURE_OR_TASK_NAME`).
+      split: a split of the task.
+      feature_lengths: longest 'inputs' and 'targets', end of sequence included
+        (`TASK_FEATURE_LENGTHS`).
+      batch_size: rows of a batch over all processes.
+      vocabulary: text to token ids.
+      shuffle: whether training takes a new order each epoch; evaluation never shuffles.
+      seed: of the order.
+      num_examples: takes the first so many of the split; None takes all.
+      task_module: module to import first where `task` is a name (`MIXTURE_OR_TASK_MODULE`).
+      eos_after_cut_targets: whether an output too long for its length still ends with the
+        end-of-sequence token, as seqio's do. False leaves it out, so that a student is not
+        taught to stop in the middle of a sentence.
+      cache_bytes: token rows are kept in memory if those of all examples fit in this.
+      read_threads: threads that make batches ahead of their use; 0 makes each when asked for.
+    """
+
+    task: Task | str
+    split: str
+    feature_lengths: Mapping[str, int]
+    batch_size: int
+    vocabulary: Vocabulary
+    shuffle: bool = True
+    seed: int = 0
+    num_examples: int | None = None
+    task_module: str | None = None
+    eos_after_cut_targets: bool = True
+    cache_bytes: int = 1 << 28
+    read_threads: int = 2
+
+    def __post_init__(self) -> None:
+        self._check_lengths()
+        if self.batch_size < 1:
+            raise ValueError(f"DatasetConfig.batch_size must be at least 1; got {self.batch_size}.")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(
+                f"DatasetConfig.seed must be from 0 to 2**32 - 1; got {self.seed}. Set another."
+            )
+        if self.num_examples is not None and self.num_examples < 1:
+            raise ValueError(
+                f"DatasetConfig.num_examples must be at least 1; got {self.num_examples}. Set "
+                "it to None to take all examples."
+            )
+        if self.read_threads < 0:
+            raise ValueError(
+                f"DatasetConfig.read_threads must not be negative; got {self.read_threads}. Set "
+                "it to 0 to read without threads."
+            )
+
+    def _check_lengths(self) -> None:
+        for feature in _FEATURES:
+            if feature not in self.feature_lengths:
+                raise ValueError(
+                    f"DatasetConfig.feature_lengths lacks {feature!r}; got "
+                    f"{dict(self.feature_lengths)}. Give the lengths of 'inputs' and 'targets'."
+                )
+        unknown = sorted(set(self.feature_lengths) - set(_FEATURES))
+        if unknown:
+            raise ValueError(
+                f"DatasetConfig.feature_lengths names unknown features {unknown}. Give the "
+                "lengths of 'inputs' and 'targets' only."
+            )
+        for feature in _FEATURES:
+            length = self.feature_lengths[feature]
+            if length < 2:
+                raise ValueError(
+                    f"DatasetConfig.feature_lengths[{feature!r}] must be at least 2, or nothing "
+                    f"but the end of sequence is left of every example; got {length}. Set it to "
+                    "the longest text in tokens plus one."
+                )
+
+    def build(self) -> "Dataset":
+        """Opens and checks the data."""
+        return Dataset(self)
+
+
+class Dataset:
+    """One split of a task as batches.
+
+    Raises:
+      FileNotFoundError: a file of the source is missing.
+      ValueError: the data are broken or empty, the task has no such split, or every prompt is
+        the same after cutting.
+    """
+
+    def __init__(self, config: DatasetConfig):
+        self.config = config
+        task = config.task
+        self.task = task if isinstance(task, Task) else get_task(task, module=config.task_module)
+        self._source = self.task.source_config(config.split).open()
+        self.num_examples = self._count()
+        self._encoder = Encoder(
+            config.vocabulary,
+            inputs_length=config.feature_lengths["inputs"],
+            targets_length=config.feature_lengths["targets"],
+            inputs_eos=self.task.inputs_eos,
+            eos_after_cut_targets=config.eos_after_cut_targets,
+        )
+        self._rows = RowReader(
+            self.raw, self._encoder, num_examples=self.num_examples, cache_bytes=config.cache_bytes
+        )
+        order = grain.MapDataset.range(self.num_examples)
+        self._order = (order.shuffle(config.seed) if config.shuffle else order).repeat()
+        self._check_prompts_differ()
+
+    def _count(self) -> int:
+        available = len(self._source)
+        wanted = self.config.num_examples
+        if not available:
+            raise ValueError(
+                f"Split {self.config.split!r} of task {self.task.name!r} is an empty data set. "
+                "Give its source at least one example."
+            )
+        if wanted is not None and wanted > available:
+            raise ValueError(
+                f"DatasetConfig.num_examples is {wanted}, but split {self.config.split!r} of "
+                f"task {self.task.name!r} has {available} examples. Set it to at most "
+                f"{available}, or to None to take all."
+            )
+        return available if wanted is None else wanted
+
+    def _sample(self, size: int) -> Int[np.ndarray, " N"]:
+        """Numbers of up to `size` examples, evenly apart."""
+        return np.unique(np.linspace(0, self.num_examples - 1, size).astype(np.int64))
+
+    def _check_prompts_differ(self) -> None:
+        """Refuses lengths that leave of every prompt only what all have in common."""
+        sample = self._sample(_CHECKED_EXAMPLES)
+        rows = self._rows.read(sample)
+        all_same = bool((rows.inputs == rows.inputs[0]).all())
+        all_cut = bool((rows.full_lengths[:, 0] > self._encoder.inputs_length).all())
+        if all_same and all_cut and len({self.raw(int(example)).inputs for example in sample}) > 1:
+            text = self.config.vocabulary.decode(rows.inputs[0].tolist())
+            raise ValueError(
+                f"DatasetConfig.feature_lengths['inputs'] = {self._encoder.inputs_length} cuts "
+                f"every prompt of task {self.task.name!r} to the same text, {text!r}: the "
+                f"shortest of a sample has {rows.full_lengths[:, 0].min()} tokens. Set it higher."
+            )
+
+    def raw(self, index: int) -> TextExample:
+        """The text of an example by its number in the source.
+
+        Raises:
+          ValueError: the raw example lacks a field that the task reads.
+        """
+        raw_example = self._source[index]
+        try:
+            return self.task.to_text(raw_example)
+        except KeyError as error:
+            raise ValueError(
+                f"Task {self.task.name!r} wants the field {error}, which example {index} of split "
+                f"{self.config.split!r} lacks: it has {', '.join(map(repr, raw_example))}. "
+                "Correct the source's columns or fields, or the task's to_text."
+            ) from error
+        except Exception as error:
+            error.add_note(f"In task {self.task.name!r}, {self.config.split!r}, example {index}.")
+            raise
+
+    def source_index(self, position: int) -> int:
+        """The example's number in the source of a position in the global training order."""
+        return int(self._order[position])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """All that decides which rows come at which position, as JSON; batch size does not."""
+        texts = [dataclasses.astuple(self.raw(int(example))) for example in self._sample(8)]
+        order = [self.source_index(position) for position in range(8)]
+        parts = {
+            "source": self._source.fingerprint,
+            "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+            "num_examples": self.num_examples,
+            "feature_lengths": {name: self.config.feature_lengths[name] for name in _FEATURES},
+            "inputs_eos": self._encoder.inputs_eos,
+            "eos_after_cut_targets": self._encoder.eos_after_cut_targets,
+            "vocabulary": self.config.vocabulary.fingerprint,
+            "eos_ids": self.config.vocabulary.eos_ids,
+            "shuffle": self.config.shuffle,
+            "seed": self.config.seed,
+            "order": order,
+        }
+        return json.dumps(parts, sort_keys=True)
+
+    def check_fingerprint(self, saved: str) -> None:
+        """Refuses to go on from a position in other data.
+
+        Raises:
+          ValueError: the data of the saved position were other ones; names what differs.
+        """
+        if saved == self.fingerprint:
+            return
+        now: dict[str, Any] = json.loads(self.fingerprint)
+        try:
+            before = dict(json.loads(saved))
+        except (ValueError, TypeError):
+            before = {}
+        differing = [
+            f"{key}: {before.get(key, 'unknown')} before, {now.get(key, 'unknown')} now"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]
+        raise ValueError(
+            "The position in the training data cannot be restored, since the data are not those "
+            f"it was saved for ({'; '.join(differing)}). Restore the data and DatasetConfig of "
+            "that run, or start in a new MODEL_DIR."
+        )
+
+    def train_iterator(
+        self, position: int = 0, *, process_index: int = 0, process_count: int = 1
+    ) -> "TrainIterator":
+        """An endless iterator over this process's rows.
+
+        Args:
+          position: number of examples consumed before, over all processes; from
+            `TrainIterator.position` (the rows that follow are then those of an uninterrupted
+            run).
+          process_index: which process this is.
+          process_count: how many there are.
+
+        Raises:
+          ValueError: the batch cannot be divided by the processes, or a negative position.
+        """
+        if position < 0:
+            raise ValueError(f"position must not be negative; got {position}.")
+        first_row, num_rows = self._process_rows(process_index, process_count)
+        batch_size = self.config.batch_size
+
+        def make(start: int) -> Batch:
+            positions = start + first_row + np.arange(num_rows, dtype=np.int64)
+            examples = np.array([self._order[int(one)] for one in positions], np.int64)
+            return self._rows.read(examples).batch(positions % _MAX_EXAMPLE_ID)
+
+        batches = self._read_ahead(range(position, _LAST_POSITION, batch_size), make)
+        return TrainIterator(batches, position=position, batch_size=batch_size)
+
+    def eval_batches(
+        self, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[tuple[Batch, Int[np.ndarray, " B"]]]:
+        """One pass in the source's order: each example once over all processes.
+
+        Every process yields as many batches. The last is completed by filler rows, whose
+        weights are 0 and whose prompt is one token.
+
+        Yields:
+          A batch, and the number in the source of each row's example, -1 for filler; the same
+          numbers are `example_id`.
+        """
+        first_row, num_rows = self._process_rows(process_index, process_count)
+
+        def make(start: int) -> tuple[Batch, Int[np.ndarray, " B"]]:
+            examples = start + first_row + np.arange(num_rows, dtype=np.int64)
+            examples[examples >= self.num_examples] = -1
+            return self._rows.read(examples).batch(examples), examples
+
+        starts = range(0, self.num_examples, self.config.batch_size)
+        return self._closing(self._read_ahead(starts, make))
+
+    @staticmethod
+    def _closing(batches: grain.DatasetIterator[Any]) -> Iterator[Any]:
+        with contextlib.closing(batches):
+            yield from batches
+
+    def _process_rows(self, process_index: int, process_count: int) -> tuple[int, int]:
+        batch_size = self.config.batch_size
+        if batch_size % process_count:
+            raise ValueError(
+                "DatasetConfig.batch_size must be divisible by the number of processes; got "
+                f"{batch_size} and {process_count}. Set it to a multiple of {process_count}."
+            )
+        if not 0 <= process_index < process_count:
+            raise ValueError(
+                f"process_index must be from 0 to {process_count - 1}; got {process_index}."
+            )
+        num_rows = batch_size // process_count
+        return process_index * num_rows, num_rows
+
+    def _read_ahead(self, starts: range, make: Callable[[int], Any]) -> grain.DatasetIterator[Any]:
+        threads = self.config.read_threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        batches = grain.MapDataset.range(starts.start, starts.stop, starts.step).map(make)
+        return iter(batches.to_iter_dataset(options))
+
+    def describe(self) -> str:
+        """A report on lengths and cuts over a sample of the examples, and one example's rows."""
+        sample = self._sample(_DESCRIBED_EXAMPLES)
+        rows = self._rows.read(sample)
+        lines = [
+            f"task {self.task.name!r}, split {self.config.split!r}: {self.num_examples} examples, "
+            f"batches of {self.config.batch_size}, {self.config.vocabulary.name}"
+        ]
+        for column, feature in enumerate(_FEATURES):
+            full = rows.full_lengths[:, column]
+            length = self.config.feature_lengths[feature]
+            half, most, longest = np.percentile(full, (50, 95, 100)).astype(int)
+            lines.append(
+                f"  {feature}: {half} tokens (median), {most} (95%), {longest} (longest of "
+                f"{len(sample)}); {np.mean(full > length):.1%} are cut to {length}"
+            )
+        for feature, ids in (("inputs", rows.inputs[0]), ("targets", rows.targets[0])):
+            lines.append(f"  {feature}[0]: {self.config.vocabulary.decode(ids.tolist())!r}")
+        return "\n".join(lines)
+
+
+class TrainIterator(Iterator[Batch]):
+    """Endless batches, whose whole state is `position`.
+
+    Attributes:
+      position: number of examples in the batches returned so far, over all processes and since
+        the start of training. Batches made ahead of their use do not count.
+    """
+
+    def __init__(
+        self, batches: grain.DatasetIterator[Batch], *, position: int, batch_size: int
+    ) -> None:
+        self.position = position
+        self._batches = batches
+        self._batch_size = batch_size
+
+    def __next__(self) -> Batch:
+        try:
+            batch = next(self._batches)
+        except BaseException:
+            # Grain has dropped the batch that failed: to go on would skip its examples.
+            self.close()
+            raise
+        self.position += self._batch_size
+        return batch
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        self._batches.close()

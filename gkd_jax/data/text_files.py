@@ -1,0 +1,208 @@
+"""Lines of text files in random access: plain or gzip, local or in a bucket.
+
+A file is scanned once: the scan finds where lines start, digests the content and checks that it
+is UTF-8. Lines of a plain local file are then read from disk when asked for, so that memory holds
+8 bytes a line; what is compressed or remote is kept in memory.
+"""
+
+import bisect
+import codecs
+import gzip
+import hashlib
+import io
+import os
+import weakref
+import zlib
+from collections.abc import Iterator
+from typing import IO
+
+import numpy as np
+
+_BLOCK_BYTES = 1 << 22
+_EPATH_SCHEMES = ("gs", "s3", "az", "hf")
+
+
+def as_paths(path: str | os.PathLike[str] | tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """One path or several, as a tuple of str."""
+    if isinstance(path, (str, os.PathLike)):
+        return (os.fspath(path),)
+    return tuple(os.fspath(part) for part in path)
+
+
+def open_bytes(path: str, *, setting: str) -> IO[bytes]:
+    """Opens a file for reading, decompressed where its name ends in '.gz'.
+
+    Args:
+      path: a local path, or a URL ('gs://bucket/file'), which etils or fsspec opens.
+      setting: the setting that holds the path, for the message.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is a folder, or what opens this kind of URL is not installed.
+    """
+    try:
+        file = _open_raw(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{setting} names a file that does not exist: {path!r}. Correct the path; a relative "
+            f"one starts at the working directory {os.getcwd()!r}."
+        ) from error
+    except (IsADirectoryError, PermissionError, ImportError, ValueError) as error:
+        raise ValueError(
+            f"{setting} names {path!r}, which cannot be read: {error}. Name a readable file."
+        ) from error
+    return io.BufferedReader(gzip.GzipFile(fileobj=file)) if path.endswith(".gz") else file
+
+
+def _open_raw(path: str) -> IO[bytes]:
+    scheme, separator, _ = path.partition("://")
+    if not separator:
+        return open(path, "rb")
+    if scheme in _EPATH_SCHEMES:
+        from etils import epath
+
+        return epath.Path(path).open("rb")
+    import fsspec
+
+    return fsspec.open(path, "rb").open()
+
+
+def blocks(path: str, *, setting: str) -> Iterator[bytes]:
+    """The content of a file in blocks.
+
+    Raises:
+      ValueError: a broken gzip file.
+    """
+    with open_bytes(path, setting=setting) as file:
+        try:
+            while block := file.read(_BLOCK_BYTES):
+                yield block
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(
+                f"{setting} names {path!r}, which is not a complete gzip file: {error}. Copy it "
+                "again, or drop '.gz' from its name if it is not compressed."
+            ) from error
+
+
+class TextFile:
+    """The lines of one file, blank ones included, without their ends (LF or CR LF)."""
+
+    def __init__(self, path: str, *, setting: str):
+        self.path = path
+        self._setting = setting
+        kept: list[bytes] | None = [] if path.endswith(".gz") or "://" in path else None
+        digest = hashlib.sha256()
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        ends: list[np.ndarray] = []
+        size = 0
+        lines_before = 0
+        last = b""
+        first = b""
+        for block in blocks(path, setting=setting):
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                # The error counts from what the decoder had held back of the block before.
+                at = max(0, error.start - (len(error.object) - len(block)))
+                self._raise_undecodable(lines_before + block.count(b"\n", 0, at) + 1, error)
+            digest.update(block)
+            newlines = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+            ends.append(newlines + size)
+            lines_before += len(newlines)
+            first = first or block[:3]
+            last = block[-1:]
+            size += len(block)
+            if kept is not None:
+                kept.append(block)
+        try:
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            self._raise_undecodable(lines_before + 1, error)
+        if last not in (b"", b"\n"):
+            ends.append(np.array([size]))
+        self._ends = np.concatenate(ends, dtype=np.int64) if ends else np.zeros(0, np.int64)
+        self._first_start = len(codecs.BOM_UTF8) if first == codecs.BOM_UTF8 else 0
+        self.digest = digest.hexdigest()
+        self._content = None if kept is None else b"".join(kept)
+        if kept is None:
+            self._descriptor = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+
+    def _raise_undecodable(self, line: int, error: UnicodeDecodeError) -> None:
+        raise ValueError(
+            f"{self._setting} names {self.path!r}, line {line} of which is not UTF-8 text "
+            f"({error.reason}). Convert the file, e.g. with `iconv -f latin1 -t utf-8`."
+        ) from error
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = int(self._ends[index - 1]) + 1 if index else self._first_start
+        length = int(self._ends[index]) - start
+        if self._content is not None:
+            line = self._content[start : start + length]
+        else:
+            # Positioned reads, and not a memory map: threads need no lock, and a file that was
+            # cut meanwhile is an error that Python can report.
+            line = os.pread(self._descriptor, length, start)
+            if len(line) != length:
+                raise ValueError(
+                    f"{self._setting} names {self.path!r}, which became shorter while it was "
+                    "read. Leave data files alone during a run."
+                )
+        return line.removesuffix(b"\r").decode("utf-8")
+
+
+class TextLines:
+    """The lines of several files as one sequence.
+
+    Args:
+      paths: the files, in order.
+      setting: the setting that names them, for messages.
+
+    Raises:
+      ValueError: no file is named, or all of them are empty, or one is not UTF-8 text.
+    """
+
+    def __init__(self, paths: tuple[str, ...], *, setting: str):
+        if not paths:
+            raise ValueError(f"{setting} names no file. Give at least one path.")
+        self._files = [TextFile(path, setting=setting) for path in paths]
+        self._stops = np.cumsum([len(file) for file in self._files]).tolist()
+        if not len(self):
+            raise ValueError(
+                f"{setting} names an empty file: {', '.join(map(repr, paths))}. Give a file with "
+                "one example a line."
+            )
+
+    def __len__(self) -> int:
+        return self._stops[-1]
+
+    def _file_and_line(self, index: int) -> tuple[TextFile, int]:
+        number = bisect.bisect_right(self._stops, index)
+        return self._files[number], index - (self._stops[number - 1] if number else 0)
+
+    def __getitem__(self, index: int) -> str:
+        file, line = self._file_and_line(index)
+        return file[line]
+
+    def where(self, index: int) -> str:
+        """File and line number (from 1) of a line, for messages."""
+        file, line = self._file_and_line(index)
+        return f"{file.path!r}, line {line + 1}"
+
+    @property
+    def first_lines(self) -> tuple[int, ...]:
+        """Index of the first line of each file that has lines."""
+        starts = [0, *self._stops[:-1]]
+        return tuple(start for start, stop in zip(starts, self._stops, strict=True) if start < stop)
+
+    def counts(self) -> str:
+        """Number of lines of each file, for messages."""
+        return " + ".join(f"{len(file)} in {file.path!r}" for file in self._files)
+
+    @property
+    def digest(self) -> str:
+        """Digest of all content (decompressed) in order."""
+        return hashlib.sha256(" ".join(file.digest for file in self._files).encode()).hexdigest()

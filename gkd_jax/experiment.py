@@ -1,0 +1,185 @@
+"""A whole experiment as one frozen dataclass: what a gin file or a Python user fills in."""
+
+import dataclasses
+
+from gkd_jax.data.pipeline import DatasetConfig
+from gkd_jax.models.base import LanguageModel
+from gkd_jax.objectives.mixing import OutputMix
+from gkd_jax.objectives.objective import Objective
+from gkd_jax.optimizers import Optimizer
+from gkd_jax.partitioning import Partitioner
+from gkd_jax.rollout import Rollout
+from gkd_jax.sampling.beam_search import BeamSearch
+from gkd_jax.sampling.methods import Greedy, Sample
+from gkd_jax.teachers import Teacher
+
+
+def _require_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value < 1:
+            raise ValueError(
+                f"{type(owner).__name__}.{name} must be at least 1; got {value}. "
+                f"Set {type(owner).__name__}.{name} to a positive number."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """The model that is trained.
+
+    Attributes:
+      model: the student's model.
+      initial_checkpoint: where training starts: a checkpoint of gkd_jax or of T5X. GKD starts
+        from a student already fine-tuned on the task. None starts from scratch.
+    """
+
+    model: LanguageModel
+    initial_checkpoint: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is measured on held-out examples, during training and by `--run_mode=eval`.
+
+    Attributes:
+      data: the examples.
+      period: steps between evaluations; the first is before the first step, the last after the
+        last.
+      method: how outputs are decoded for the task's metrics.
+      num_divergence_examples: on how many examples the divergence to the teacher is measured,
+        on the data's outputs and on the student's own samples; 0 for neither.
+    """
+
+    data: DatasetConfig
+    period: int = 1000
+    method: Greedy | Sample | BeamSearch = Greedy()
+    num_divergence_examples: int = 512
+
+    def __post_init__(self):
+        _require_positive(self, "period")
+        if self.num_divergence_examples < 0:
+            raise ValueError(
+                "Evaluation.num_divergence_examples must be at least 0; got "
+                f"{self.num_divergence_examples}. Set it to 0 to leave the divergence out."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """When states are saved and which are kept.
+
+    Attributes:
+      period: steps between saves; the last step is always saved.
+      keep: how many recent checkpoints to keep.
+      best_metric: the evaluation metric whose best checkpoint is kept too, e.g. 'bleu'; None
+        keeps no best.
+      best_mode: 'max' or 'min'.
+    """
+
+    period: int = 1000
+    keep: int = 2
+    best_metric: str | None = None
+    best_mode: str = "max"
+
+    def __post_init__(self):
+        _require_positive(self, "period", "keep")
+        if self.best_mode not in ("max", "min"):
+            raise ValueError(
+                f"Checkpoints.best_mode must be 'max' or 'min'; got {self.best_mode!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarms:
+    """Shares above which a warning is logged: signs that outputs collapse or never end.
+
+    Attributes:
+      truncated: share of sampled outputs that do not end within the target length.
+      repetition: share of repeated 4-grams within sampled outputs.
+    """
+
+    truncated: float = 0.5
+    repetition: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `--run_mode=generate` writes.
+
+    Attributes:
+      data: the prompts.
+      output: the JSON lines file to write: `inputs`, `targets` (the sampled text),
+        `references`, `log_prob`, `index`. A `JsonLines` source reads it back as training data.
+      model: 'student' or 'teacher' (sequence-level distillation trains on the teacher's).
+      method: how outputs are decoded.
+      num_samples: outputs a prompt.
+    """
+
+    data: DatasetConfig
+    output: str
+    model: str = "student"
+    method: Greedy | Sample | BeamSearch = Greedy()
+    num_samples: int = 1
+
+    def __post_init__(self):
+        _require_positive(self, "num_samples")
+        if self.model not in ("student", "teacher"):
+            raise ValueError(
+                f"Generation.model must be 'student' or 'teacher'; got {self.model!r}."
+            )
+        if self.num_samples > 1 and not isinstance(self.method, Sample):
+            raise ValueError(
+                "Generation.num_samples above 1 needs a random method; got "
+                f"{self.num_samples} and {self.method}. Set Generation.method to Sample()."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run, complete.
+
+    Attributes:
+      student: the model that is trained.
+      objective: divergence, temperatures, reduction.
+      train_data: the training examples and the global batch size.
+      optimizer: optimizer and learning-rate schedule.
+      num_steps: updates in all.
+      model_dir: where checkpoints, metrics and predictions go. A run that was stopped goes on
+        from the last checkpoint in it.
+      teacher: the model that scores; None for fine-tuning (SFT).
+      outputs: Algorithm 1's coin: how often a step trains on the student's own outputs.
+      rollout: how the student's outputs are sampled in training.
+      evaluation: what is measured on held-out examples; None for nothing.
+      generation: what `--run_mode=generate` writes.
+      partitioner: the device mesh and the rules that shard arrays over it.
+      num_microbatches: parts of the batch whose gradients are added up before an update.
+      use_dropout: whether the student's dropout is on in training (at its model's rate).
+      checkpoints: when states are saved and which are kept.
+      alarms: shares above which a warning is logged.
+      log_period: steps between lines of training metrics.
+      seed: root of every random number of the run, apart from the order of examples, which is
+        the data's own.
+    """
+
+    student: Student
+    objective: Objective
+    train_data: DatasetConfig
+    optimizer: Optimizer
+    num_steps: int
+    model_dir: str
+    teacher: Teacher | None = None
+    outputs: OutputMix = OutputMix()
+    rollout: Rollout = Rollout()
+    evaluation: Evaluation | None = None
+    generation: Generation | None = None
+    partitioner: Partitioner = Partitioner()
+    num_microbatches: int = 1
+    use_dropout: bool = True
+    checkpoints: Checkpoints = Checkpoints()
+    alarms: Alarms = Alarms()
+    log_period: int = 100
+    seed: int = 0
+
+    def __post_init__(self):
+        _require_positive(self, "num_steps", "num_microbatches", "log_period")

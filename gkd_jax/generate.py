@@ -1,0 +1,143 @@
+"""Run mode `generate`: writes a model's outputs for a file of prompts, and goes on if stopped.
+
+The file is JSON lines, one output a line, so a `JsonLines` source reads it back: training on the
+teacher's outputs is sequence-level distillation (SeqKD).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from gkd_jax import prepare, runtime
+from gkd_jax.array_types import Params
+from gkd_jax.batch import Batch
+from gkd_jax.data.pipeline import Dataset
+from gkd_jax.experiment import Experiment, Generation
+from gkd_jax.models.base import LanguageModel
+from gkd_jax.rollout import Rollout
+from gkd_jax.runtime import Purpose, make_key
+
+
+def generate(experiment: Experiment) -> str:
+    """Decodes every prompt of `Experiment.generation` and writes the outputs.
+
+    Outputs that an earlier run of the same generation wrote are kept and not made again.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      gkd_jax.prepare.ConfigurationError: something is wrong with the experiment; lists all.
+      ValueError: the file was begun by another generation.
+    """
+    prepared = prepare.prepare(experiment, run_mode="generate")
+    generation, dataset = experiment.generation, prepared.generation_data
+    assert generation is not None
+    assert dataset is not None
+    model, params, source = _model_to_use(experiment, generation)
+    output = _OutputFile(generation, _identity(generation, dataset, source, experiment.seed))
+    num_done = output.num_lines() // generation.num_samples
+    logging.info("generate: %d of %d prompts are done", num_done, dataset.num_examples)
+
+    decode = runtime.jit_rollout(
+        Rollout(method=generation.method, num_samples=generation.num_samples),
+        model,
+        dataset.vocabulary,
+        experiment.partitioner,
+    )
+    key = make_key(experiment.seed, Purpose.GENERATION)
+    for number, batch in enumerate(
+        dataset.eval_batches(
+            process_index=jax.process_index(), process_count=jax.process_count()
+        )
+    ):
+        if (number + 1) * generation.data.batch_size <= num_done:
+            continue
+        decoded = decode(params, experiment.partitioner.shard_batch(batch), key)
+        rows = experiment.partitioner.fetch_to_host(decoded)
+        if jax.process_index() == 0:
+            output.append(_lines(rows, dataset, first=num_done))
+    return generation.output
+
+
+def _model_to_use(
+    experiment: Experiment, generation: Generation
+) -> tuple[LanguageModel, Params, str]:
+    if generation.model == "student":
+        params, step = runtime.student_to_use(experiment)
+        return experiment.student.model, params, f"student step {step}"
+    teacher = experiment.teacher
+    if teacher is None:
+        raise ValueError(
+            "Generation.model = 'teacher' needs a teacher; got Experiment.teacher = None. "
+            "Set Experiment.teacher, or Generation.model to 'student'."
+        )
+    params = runtime.load_teacher(experiment)
+    assert params is not None
+    return teacher.model, params, f"teacher {teacher.checkpoint}"
+
+
+def _identity(generation: Generation, dataset: Dataset, source: str, seed: int) -> str:
+    """Digest of what decides the file's content."""
+    parts = (dataset.fingerprint, source, generation.method, generation.num_samples, seed)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _lines(rows: Batch, dataset: Dataset, *, first: int) -> Iterator[str]:
+    """One JSON line for each real row of a batch whose example is `first` or later."""
+    weights = np.asarray(rows.loss_weights)
+    assert rows.sample_log_probs is not None
+    log_probs = np.sum(np.asarray(rows.sample_log_probs) * weights, axis=1)
+    for row, index in enumerate(np.asarray(rows.example_id).tolist()):
+        if index < first:  # Done before, or a filler row (-1).
+            continue
+        example = dataset.raw(index)
+        tokens = np.asarray(rows.targets)[row][weights[row] > 0].tolist()
+        yield json.dumps(
+            {
+                "index": index,
+                "inputs": example.inputs,
+                "targets": dataset.vocabulary.decode(tokens),
+                "references": list(example.references),
+                "log_prob": float(log_probs[row]),
+            },
+            ensure_ascii=False,
+        )
+
+
+class _OutputFile:
+    """JSON lines that grow by whole batches; beside them, the identity of what they are."""
+
+    def __init__(self, generation: Generation, identity: str):
+        self._path = epath.Path(generation.output)
+        marker = epath.Path(f"{generation.output}.identity")
+        if self._path.exists():
+            if not marker.exists() or marker.read_text() != identity:
+                raise ValueError(
+                    f"Generation.output {generation.output} was written by another generation "
+                    "(model, data, method or seed differ). Set Generation.output to a new file, "
+                    "or remove the old one."
+                )
+        elif jax.process_index() == 0:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            marker.write_text(identity)
+            self._path.write_text("")
+
+    def num_lines(self) -> int:
+        """Counts complete lines; the rest of a line cut by a crash is removed."""
+        if not self._path.exists():
+            return 0
+        text = self._path.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text and jax.process_index() == 0:
+            self._path.write_text(whole)
+        return whole.count("\n")
+
+    def append(self, lines: Iterator[str]) -> None:
+        with self._path.open("a") as file:
+            file.write("".join(f"{line}\n" for line in lines))

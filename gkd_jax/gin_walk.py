@@ -1,0 +1,160 @@
+"""Follows what a root is built from, as gin would call it, to find what is unused or missing.
+
+By gin's rules: a call sees the bindings of every prefix of its scope, inner ones first; `@f()`
+inherits the scope of the caller; `@a/f()` replaces it by `a`; and a macro's value is built in a
+scope of the macro's own name.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gkd_jax.gin_reader import (
+    MACRO,
+    REQUIRED,
+    Binding,
+    Bindings,
+    Key,
+    Target,
+    did_you_mean,
+    references,
+)
+
+_Call = tuple[Target, tuple[str, ...]]
+
+
+class Walk:
+    """Everything that a root is built from.
+
+    Attributes:
+      bindings: all bindings.
+      used: the keys of those which some call receives.
+      calls: the calls that gin would make, each a target and its active scope, in order.
+      missing: the keys of values that are missing, and why they are wanted.
+      undefined: macros that have no value, and a binding that refers to each.
+      cycles: what is built from itself.
+    """
+
+    def __init__(self, bindings: Bindings, root: Target):
+        self.bindings = bindings
+        self.used: set[Key] = set()
+        self.calls: dict[_Call, None] = {}
+        self.missing: dict[str, str] = {}
+        self.undefined: dict[str, Binding] = {}
+        self.cycles: list[str] = []
+        self._call(root, (), evaluate=True, path=(), origin=None)
+
+    def effective(self, target: Target, scope: tuple[str, ...]) -> dict[str, Binding]:
+        """The bindings that a call in `scope` receives: inner scopes win."""
+        found = {}
+        for parameter in self._parameters(target):
+            for length in range(len(scope) + 1):
+                binding = self.bindings.get(Key(scope[:length], target, parameter))
+                if binding is not None:
+                    self.used.add(binding.key)
+                    found[parameter] = binding
+        return found
+
+    def _parameters(self, target: Target) -> Iterable[str]:
+        bound = (key.parameter for key in self.bindings if key.target == target)
+        return dict.fromkeys((*target.parameters(), *bound))
+
+    def _call(
+        self,
+        target: Target,
+        scope: tuple[str, ...],
+        *,
+        evaluate: bool,
+        path: tuple[_Call, ...],
+        origin: Binding | None,
+    ) -> None:
+        call = (target, scope)
+        if call in path:
+            self.cycles.append(str(Key(scope, target, "value")))
+            return
+        if call in self.calls:
+            return
+        self.calls[call] = None
+        bound = self.effective(target, scope)
+        if target == MACRO and not bound and origin is not None:
+            self.undefined["/".join(scope)] = origin
+        if target != MACRO and evaluate:
+            self._note_missing_parameters(target, scope, bound)
+        for binding in bound.values():
+            if _contains_required(binding.value):
+                self.missing[str(binding.key)] = f"required by {binding.location}"
+            for reference in references(binding.value):
+                follow = functools.partial(
+                    self._call,
+                    reference.target,
+                    evaluate=reference.evaluate,
+                    path=(*path, call),
+                    origin=binding,
+                )
+                # A reference's own scope replaces that of the caller.
+                follow(reference.scope or scope)
+                if not reference.evaluate and not reference.scope:
+                    # Called later, by whom it was handed to: in no scope.
+                    follow(())
+
+    def _note_missing_parameters(
+        self, target: Target, scope: tuple[str, ...], bound: Mapping[str, Binding]
+    ) -> None:
+        for name, parameter in target.parameters().items():
+            is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if parameter.default is parameter.empty and name not in bound and not is_variadic:
+                self.missing[str(Key(scope, target, name))] = f"{target} has no default for it"
+
+
+def _contains_required(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(map(_contains_required, value))
+    return value is REQUIRED
+
+
+def merge(statements: Sequence[Binding], root: Target) -> tuple[Bindings, set[Binding]]:
+    """Merges statements in order; the last one wins.
+
+    Returns:
+      The merged bindings, and those which were in use until a later statement replaced the
+      reference to them: a file that replaces the optimizer of the one it includes need not
+      care that the old one's learning rate is now unused.
+    """
+    merged: Bindings = {}
+    replaced: set[Binding] = set()
+    with_references: set[tuple[Target, str]] = set()
+    for statement in statements:
+        key = statement.key
+        # Any scope: a binding in an inner scope takes the place of one in an outer scope.
+        if (key.target, key.parameter) in with_references:
+            replaced.update(merged[used] for used in Walk(merged, root).used)
+        merged[key] = statement
+        if any(references(statement.value)):
+            with_references.add((key.target, key.parameter))
+    return merged, replaced
+
+
+def unused_problem(binding: Binding, walk: Walk) -> str:
+    """Describes why `binding` is not used, and what may have been meant."""
+    key = binding.key
+    if key.target == MACRO:
+        others = ["/".join(scope) for target, scope in walk.calls if target == MACRO]
+        return (
+            f"{binding.location}: the macro {key} is not used: no value in use refers to %{key}."
+            f"{did_you_mean(str(key), others)}"
+        )
+    scopes = [scope for target, scope in walk.calls if target == key.target]
+    if scopes:
+        names = [str(Key(scope, key.target, key.parameter)) for scope in scopes]
+        return (
+            f"{binding.location}: {key} is not used: {key.target} is used as {', '.join(names)}, "
+            f"not in the scope '{'/'.join(key.scope)}'.{did_you_mean(str(key), names)}"
+        )
+    names = [str(Key(scope, target, "")).rstrip(".") for target, scope in walk.calls]
+    scoped = "/".join((*key.scope, str(key.target)))
+    return (
+        f"{binding.location}: {key} is not used: no value in use refers to @{scoped}()."
+        f"{did_you_mean(scoped, names)}"
+    )

@@ -1,0 +1,441 @@
+"""T5 1.0 and 1.1: the encoder-decoder that distillation began with.
+
+Raffel et al. 2020 (https://arxiv.org/abs/1910.10683). The parameter tree is that of T5X's
+minimal T5, so T5X's checkpoints are read name by name.
+"""
+
+import dataclasses
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
+from gkd_jax.batch import Batch
+from gkd_jax.models import layers
+from gkd_jax.models.config import T5Config
+
+KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
+
+
+@flax.struct.dataclass
+class T5DecodeState:
+    """What decoding keeps between steps; the batch is the first axis of every leaf.
+
+    Attributes:
+      self_attention: keys and values of the fed tokens by layer; slot 0 is the start token's,
+        slot t + 1 that of output position t.
+      cross_attention: keys and values of the encoded prompt by layer.
+      inputs_mask: True on the real tokens of the prompt.
+    """
+
+    self_attention: tuple[KeysValues, ...]
+    cross_attention: tuple[KeysValues, ...]
+    inputs_mask: Bool[Array, "B S"]
+
+
+def _norm(config: T5Config) -> layers.RMSNorm:
+    return layers.RMSNorm(config.dtype)
+
+
+def _attention(config: T5Config) -> layers.Attention:
+    return layers.Attention(
+        config.num_heads, config.head_dim, config.emb_dim, config.dropout_rate, config.dtype
+    )
+
+
+def _mlp(config: T5Config) -> layers.GatedMLP:
+    return layers.GatedMLP(
+        config.mlp_dim,
+        config.emb_dim,
+        config.mlp_activations,
+        config.dropout_rate,
+        config.dtype,
+    )
+
+
+def _dropout(config: T5Config) -> nn.Dropout:
+    # One coin per sequence and feature, shared by all positions, as in T5X.
+    return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention over the prompt, then the feed-forward block."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        self.pre_attention_layer_norm = _norm(self.config)
+        self.attention = _attention(self.config)
+        self.pre_mlp_layer_norm = _norm(self.config)
+        self.mlp = _mlp(self.config)
+        self.dropout = _dropout(self.config)
+
+    def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
+        y = self.pre_attention_layer_norm(x)
+        keys, values = self.attention.keys_values(y)
+        y = self.attention(y, keys, values, bias, deterministic=deterministic)
+        x = x + self.dropout(y, deterministic=deterministic)
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
+        return x + self.dropout(y, deterministic=deterministic)
+
+
+class Encoder(nn.Module):
+    """Embedded prompts to encoded prompts."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        config = self.config
+        self.relpos_bias = layers.RelativePositionBias(config.num_heads, bidirectional=True)
+        self.layers = [EncoderLayer(config) for _ in range(config.num_encoder_layers)]
+        self.encoder_norm = _norm(config)
+        self.dropout = _dropout(config)
+        # T5X draws this last one per position too.
+        self.final_dropout = nn.Dropout(config.dropout_rate)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        inputs_mask: Bool[Array, "B S"],
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "B S D"]:
+        length = x.shape[1]
+        # Padded queries see nothing, so that their (unused) outputs are T5X's as well.
+        mask = inputs_mask[:, None, :, None] & inputs_mask[:, None, None, :]
+        bias = self.relpos_bias(length, length) + layers.mask_to_bias(mask)
+        x = self.dropout(x, deterministic=deterministic)
+        for layer in self.layers:
+            x = layer(x, bias, deterministic=deterministic)
+        return self.final_dropout(self.encoder_norm(x), deterministic=deterministic)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention over the output, attention to the prompt, feed-forward block."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        self.pre_self_attention_layer_norm = _norm(self.config)
+        self.self_attention = _attention(self.config)
+        self.pre_cross_attention_layer_norm = _norm(self.config)
+        self.encoder_decoder_attention = _attention(self.config)
+        self.pre_mlp_layer_norm = _norm(self.config)
+        self.mlp = _mlp(self.config)
+        self.dropout = _dropout(self.config)
+
+    def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> KeysValues:
+        return self.encoder_decoder_attention.keys_values(encoded)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cross: KeysValues,
+        self_bias: Float[Array, "1 H T L"],
+        cross_bias: Float[Array, "B 1 1 S"],
+        *,
+        deterministic: bool,
+        cache: KeysValues | None = None,
+        slot: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """One body for a whole output and for a decode step, so that they cannot differ.
+
+        With a cache, the keys and values of `x` are put at `slot` of it, and `x` attends to the
+        cache.
+        """
+        y = self.pre_self_attention_layer_norm(x)
+        keys, values = self.self_attention.keys_values(y)
+        if cache is not None:
+            keys = lax.dynamic_update_slice_in_dim(cache[0], keys, slot, axis=2)
+            values = lax.dynamic_update_slice_in_dim(cache[1], values, slot, axis=2)
+        y = self.self_attention(y, keys, values, self_bias, deterministic=deterministic)
+        x = x + self.dropout(y, deterministic=deterministic)
+        y = self.pre_cross_attention_layer_norm(x)
+        y = self.encoder_decoder_attention(y, *cross, cross_bias, deterministic=deterministic)
+        x = x + self.dropout(y, deterministic=deterministic)
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
+        return x + self.dropout(y, deterministic=deterministic), (keys, values)
+
+
+class Decoder(nn.Module):
+    """Embedded output tokens to hidden states, all at once or one position at a time."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        config = self.config
+        self.relpos_bias = layers.RelativePositionBias(config.num_heads, bidirectional=False)
+        self.layers = [DecoderLayer(config) for _ in range(config.num_decoder_layers)]
+        self.decoder_norm = _norm(config)
+        self.dropout = _dropout(config)
+        if not config.logits_via_embedding:
+            self.logits_dense = layers.Dense(config.vocab_size, ("embed", "vocab"), "float32")
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        encoded: Float[Array, "B S D"],
+        inputs_mask: Bool[Array, "B S"],
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "B T D"]:
+        length = x.shape[1]
+        # Causal only: which positions count is for the loss weights to say.
+        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        self_bias = self.relpos_bias(length, length) + layers.mask_to_bias(causal)
+        cross_bias = layers.mask_to_bias(inputs_mask[:, None, None, :])
+        x = self.dropout(x, deterministic=deterministic)
+        for layer in self.layers:
+            cross = layer.cross_keys_values(encoded)
+            x, _ = layer(x, cross, self_bias, cross_bias, deterministic=deterministic)
+        return self.dropout(self.decoder_norm(x), deterministic=deterministic)
+
+    def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[KeysValues, ...]:
+        return tuple(layer.cross_keys_values(encoded) for layer in self.layers)
+
+    def step(
+        self, x: Float[Array, "B 1 D"], state: T5DecodeState, slot: Int[Array, ""]
+    ) -> tuple[Float[Array, "B 1 D"], T5DecodeState]:
+        num_slots = state.self_attention[0][0].shape[2]
+        seen = (jnp.arange(num_slots) <= slot)[None, None, None]
+        self_bias = self.relpos_bias.row(slot, num_slots) + layers.mask_to_bias(seen)
+        cross_bias = layers.mask_to_bias(state.inputs_mask[:, None, None, :])
+        caches = []
+        for layer, cache, cross in zip(
+            self.layers, state.self_attention, state.cross_attention, strict=True
+        ):
+            x, cache = layer(
+                x, cross, self_bias, cross_bias, deterministic=True, cache=cache, slot=slot
+            )
+            caches.append(cache)
+        return self.decoder_norm(x), state.replace(self_attention=tuple(caches))
+
+
+class Transformer(nn.Module):
+    """The Linen module: the parameter tree, and the computations on it."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        config = self.config
+        self.token_embedder = layers.Embed(config.vocab_size, config.emb_dim, config.dtype)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, inputs: Array, inputs_mask: Array, *, deterministic: bool) -> Array:
+        embedded = self.token_embedder(inputs)
+        return self.encoder(embedded, inputs_mask, deterministic=deterministic)
+
+    def hidden_states(
+        self, inputs: Array, inputs_mask: Array, targets: Array, *, deterministic: bool
+    ) -> Array:
+        encoded = self.encode(inputs, inputs_mask, deterministic=deterministic)
+        start = jnp.full_like(targets[:, :1], self.config.decoder_start_id)
+        embedded = self.token_embedder(jnp.concatenate([start, targets[:, :-1]], axis=1))
+        return self.decoder(embedded, encoded, inputs_mask, deterministic=deterministic)
+
+    def prefill(self, inputs: Array, inputs_mask: Array, num_slots: int) -> tuple:
+        config = self.config
+        encoded = self.encode(inputs, inputs_mask, deterministic=True)
+        batch = inputs.shape[0]
+        shape = (batch, config.num_heads, num_slots, config.head_dim)
+        # Not one array for all: donated buffers must not be shared.
+        self_attention = tuple(
+            (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+            for _ in range(config.num_decoder_layers)
+        )
+        state = T5DecodeState(
+            self_attention, self.decoder.cross_keys_values(encoded), inputs_mask
+        )
+        start = jnp.full((batch,), config.decoder_start_id, inputs.dtype)
+        return self.step(state, start, jnp.zeros((), jnp.int32))
+
+    def step(self, state: T5DecodeState, tokens: Array, slot: Array) -> tuple:
+        hidden, state = self.decoder.step(self.token_embedder(tokens[:, None]), state, slot)
+        return hidden[:, 0], state
+
+    def __call__(self, inputs: Array, inputs_mask: Array, targets: Array) -> Array:
+        """Touches every parameter; for the initialisation."""
+        hidden = self.hidden_states(inputs, inputs_mask, targets, deterministic=True)
+        return hidden if self.config.logits_via_embedding else self.decoder.logits_dense(hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5:
+    """T5 as pure functions of its parameters; a `LanguageModel`.
+
+    Attributes:
+      config: sizes and variant.
+    """
+
+    config: T5Config
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, padding of the vocabulary included."""
+        return self.config.vocab_size
+
+    @property
+    def module(self) -> Transformer:
+        """The Linen module."""
+        return Transformer(self.config)
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Makes float32 parameters with T5X's initialisers; jit-able."""
+        return nn.meta.unbox(self._boxed_params(key))
+
+    def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the parameters, without allocating them."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
+        """Logical axis names of each parameter, in T5X's words."""
+        return nn.get_partition_spec(jax.eval_shape(self._boxed_params, jax.random.key(0)))
+
+    def _boxed_params(self, key: Key[Array, ""]) -> PyTree:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return self.module.init(key, tokens, tokens == 0, tokens)["params"]
+
+    def encode(
+        self,
+        params: Params,
+        inputs: Int[Array, "B S"],
+        inputs_mask: Bool[Array, "B S"],
+        *,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Encodes prompts.
+
+        Args:
+          params: parameters.
+          inputs: prompt tokens, padded anywhere.
+          inputs_mask: True on real tokens.
+          dropout_key: key of the dropout, which is off without it.
+
+        Returns:
+          Outputs of the encoder in the compute dtype.
+        """
+        return self.module.apply(
+            {"params": params},
+            inputs,
+            inputs_mask,
+            deterministic=dropout_key is None,
+            rngs=_rngs(dropout_key),
+            method=Transformer.encode,
+        )
+
+    def hidden_states(
+        self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Hidden states from which `unembed` predicts `batch.targets[:, t]` at position t.
+
+        The decoder reads the start token and the targets but the last, so position t depends
+        on the targets before t alone.
+
+        Args:
+          params: parameters.
+          batch: prompts and outputs.
+          dropout_key: key of the dropout, which is off without it.
+
+        Returns:
+          Outputs of the decoder's last norm (and dropout), in the compute dtype.
+        """
+        return self.module.apply(
+            {"params": params},
+            batch.inputs,
+            batch.inputs_mask,
+            batch.targets,
+            deterministic=dropout_key is None,
+            rngs=_rngs(dropout_key),
+            method=Transformer.hidden_states,
+        )
+
+    def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """Hidden states to float32 logits.
+
+        The head's kernel (T5 1.1), or the embedding, scaled by 1/sqrt(D) (T5 1.0). Only that
+        parameter is read, and a slice of its vocabulary axis gives that slice of the logits.
+        """
+        if self.config.logits_via_embedding:
+            kernel, axis = params["token_embedder"]["embedding"], 1
+        else:
+            kernel, axis = params["decoder"]["logits_dense"]["kernel"], 0
+        if not hidden.dtype == kernel.dtype == jnp.bfloat16:
+            hidden, kernel = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
+        # Two bfloat16 operands stay so: their products are exact in float32, and a large
+        # teacher's head is not copied.
+        logits = lax.dot_general(
+            hidden,
+            kernel,
+            (((hidden.ndim - 1,), (axis,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        if self.config.logits_via_embedding:
+            logits = logits / math.sqrt(self.config.emb_dim)
+        return logits
+
+    def prefill(
+        self,
+        params: Params,
+        inputs: Int[Array, "B S"],
+        inputs_mask: Bool[Array, "B S"],
+        *,
+        max_length: int,
+    ) -> tuple[Float[Array, "B D"], T5DecodeState]:
+        """Encodes the prompts and feeds the start token.
+
+        Args:
+          params: parameters.
+          inputs: prompt tokens, padded anywhere.
+          inputs_mask: True on real tokens.
+          max_length: output tokens that the state has room for. The last of them predicts
+            nothing that is wanted, so it has no slot of its own.
+
+        Returns:
+          Hidden states of the first output position, and the state.
+
+        Raises:
+          ValueError: `max_length` is below 1.
+        """
+        if max_length < 1:
+            raise ValueError(
+                f"max_length must be at least 1; got {max_length}. Set it to the longest output "
+                "to generate."
+            )
+        return self.module.apply(
+            {"params": params}, inputs, inputs_mask, max_length, method=Transformer.prefill
+        )
+
+    def decode_step(
+        self,
+        params: Params,
+        state: T5DecodeState,
+        tokens: Int[Array, " B"],
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "B D"], T5DecodeState]:
+        """Feeds the output tokens at position `index`; returns hidden states for the next.
+
+        Args:
+          params: parameters.
+          state: from `prefill` or the step before.
+          tokens: output tokens at position `index`.
+          index: position in the output, from 0 to max_length - 2; may be traced.
+
+        Returns:
+          Hidden states of output position `index + 1`, and the state.
+        """
+        return self.module.apply(
+            {"params": params},
+            state,
+            tokens,
+            jnp.asarray(index, jnp.int32) + 1,
+            method=Transformer.step,
+        )
+
+
+def _rngs(dropout_key: Key[Array, ""] | None) -> dict[str, Key[Array, ""]]:
+    return {} if dropout_key is None else {"dropout": dropout_key}

@@ -1,0 +1,205 @@
+"""Divergences between teacher and student, each written once, as a term per vocabulary entry.
+
+D(P || Q) = sum over v of f(log q_v, log p_v), with P the teacher and Q the student. A class here
+gives f and its slope f'_v = df/d log q_v. Everything else is the framework's and is in
+`token_divergence`: normalising, temperatures, the sum over entries, and the gradient
+with respect to the student's logits, f'_v - q_v * sum_u f'_u.
+
+That gradient does not change when a multiple of q_v is added to every f'_v, nor the sum when
+q_v - p_v is added to every f. The KL terms use this freedom: with it f and f' are exactly 0 where
+p_v = q_v, and rounding in a normaliser enters only to second order.
+"""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax.array_types import Array, Bool, Float
+
+# Above this log-ratio of probabilities exp would overflow float32; the student's share of the
+# mixture has vanished long before.
+_MAX_EXPONENT = 80.0
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyEntries:
+    """Entries of next-token distributions, as a term sees them.
+
+    Usually the whole vocabulary. A term may not assume that: a part of it, or a sparse support
+    with a bucket for the rest, are also entries.
+
+    Attributes:
+      student_log_probs: log q_v, normalised, student temperature applied.
+      teacher_log_probs: log p_v, normalised, teacher temperature applied; None where the
+        divergence needs no teacher. Never -inf together with the student's.
+      is_target: True on the entry of the output token.
+    """
+
+    student_log_probs: Float[Array, "*n V"]
+    teacher_log_probs: Float[Array, "*n V"] | None
+    is_target: Bool[Array, "*n V"]
+
+    @property
+    def student_probs(self) -> Float[Array, "*n V"]:
+        """q_v."""
+        return jnp.exp(self.student_log_probs)
+
+    @property
+    def teacher_probs(self) -> Float[Array, "*n V"]:
+        """p_v."""
+        return jnp.exp(self._teacher)
+
+    @property
+    def log_ratio(self) -> Float[Array, "*n V"]:
+        """d_v = log p_v - log q_v; +inf where only q_v is 0, -inf where only p_v is 0."""
+        return self._teacher - self.student_log_probs
+
+    @property
+    def _teacher(self) -> Array:
+        assert self.teacher_log_probs is not None, "a divergence that reads it needs_teacher"
+        return self.teacher_log_probs
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence(abc.ABC):
+    """A divergence D(P || Q) as a sum of terms; subclass it to add one.
+
+    Attributes:
+      needs_teacher: whether the term reads the teacher's log-probabilities.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """Contribution f(log q_v, log p_v) of each entry, elementwise."""
+
+    def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """df/d log q_v of each entry, up to a common multiple of q_v.
+
+        This default differentiates `term`. Override it where a closed form is exact and the
+        derivative of the written formula is not.
+        """
+
+        def term(student_log_probs: Array) -> Array:
+            return self.term(dataclasses.replace(entries, student_log_probs=student_log_probs))
+
+        log_probs = entries.student_log_probs
+        return jax.jvp(term, (log_probs,), (jnp.ones_like(log_probs),))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class NegativeLogLikelihood(Divergence):
+    """-log q of the output token: supervised fine-tuning, or SeqKD on a teacher's outputs."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """-log q_v on the output token, 0 elsewhere."""
+        return jnp.where(entries.is_target, -entries.student_log_probs, 0.0)
+
+    def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """-1 on the output token, 0 elsewhere."""
+        return -entries.is_target.astype(entries.student_log_probs.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """KL(P || Q) = sum of p_v (log p_v - log q_v), from the teacher: covers its modes.
+
+    +inf where the teacher gives probability to an entry that the student excludes.
+    """
+
+    def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """p d + (q - p), which is never negative; the bracket sums to 0."""
+        student, teacher = entries.student_probs, entries.teacher_probs
+        return _times_log(teacher, entries.log_ratio) + (student - teacher)
+
+    def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """q - p."""
+        return entries.student_probs - entries.teacher_probs
+
+
+@dataclasses.dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """KL(Q || P) = sum of q_v (log q_v - log p_v), from the student: seeks a mode.
+
+    +inf where the student gives probability to an entry that the teacher excludes; the gradient
+    of such a token does not exist.
+    """
+
+    def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """-q d + (p - q), which is never negative; the bracket sums to 0."""
+        student, teacher = entries.student_probs, entries.teacher_probs
+        return (teacher - student) - _times_log(student, entries.log_ratio)
+
+    def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """-q d."""
+        return -_times_log(entries.student_probs, entries.log_ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneralizedJSD(Divergence):
+    """JSD_beta(P || Q) = beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q.
+
+    Generalized Jensen-Shannon divergence of GKD (arXiv 2306.13649, section 2). With
+    d = log p - log q and r = log m - log q = log1p(beta expm1(d)) the term is
+    beta p (d - r) - (1 - beta) q r. In d/d log q the derivatives of the logarithm of m cancel,
+    which leaves the slope -(1 - beta) q r. All are exactly 0 where p = q.
+
+    JSD_beta tends to 0 at both ends, as beta KL(P || Q) and as (1 - beta) KL(Q || P), so the
+    ends are divergences of their own here: `ForwardKL` and `ReverseKL`.
+
+    Attributes:
+      beta: the teacher's share of the mixture M, 0 < beta < 1.
+      normalized: divides by beta (1 - beta), so that the values tend to the forward and the
+        reverse KL at the ends, and rates of learning compare across beta. The paper does not.
+
+    Raises:
+      ValueError: beta is not inside (0, 1).
+    """
+
+    beta: float
+    normalized: bool = False
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.beta, (int, float)) and 0.0 < self.beta < 1.0):
+            raise ValueError(
+                f"GeneralizedJSD.beta must be between 0 and 1, ends excluded; got {self.beta!r}. "
+                "For beta=0 use ForwardKL, the limit of JSD/beta; for beta=1 use ReverseKL, the "
+                "limit of JSD/(1-beta)."
+            )
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 / (self.beta * (1.0 - self.beta)) if self.normalized else 1.0
+
+    def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """beta p (d - r) - (1 - beta) q r."""
+        log_p_over_m, log_m_over_q = self._log_ratios_to_mixture(entries)
+        of_teacher = _times_log(entries.teacher_probs, log_p_over_m)
+        of_student = _times_log(entries.student_probs, log_m_over_q)
+        return self._scale * (self.beta * of_teacher - (1.0 - self.beta) * of_student)
+
+    def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """-(1 - beta) q r."""
+        _, log_m_over_q = self._log_ratios_to_mixture(entries)
+        scale = self._scale * (1.0 - self.beta)
+        return -scale * _times_log(entries.student_probs, log_m_over_q)
+
+    def _log_ratios_to_mixture(self, entries: VocabularyEntries) -> tuple[Array, Array]:
+        """log p - log m and log m - log q, for any log-ratio from -inf to +inf."""
+        ratio = entries.log_ratio
+        # Beyond the cap log p - log m is the constant -log beta, and log m - log q rises by
+        # exactly what was cut off.
+        capped = jnp.minimum(ratio, _MAX_EXPONENT)
+        log_m_over_q = jnp.log1p(self.beta * jnp.expm1(capped))
+        return capped - log_m_over_q, log_m_over_q + jnp.maximum(ratio - _MAX_EXPONENT, 0.0)
+
+
+def _times_log(probs: Array, logs: Array) -> Array:
+    """probs * logs with the limit 0 where probs is 0, whatever the logarithm."""
+    return jnp.where(probs > 0, probs * logs, 0.0)

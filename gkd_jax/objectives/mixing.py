@@ -1,0 +1,129 @@
+"""Where a step's outputs come from: the coin of GKD's Algorithm 1 and its probability lambda."""
+
+import dataclasses
+import math
+from typing import Protocol
+
+import numpy as np
+
+# Keeps the coin's stream apart from other uses of the same seed.
+_COIN_STREAM = 0x6B64636F696E
+
+
+class FractionSchedule(Protocol):
+    """Lambda as a function of the step."""
+
+    def __call__(self, step: int) -> float:
+        """Probability, in [0, 1], that step `step` trains on the student's own outputs."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RisingFraction:
+    """lambda = 1 - base^(step / num_steps): ImitKD's schedule (arXiv 2009.07253).
+
+    It begins at 0, with the data's outputs alone, and ends at 1 - base.
+
+    Attributes:
+      base: r in (0, 1); 1 - base is the fraction at `num_steps`.
+      num_steps: length of the training, I in the paper.
+
+    Raises:
+      ValueError: a setting is outside its range.
+    """
+
+    base: float
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.base, (int, float)) and 0.0 < self.base < 1.0):
+            raise ValueError(
+                "RisingFraction.base must be between 0 and 1, ends excluded; got "
+                f"{self.base!r}. Set it to 1 minus the fraction wanted at the end."
+            )
+        if not (isinstance(self.num_steps, int) and self.num_steps >= 1):
+            raise ValueError(
+                f"RisingFraction.num_steps must be a whole number from 1 on; got {self.num_steps!r}. Set it to "
+                "the number of training steps."
+            )
+
+    def __call__(self, step: int) -> float:
+        """1 - base^(step / num_steps)."""
+        return -math.expm1(math.log(self.base) * step / self.num_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputMix:
+    """Decides for each step whether its batch trains on the student's own outputs.
+
+    Algorithm 1 of GKD (arXiv 2306.13649): draw u ~ U(0, 1); where u <= lambda the outputs of
+    the whole batch are sampled from the student, otherwise they come from the data.
+
+    Attributes:
+      student_data_fraction: lambda, a number in [0, 1] or a schedule. 1 is on-policy at every
+        step, 0 never.
+
+    Raises:
+      ValueError: the fraction is a number outside [0, 1].
+    """
+
+    student_data_fraction: float | FractionSchedule = 0.5
+
+    def __post_init__(self) -> None:
+        # A class is callable too: what gin gives for a schedule named without its brackets.
+        is_schedule = callable(self.student_data_fraction)
+        if not is_schedule or isinstance(self.student_data_fraction, type):
+            _check_fraction(self.student_data_fraction)
+
+    def fraction(self, step: int) -> float:
+        """Lambda at a step.
+
+        Raises:
+          ValueError: a schedule gave a value outside [0, 1].
+        """
+        if callable(self.student_data_fraction):
+            return _check_fraction(self.student_data_fraction(step))
+        return self.student_data_fraction
+
+    def is_on_policy(self, step: int, *, seed: int) -> bool:
+        """Tosses the coin of one step, on the host.
+
+        It depends on (seed, step) alone, so all hosts agree without talking to each other, and
+        a resumed run tosses the same.
+
+        Args:
+          step: number of the training step, from 0.
+          seed: the run's seed, not negative.
+
+        Returns:
+          True where the batch's outputs are to be sampled from the student.
+
+        Raises:
+          ValueError: the seed or the step is negative.
+        """
+        # 1 - random() lies in (0, 1]: a fraction of 0 is never hit, a fraction of 1 always.
+        return 1.0 - _uniform(seed=seed, step=step) <= self.fraction(step)
+
+
+def _uniform(*, seed: int, step: int) -> float:
+    """A number in [0, 1) that is a function of (seed, step)."""
+    for name, value in (("seed", seed), ("step", step)):
+        if not 0 <= value < 2**63:
+            raise ValueError(
+                f"{name} must be between 0 and 2**63 - 1; got {value}. Set {name} to such a number."
+            )
+    key = np.array([seed, _COIN_STREAM], dtype=np.uint64)
+    # The low word counts the draws within a step, so that steps never share one.
+    counter = np.array([0, step, 0, 0], dtype=np.uint64)
+    return float(np.random.Generator(np.random.Philox(key=key, counter=counter)).random())
+
+
+def _check_fraction(value: object) -> float:
+    if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise ValueError(
+            "OutputMix.student_data_fraction (lambda) must be a number from 0 (the data's outputs "
+            f"only) to 1 (the student's only), or a schedule; got {value!r}. Set "
+            "OutputMix.student_data_fraction inside that range (a schedule in gin: "
+            "@RisingFraction() with brackets)."
+        )
+    return float(value)

@@ -1,0 +1,171 @@
+"""From logits to a divergence per token and its gradient, for every divergence alike."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax.array_types import Array, Float, Int
+from gkd_jax.objectives.divergences import Divergence, VocabularyEntries
+
+
+def token_divergence(
+    divergence: Divergence,
+    student_logits: Float[Array, "*n V"],
+    teacher_logits: Float[Array, "*n V"] | None,
+    targets: Int[Array, "*n"],
+    *,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+) -> Float[Array, "*n"]:
+    """Computes D(P || Q) of each token, P = softmax(teacher/tau_t), Q = softmax(student/tau_s).
+
+    Differentiable in the student's logits; the teacher's get no gradient. No factor tau^2 is
+    applied. Entries that are -inf in both are outside both distributions and contribute 0. A
+    token whose cotangent is 0 has gradient 0, even where its divergence is infinite.
+
+    Args:
+      divergence: which one.
+      student_logits: as the model gives them, without temperature.
+      teacher_logits: likewise; None exactly where the divergence needs no teacher.
+      targets: the output tokens, which only the negative log-likelihood reads.
+      student_temperature: divides the student's logits, here and nowhere else; above 0.
+      teacher_temperature: divides the teacher's logits, here and nowhere else; above 0.
+
+    Returns:
+      The divergence per token in nats, float32 (or wider, if the logits are).
+
+    Raises:
+      ValueError: the teacher is missing or not needed, or shapes differ.
+    """
+    _check(divergence, student_logits, teacher_logits, targets)
+    temperatures = (float(student_temperature), float(teacher_temperature))
+    if teacher_logits is not None:
+        teacher_logits = jax.lax.stop_gradient(teacher_logits)
+    return _token_divergence(divergence, temperatures, student_logits, teacher_logits, targets)
+
+
+def divergence_and_gradient(
+    divergence: Divergence,
+    student_logits: Float[Array, "*n V"],
+    teacher_logits: Float[Array, "*n V"] | None,
+    targets: Int[Array, "*n"],
+    *,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+) -> tuple[Float[Array, "*n"], Float[Array, "*n V"]]:
+    """Computes `token_divergence` and its gradient in the student's logits in one pass.
+
+    With f'_v = df/d log q_v the gradient is (f'_v - q_v sum_u f'_u) / tau_s. For losses that
+    make their gradients in the forward pass; others differentiate `token_divergence`.
+
+    Returns:
+      The divergence per token, and its gradient per logit, in the same dtype.
+    """
+    _check(divergence, student_logits, teacher_logits, targets)
+    student = _log_probs(student_logits, student_temperature)
+    teacher = None if teacher_logits is None else _log_probs(teacher_logits, teacher_temperature)
+    is_target = targets[..., None] == jax.lax.broadcasted_iota(
+        targets.dtype, student.shape, student.ndim - 1
+    )
+    entries = VocabularyEntries(student, teacher, is_target)
+    if teacher is None:
+        term, slope = divergence.term(entries), divergence.slope(entries)
+    else:
+        # -inf minus -inf is NaN: such an entry is given equal values, then counted as 0.
+        excluded = jnp.isneginf(student) & jnp.isneginf(teacher)
+        entries = VocabularyEntries(
+            jnp.where(excluded, 0.0, student), jnp.where(excluded, 0.0, teacher), is_target
+        )
+        term = jnp.where(excluded, 0.0, divergence.term(entries))
+        slope = jnp.where(excluded, 0.0, divergence.slope(entries))
+    gradient = slope - jnp.exp(student) * jnp.sum(slope, axis=-1, keepdims=True)
+    return jnp.sum(term, axis=-1), gradient / student_temperature
+
+
+# One [*n, V] array is kept for the backward pass, the gradient itself: both logits are free as
+# soon as the forward pass has ended. Without differentiation XLA drops it as unused.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_divergence(
+    divergence: Divergence,
+    temperatures: tuple[float, float],
+    student_logits: Array,
+    teacher_logits: Array | None,
+    targets: Array,
+) -> Array:
+    return _forward(divergence, temperatures, student_logits, teacher_logits, targets)[0]
+
+
+def _forward(
+    divergence: Divergence,
+    temperatures: tuple[float, float],
+    student_logits: Array,
+    teacher_logits: Array | None,
+    targets: Array,
+) -> tuple[Array, Array]:
+    value, gradient = divergence_and_gradient(
+        divergence,
+        student_logits,
+        teacher_logits,
+        targets,
+        student_temperature=temperatures[0],
+        teacher_temperature=temperatures[1],
+    )
+    return value, gradient.astype(student_logits.dtype)
+
+
+def _backward(
+    divergence: Divergence, temperatures: tuple[float, float], gradient: Array, cotangent: Array
+) -> tuple[Array, None, None]:
+    del divergence, temperatures
+    cotangent = cotangent[..., None]
+    # 0 times an infinite gradient would be NaN, and a token that does not count must not matter.
+    of_student = jnp.where(cotangent == 0, 0.0, cotangent * gradient)
+    return of_student.astype(gradient.dtype), None, None
+
+
+_token_divergence.defvjp(_forward, _backward)
+
+
+def _log_probs(logits: Array, temperature: float) -> Array:
+    """log softmax(logits / temperature) in at least float32.
+
+    The maximum is subtracted before the division, so that large logits and low temperatures
+    cost no digits.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    shifted = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+    return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
+
+
+def _check(
+    divergence: Divergence, student_logits: Array, teacher_logits: Array | None, targets: Array
+) -> None:
+    name = type(divergence).__name__
+    if divergence.needs_teacher and teacher_logits is None:
+        raise ValueError(
+            f"{name} compares the student with a teacher; got no teacher logits. Give a "
+            "teacher, or use NegativeLogLikelihood."
+        )
+    if not divergence.needs_teacher and teacher_logits is not None:
+        raise ValueError(
+            f"{name} reads no teacher; got teacher logits, whose signal would be lost. Leave the "
+            "teacher out, or use ForwardKL, ReverseKL or GeneralizedJSD."
+        )
+    if teacher_logits is not None and teacher_logits.shape[-1] != student_logits.shape[-1]:
+        raise ValueError(
+            "teacher and student must have output layers of one vocabulary size; got "
+            f"{teacher_logits.shape[-1]} (teacher) and {student_logits.shape[-1]} (student). Set "
+            "vocab_size of both models alike, on one vocabulary."
+        )
+    if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            "teacher and student logits must have one shape; got "
+            f"{teacher_logits.shape} (teacher) and {student_logits.shape} (student). Give both "
+            "models the same batch."
+        )
+    if targets.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            f"targets must have the shape of the logits without the vocabulary; got "
+            f"{targets.shape} and {student_logits.shape}. Give the targets that the logits predict."
+        )

@@ -1,0 +1,350 @@
+"""The device mesh, and which array lies where: the only module that builds shardings.
+
+Models name the axes of their parameters ('embed', 'mlp', ...); a table of rules turns those
+names into axes of the mesh, 'data' and 'model'. Data parallelism splits the batch over 'data',
+tensor parallelism splits wide layers over 'model', and one device is a mesh of 1x1.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gkd_jax.array_types import PyTree
+from gkd_jax.batch import Batch
+from gkd_jax.models.base import LanguageModel
+
+Rules: TypeAlias = tuple[tuple[str, str | None], ...]
+"""(logical axis, mesh axis or None for replicated); of two for one array, the first wins."""
+
+STANDARD_RULES: Rules = (
+    ("batch", "data"),
+    ("vocab", "model"),
+    ("mlp", "model"),
+    ("heads", "model"),
+    ("joined_kv", "model"),
+    ("embed", None),
+    ("kv", None),
+    ("length", None),
+    ("layers", None),
+    ("relpos_buckets", None),
+)
+"""T5X's rules for `parameter_partitioning_dims=1`: parameters are replicated over 'data'."""
+
+FSDP_RULES: Rules = tuple(
+    (name, "data" if name == "embed" else axis) for name, axis in STANDARD_RULES
+)
+"""T5X's rules for `parameter_partitioning_dims=2`: parameters and optimizer state are also
+split over 'data', along 'embed', and gathered layer by layer where they are used."""
+
+_TABLES = {"standard": STANDARD_RULES, "fsdp": FSDP_RULES}
+_MESH_AXES = ("data", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataLayout:
+    """Which part of every global batch this process must load.
+
+    Processes that together hold one copy of a model load the same part.
+
+    Attributes:
+      shard_id: number of the part, from 0.
+      num_shards: how many parts there are.
+    """
+
+    shard_id: int
+    num_shards: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioner:
+    """A mesh of devices and the rules that lay arrays out on it.
+
+    Attributes:
+      model_parallelism: devices that share one copy of a model; must divide the number of heads,
+        the MLP's width and the vocabulary.
+      data_parallelism: groups of such devices that share a batch; None takes all that there are.
+      rules: 'standard' (parameters replicated over 'data'), 'fsdp' (parameters split over 'data'
+        too: less memory, more traffic), or a table of (logical axis, mesh axis) pairs.
+      devices: the devices of the mesh; None takes `jax.devices()`.
+    """
+
+    model_parallelism: int = 1
+    data_parallelism: int | None = None
+    rules: str | Rules = "standard"
+    devices: tuple[jax.Device, ...] | None = None
+
+    def __post_init__(self) -> None:
+        # Devices are not looked at yet: a Partitioner is made while a configuration is read,
+        # before jax.distributed.initialize.
+        for name in ("model_parallelism", "data_parallelism"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"Partitioner.{name} must be at least 1; got {value}. "
+                    f"Set Partitioner.{name} to a divisor of the number of devices."
+                )
+        if isinstance(self.rules, str) and self.rules not in _TABLES:
+            raise ValueError(
+                f"Partitioner.rules must be one of {sorted(_TABLES)} or a table; got "
+                f"{self.rules!r}. Set Partitioner.rules to one of those."
+            )
+        for _, mesh_axis in self.rule_table:
+            if mesh_axis not in (*_MESH_AXES, None):
+                raise ValueError(
+                    f"Partitioner.rules must name the mesh axes 'data' or 'model', or None; got "
+                    f"{mesh_axis!r}. Change that entry of Partitioner.rules."
+                )
+
+    @property
+    def rule_table(self) -> Rules:
+        """The rules as pairs."""
+        if isinstance(self.rules, str):
+            return _TABLES[self.rules]
+        return tuple((logical, mesh) for logical, mesh in self.rules)
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The mesh, with axes 'data' and 'model'.
+
+        Raises:
+          ValueError: if the devices cannot be laid out so.
+        """
+        devices = list(self.devices if self.devices is not None else jax.devices())
+        if self.data_parallelism is None and len(devices) % self.model_parallelism:
+            raise ValueError(
+                "Partitioner.model_parallelism must divide the number of devices; got "
+                f"{self.model_parallelism} and {len(devices)}. Set it to one of "
+                f"{_divisors(len(devices))}."
+            )
+        data = self.data_parallelism or len(devices) // self.model_parallelism
+        needed = data * self.model_parallelism
+        if needed > len(devices) or (needed < len(devices) and jax.process_count() > 1):
+            raise ValueError(
+                "Partitioner.data_parallelism * Partitioner.model_parallelism must be the number "
+                f"of devices; got {data} * {self.model_parallelism} and {len(devices)}. Leave "
+                "data_parallelism at None to use all devices."
+            )
+        # Auto: the compiler lays out what is not constrained. make_mesh orders devices by the
+        # machine's topology.
+        return jax.make_mesh(
+            (data, self.model_parallelism),
+            _MESH_AXES,
+            axis_types=(jax.sharding.AxisType.Auto,) * 2,
+            devices=devices[:needed],
+        )
+
+    def sharding(self, *mesh_axes: str | None) -> NamedSharding:
+        """The sharding of an array whose axes lie along the given axes of the mesh."""
+        return NamedSharding(self.mesh, PartitionSpec(*mesh_axes))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """A whole copy on each device."""
+        return self.sharding()
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """The first axis split over 'data', for every leaf of a Batch."""
+        return self.sharding("data")
+
+    def param_shardings(self, model: LanguageModel) -> PyTree[NamedSharding]:
+        """The sharding of each parameter of a model, by its logical axes.
+
+        Raises:
+          ValueError: an axis has no rule, or does not divide by its mesh axis.
+        """
+
+        def one(path: Any, param: jax.ShapeDtypeStruct, axes: PartitionSpec) -> NamedSharding:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return self.sharding(*self._mesh_axes(name, param.shape, axes))
+
+        return jax.tree_util.tree_map_with_path(one, model.abstract_params(), model.logical_axes())
+
+    def _mesh_axes(
+        self, name: str, shape: tuple[int, ...], axes: PartitionSpec
+    ) -> list[str | None]:
+        table = dict(reversed(self.rule_table))
+        out: list[str | None] = []
+        for axis, size in zip(axes, shape, strict=True):
+            if axis is not None and axis not in table:
+                raise ValueError(
+                    f"no rule for the logical axis {axis!r} of parameter {name}; got rules for "
+                    f"{sorted(table)}. Add ({axis!r}, None) to Partitioner.rules to replicate it."
+                )
+            mesh_axis = None if axis is None else table[axis]
+            if mesh_axis in out:
+                mesh_axis = None  # A mesh axis splits an array once.
+            if mesh_axis is not None and size % self.mesh.shape[mesh_axis]:
+                parallelism = self.mesh.shape[mesh_axis]
+                raise ValueError(
+                    f"Partitioner.{mesh_axis}_parallelism must divide the axis {axis!r} of each "
+                    f"parameter; got {parallelism}, and {size} in {name} {shape}. Set it to a "
+                    f"divisor such as {math.gcd(size, parallelism)}, or give {axis!r} the rule "
+                    "None."
+                )
+            out.append(mesh_axis)
+        return out
+
+    def state_shardings(
+        self, abstract_state: PyTree[Any], param_shardings: PyTree[NamedSharding]
+    ) -> PyTree[NamedSharding]:
+        """The sharding of each leaf of a training state.
+
+        Leaves shaped like a parameter (the parameter, moments, averages) lie as it does.
+        Adafactor's rows and columns lie as the axes that they keep. All else is replicated.
+
+        Args:
+          abstract_state: shapes; its parameters are in the attribute or entry `params`, and the
+            optimizer's trees repeat the parameters' paths.
+          param_shardings: from `param_shardings`.
+        """
+        is_dict = isinstance(abstract_state, dict)
+        params = abstract_state["params"] if is_dict else abstract_state.params
+        shardings = jax.tree_util.tree_leaves(param_shardings)
+        by_path = {
+            _names(path): (leaf.shape, sharding)
+            for (path, leaf), sharding in zip(
+                jax.tree_util.tree_leaves_with_path(params), shardings, strict=True
+            )
+        }
+
+        def one(path: Any, leaf: Any) -> NamedSharding:
+            names = _names(path)
+            for start in range(len(names)):
+                if names[start:] in by_path:
+                    shape, sharding = by_path[names[start:]]
+                    spec = _spec_like(shape, sharding.spec, leaf.shape, names[:start])
+                    return self.sharding(*spec)
+            return self.replicated
+
+        return jax.tree_util.tree_map_with_path(one, abstract_state)
+
+    @functools.cached_property
+    def data_layout(self) -> DataLayout:
+        """Which part of every global batch this process must load.
+
+        Not the process's index in general: where a model spans processes, several load the same
+        part, and the mesh may order processes by topology.
+        """
+        if jax.process_count() == 1:
+            return DataLayout(shard_id=0, num_shards=1)
+        rows: dict[int, set[int]] = {}
+        for index, row in enumerate(self.mesh.devices):
+            for device in row:
+                rows.setdefault(device.process_index, set()).add(index)
+        parts = sorted({tuple(sorted(held)) for held in rows.values()})
+        if sum(len(part) for part in parts) != len(self.mesh.devices):
+            raise ValueError(
+                "processes must hold the same rows of the mesh or none in common; got "
+                f"{parts}. Set Partitioner.model_parallelism to a divisor or a multiple of the "
+                "number of devices a process has."
+            )
+        return DataLayout(
+            shard_id=parts.index(tuple(sorted(rows[jax.process_index()]))), num_shards=len(parts)
+        )
+
+    def shard_batch(self, batch: Batch) -> Batch:
+        """Puts this process's rows (its `data_layout`) on its devices; returns global arrays."""
+        return jax.tree.map(
+            lambda rows: jax.make_array_from_process_local_data(
+                self.batch_sharding, np.asarray(rows)
+            ),
+            batch,
+        )
+
+    def check_batch_size(self, batch_size: int, num_microbatches: int = 1) -> None:
+        """Checks that a global batch divides over microbatches and data-parallel devices.
+
+        Raises:
+          ValueError: it does not.
+        """
+        data = self.mesh.shape["data"]
+        if num_microbatches < 1:
+            raise ValueError(
+                f"num_microbatches must be at least 1; got {num_microbatches}. Set it to 1 for "
+                "whole batches."
+            )
+        unit = data * num_microbatches
+        if batch_size < 1 or batch_size % unit:
+            by, got = "the data axis", f"{batch_size} and {data}"
+            if num_microbatches > 1:
+                by, got = f"{by} times num_microbatches", f"{got} * {num_microbatches}"
+            raise ValueError(
+                f"batch_size must be divisible by {by}; got {got}. "
+                f"Set DatasetConfig.batch_size to a multiple of {unit}."
+            )
+
+    def annotate(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps a function to be jitted so that models' named activations obey the rules.
+
+        Without it the compiler lays activations out by itself, from parameters and batch.
+        """
+
+        @functools.wraps(fn)
+        def annotated(*args: Any, **kwargs: Any) -> Any:
+            with self._axis_rules():
+                return fn(*args, **kwargs)
+
+        return annotated
+
+    @contextlib.contextmanager
+    def _axis_rules(self) -> Iterator[None]:
+        with self.mesh, nn.logical_axis_rules(self.rule_table):
+            yield
+
+    def fetch_to_host(self, tree: PyTree[Any]) -> PyTree[np.ndarray]:
+        """Copies whole global arrays to every process as NumPy. All processes must call it."""
+        return fetch_to_host(tree)
+
+
+def init_sharded(fn: Callable[..., Any], shardings: PyTree[Any]) -> Callable[..., Any]:
+    """Jits a function that makes arrays, so that each device makes only its own part.
+
+    Values do not depend on the mesh: JAX's keys are partitionable.
+    """
+    return jax.jit(fn, out_shardings=shardings)
+
+
+def fetch_to_host(tree: PyTree[Any]) -> PyTree[np.ndarray]:
+    """Copies whole global arrays to every process as NumPy. All processes must call it."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(np.asarray, jax.device_get(tree))
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _spec_like(
+    shape: tuple[int, ...],
+    spec: Sequence[str | None],
+    leaf_shape: tuple[int, ...],
+    container: tuple[str, ...],
+) -> tuple[str | None, ...]:
+    """The layout of an optimizer's leaf that belongs to a parameter of `shape` and `spec`."""
+    full = (*spec, *(None,) * (len(shape) - len(spec)))
+    if leaf_shape == shape:
+        return full
+    # Adafactor factors the two largest axes: rows lose the largest, columns the second, with
+    # NumPy's order among equals, which for a square parameter only the names tell apart.
+    lost = {"v_row": -1, "v_col": -2}
+    for name in container:
+        if name in lost and len(shape) > 1:
+            axis = int(np.argsort(shape)[lost[name]])
+            if leaf_shape == shape[:axis] + shape[axis + 1 :]:
+                return full[:axis] + full[axis + 1 :]
+    return ()  # A placeholder of shape (1,), or what this module does not know.
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,0 +1,46 @@
+"""Learning curves as a picture, from the metrics that runs wrote."""
+
+import json
+from collections.abc import Mapping
+
+from absl import logging
+from etils import epath
+
+
+def read_curve(model_dir: str, metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric in a run's `metrics.jsonl`; empty if it has none."""
+    path = epath.Path(model_dir) / "metrics.jsonl"
+    if not path.exists():
+        return [], []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def plot_curves(runs: Mapping[str, str], *, metric: str, path: str) -> None:
+    """Draws a metric's curve of several runs (name to `model_dir`), and their training loss.
+
+    Without Matplotlib a line in the log says how to get the picture.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logging.warning("no picture: Matplotlib is missing. pip install 'gkd_jax[plot]'")
+        return
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    score_axes, loss_axes = figure.subplots(1, 2)
+    for name, model_dir in runs.items():
+        steps, values = read_curve(model_dir, metric)
+        if steps:
+            score_axes.plot(steps, values, marker="o", markersize=3, label=name)
+        for group, style in (("data", "-"), ("on_policy", "--")):
+            steps, values = read_curve(model_dir, f"train/{group}/loss")
+            if steps:
+                loss_axes.plot(steps, values, style, label=f"{name} ({group})")
+    score_axes.set(xlabel="step", ylabel=metric)
+    loss_axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    for axes in (score_axes, loss_axes):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    with epath.Path(path).open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)

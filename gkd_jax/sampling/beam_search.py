@@ -1,0 +1,259 @@
+"""Beam search with a length penalty, as T5X has it."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gkd_jax.array_types import Array, Bool, Float, Int, Params, PyTree
+from gkd_jax.models.base import DecodeState, LanguageModel
+from gkd_jax.sampling.outputs import check_output_ids, is_any_of, repeat_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamSearch:
+    """Keeps the `num_beams` likeliest prefixes and returns the best ended ones.
+
+    An ended output of n tokens (its end-of-sequence token included) has the score
+    log P(output) / ((5 + n) / 6) ** alpha, the length penalty of Wu et al. 2016
+    (arXiv 1609.08144, equation 14).
+
+    Attributes:
+      num_beams: prefixes kept, and outputs returned, for each prompt.
+      alpha: 0 scores by log-probability alone; larger values favour longer outputs.
+    """
+
+    num_beams: int = 4
+    alpha: float = 0.6
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1:
+            raise ValueError(
+                f"BeamSearch.num_beams must be at least 1; got {self.num_beams}. For one beam "
+                "without search use Greedy()."
+            )
+        if not self.alpha >= 0:
+            raise ValueError(
+                f"BeamSearch.alpha must be at least 0; got {self.alpha}. Set 0 for no length "
+                "penalty."
+            )
+
+
+@flax.struct.dataclass
+class Beams:
+    """The outputs of a beam search, **best first** (T5X sorts them worst first).
+
+    A prompt none of whose outputs ended returns its unended beams, `finished` False, scored by
+    their log-probability without a length penalty, as T5X does. Where some ended but fewer than
+    `num_beams`, the places left are empty: padding, weight 0 and score -inf.
+
+    Attributes:
+      tokens: output tokens up to and including the end, then the padding id.
+      weights: 1 up to and including the end, 0 after it.
+      log_probs: of each token; 0 where the weight is.
+      scores: what the beams are sorted by.
+      finished: True where the output ended within the length.
+      steps_run: output positions that were computed, a scalar.
+    """
+
+    tokens: Int[Array, "B N T"]
+    weights: Float[Array, "B N T"]
+    log_probs: Float[Array, "B N T"]
+    scores: Float[Array, "B N"]
+    finished: Bool[Array, "B N"]
+    steps_run: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class _Hypotheses:
+    """Prefixes or ended outputs, best first. An empty place has the score -inf."""
+
+    tokens: Int[Array, "B N T"]
+    log_probs: Float[Array, "B N T"]
+    lengths: Int[Array, "B N"]
+    scores: Float[Array, "B N"]
+
+
+@flax.struct.dataclass
+class _Search:
+    """The state of the loop: `live` goes on, `ended` has reached its end."""
+
+    index: Int[Array, ""]  # the output position that comes next
+    live: _Hypotheses  # scores without a length penalty
+    ended: _Hypotheses  # scores with it
+    parents: Int[Array, "B N"]  # the beam whose cache each live beam goes on from
+    state: DecodeState
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    """What stays the same in a search."""
+
+    num_beams: int
+    alpha: float
+    max_length: int
+    eos_ids: tuple[int, ...]
+
+    @property
+    def num_candidates(self) -> int:
+        """Enough that, if every beam ends in every way it can, as many again go on."""
+        return self.num_beams * (1 + max(1, len(self.eos_ids)))
+
+    def penalty(self, length: int | Int[Array, ""]) -> Float[Array, ""]:
+        """Divides the log-probability of an output of this length."""
+        return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** self.alpha
+
+
+def beam_search(
+    model: LanguageModel,
+    params: Params,
+    inputs: Int[Array, "B S"],
+    inputs_mask: Bool[Array, "B S"],
+    *,
+    method: BeamSearch,
+    max_length: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    example_id: Int[Array, " B"] | None = None,
+) -> Beams:
+    """Searches the best outputs of every prompt; see `BeamSearch` and `Beams`.
+
+    Stops when no live beam of any prompt can beat the ended ones: a log-probability only falls,
+    and no penalty is larger than the one of the full length.
+
+    Args:
+      method: number of beams and length penalty.
+      max_length: T, any number from 1.
+      eos_ids: ids that end an output; may be empty.
+      pad_id: fills `tokens` after the end.
+      example_id: -1 marks filler rows, which nothing waits for and which come back empty.
+
+    Returns:
+      All beams, best first.
+
+    Raises:
+      ValueError: ids outside the vocabulary, a length below 1, or a vocabulary too small for
+        the number of beams.
+    """
+    check_output_ids(model.vocab_size, eos_ids=eos_ids, pad_id=pad_id, max_length=max_length)
+    rules = _Rules(method.num_beams, method.alpha, max_length, eos_ids)
+    if rules.num_candidates > model.vocab_size:
+        raise ValueError(
+            f"BeamSearch.num_beams needs a vocabulary of {rules.num_candidates} entries; got "
+            f"{model.vocab_size}. Set num_beams to a smaller number."
+        )
+    batch_size = inputs.shape[0]
+    filler = jnp.zeros(batch_size, bool) if example_id is None else example_id < 0
+
+    hidden, state = model.prefill(params, inputs, inputs_mask, max_length=max_length)
+    hidden, state = repeat_rows((hidden, state), method.num_beams)
+    search = _extend(_start(rules, batch_size, state), model.unembed(params, hidden), rules)
+
+    def step(search: _Search) -> _Search:
+        state = _gather_rows(search.state, search.parents)
+        last = lax.dynamic_index_in_dim(search.live.tokens, search.index - 1, 2, keepdims=False)
+        hidden, state = model.decode_step(params, state, last.reshape(-1), search.index - 1)
+        return _extend(search.replace(state=state), model.unembed(params, hidden), rules)
+
+    def can_improve(search: _Search) -> Bool[Array, ""]:
+        best_possible = search.live.scores[:, 0] / rules.penalty(max_length)
+        open_rows = (best_possible > search.ended.scores[:, -1]) & ~filler
+        return (search.index < max_length) & jnp.any(open_rows)
+
+    search = lax.while_loop(can_improve, step, search)
+    return _collect(search, filler, pad_id)
+
+
+def _start(rules: _Rules, batch_size: int, state: DecodeState) -> _Search:
+    """One live beam, the empty prefix, and nothing ended."""
+    shape = (batch_size, rules.num_beams)
+    none = _Hypotheses(
+        tokens=jnp.zeros((*shape, rules.max_length), jnp.int32),
+        log_probs=jnp.zeros((*shape, rules.max_length), jnp.float32),
+        lengths=jnp.zeros(shape, jnp.int32),
+        scores=jnp.full(shape, -jnp.inf, jnp.float32),
+    )
+    return _Search(
+        index=jnp.zeros((), jnp.int32),
+        live=none.replace(scores=none.scores.at[:, 0].set(0.0)),
+        ended=none,
+        parents=jnp.zeros(shape, jnp.int32),
+        state=state,
+    )
+
+
+def _extend(search: _Search, logits: Float[Array, "BN V"], rules: _Rules) -> _Search:
+    """Adds the best next tokens to the live beams and moves those that end."""
+    batch_size, num_beams = search.live.scores.shape
+    vocab_size = logits.shape[-1]
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    log_probs = log_probs.reshape(batch_size, num_beams, vocab_size)
+    totals = (search.live.scores[:, :, None] + log_probs).reshape(batch_size, -1)
+    totals, places = lax.top_k(totals, rules.num_candidates)
+    parents, tokens = places // vocab_size, places % vocab_size
+    token_log_probs = jnp.take_along_axis(log_probs.reshape(batch_size, -1), places, axis=1)
+
+    candidates = _gather(search.live, parents)
+    candidates = candidates.replace(
+        tokens=candidates.tokens.at[:, :, search.index].set(tokens),
+        log_probs=candidates.log_probs.at[:, :, search.index].set(token_log_probs),
+        lengths=candidates.lengths + 1,
+        scores=totals,
+    )
+    ends = is_any_of(tokens, rules.eos_ids)
+    live_scores, order = lax.top_k(jnp.where(ends, -jnp.inf, totals), num_beams)
+    live = _gather(candidates, order).replace(scores=live_scores)
+
+    scores = jnp.where(ends, totals / rules.penalty(search.index + 1), -jnp.inf)
+    pool = jax.tree.map(
+        lambda *parts: jnp.concatenate(parts, axis=1),
+        search.ended,
+        candidates.replace(scores=scores),
+    )
+    ended = _gather(pool, lax.top_k(pool.scores, num_beams)[1])
+    return search.replace(
+        index=search.index + 1,
+        live=live,
+        ended=ended,
+        parents=jnp.take_along_axis(parents, order, axis=1),
+    )
+
+
+def _collect(search: _Search, filler: Bool[Array, " B"], pad_id: int) -> Beams:
+    """Takes the ended outputs, or the live ones of a prompt of which none ended."""
+    any_ended = search.ended.scores[:, 0] > -jnp.inf
+
+    def choose(ended: Array, live: Array) -> Array:
+        return jnp.where(any_ended.reshape(-1, *[1] * (ended.ndim - 1)), ended, live)
+
+    chosen = jax.tree.map(choose, search.ended, search.live)
+    real = (chosen.scores > -jnp.inf) & ~filler[:, None]
+    positions = lax.broadcasted_iota(jnp.int32, chosen.tokens.shape, 2)
+    mask = (positions < chosen.lengths[:, :, None]) & real[:, :, None]
+    return Beams(
+        tokens=jnp.where(mask, chosen.tokens, pad_id),
+        weights=mask.astype(jnp.float32),
+        log_probs=jnp.where(mask, chosen.log_probs, 0.0),
+        scores=jnp.where(real, chosen.scores, -jnp.inf),
+        finished=real & any_ended[:, None],
+        steps_run=search.index,
+    )
+
+
+def _gather(tree: Any, beams: Int[Array, "B M"]) -> Any:
+    """Takes beams [B, N, ...] by number, within each row."""
+    take = jax.vmap(lambda array, numbers: array[numbers])
+    return jax.tree.map(lambda array: take(array, beams), tree)
+
+
+def _gather_rows(state: PyTree, beams: Int[Array, "B N"]) -> PyTree:
+    """Takes the rows [B * N, ...] of a decoding state by beam number, within each prompt.
+
+    Indexing is batched over prompts, so a batch sharded over devices moves nothing.
+    """
+    grouped = jax.tree.map(lambda array: array.reshape(*beams.shape, *array.shape[1:]), state)
+    taken = _gather(grouped, beams)
+    return jax.tree.map(lambda array, like: array.reshape(like.shape), taken, state)

@@ -1,0 +1,258 @@
+"""Run mode `train`: the loop. Every step in one order: evaluate, save, fetch, roll out, update.
+
+Evaluating and saving come before the next batch is fetched, so that a saved iterator is never
+one batch ahead.
+"""
+
+import dataclasses
+import math
+import time
+
+import jax
+from absl import logging
+
+from gkd_jax import prepare, rollout, runtime, train_step, writers
+from gkd_jax.array_types import Metrics
+from gkd_jax.batch import Batch
+from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.data.pipeline import Dataset
+from gkd_jax.evaluate import Evaluator
+from gkd_jax.experiment import Experiment
+from gkd_jax.runtime import Purpose, make_key
+from gkd_jax.train_step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a finished run gives to a Python user.
+
+    Attributes:
+      state: parameters and optimizer state after the last step.
+      scores: values of the last evaluation by name; empty without one.
+    """
+
+    state: TrainState
+    scores: dict[str, float]
+
+
+class Trainer:
+    """The jitted functions of a run and the arrays that they change."""
+
+    def __init__(self, experiment: Experiment, dataset: Dataset):
+        self.experiment = experiment
+        self.dataset = dataset
+        student, partitioner = experiment.student.model, experiment.partitioner
+        teacher = experiment.teacher
+        optimizer = experiment.optimizer.build()
+        self._optimizer = optimizer
+        self.teacher_params = runtime.load_teacher(experiment)
+
+        param_shardings = partitioner.param_shardings(student)
+        abstract = jax.eval_shape(
+            lambda params: train_step.init_train_state(params, optimizer),
+            student.abstract_params(),
+        )
+        shardings = partitioner.state_shardings(abstract, param_shardings)
+        self.abstract_state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            shardings,
+        )
+        self._state_shardings = shardings
+        step_fn = train_step.make_train_step(
+            student,
+            teacher.model if teacher else None,
+            experiment.objective,
+            optimizer,
+            num_microbatches=experiment.num_microbatches,
+            use_dropout=experiment.use_dropout,
+        )
+        self.step_fn = jax.jit(
+            step_fn,
+            donate_argnums=0,
+            out_shardings=(shardings, partitioner.replicated),
+        )
+        self.rollout_fn = runtime.jit_rollout(
+            experiment.rollout, student, dataset.vocabulary, partitioner
+        )
+        self.rollout_metrics_fn = jax.jit(rollout.rollout_metrics)
+
+    def init_state(self) -> TrainState:
+        """The state before the first step, made sharded."""
+        params = runtime.init_params(self.experiment)
+        init = jax.jit(
+            lambda params: train_step.init_train_state(params, self._optimizer),
+            out_shardings=self._state_shardings,
+        )
+        return init(params)
+
+    def step(self, state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict]:
+        """Makes update number `step` (from 0); returns the state and metrics by group.
+
+        The coin decides whether the outputs are the batch's own or the student's.
+        """
+        seed = self.experiment.seed
+        on_policy = self.experiment.outputs.is_on_policy(step, seed=seed)
+        groups: dict[str, Metrics] = {}
+        if on_policy:
+            batch = self.rollout_fn(state.params, batch, make_key(seed, Purpose.ROLLOUT, step))
+            groups["rollout"] = self.rollout_metrics_fn(batch)
+        key = make_key(seed, Purpose.DROPOUT, step)
+        state, metrics = self.step_fn(state, self.teacher_params, batch, key)
+        groups["on_policy" if on_policy else "data"] = metrics
+        return state, groups
+
+
+def train(experiment: Experiment) -> TrainResult:
+    """Trains, evaluates and saves until `num_steps`; goes on where an earlier run stopped.
+
+    Raises:
+      gkd_jax.prepare.ConfigurationError: something is wrong with the experiment; lists all.
+      FloatingPointError: the loss became NaN or infinite.
+    """
+    prepared = prepare.prepare(experiment, run_mode="train")
+    assert prepared.train_data is not None
+    plan = prepare.describe_plan(experiment, prepared)
+    for line in plan.splitlines():
+        logging.info("%s", line)
+    trainer = Trainer(experiment, prepared.train_data)
+    evaluator = None
+    if prepared.eval_data is not None:
+        evaluator = Evaluator(experiment, prepared.eval_data)
+    loop = _Loop(experiment, trainer, evaluator)
+    loop.writer.write_text(0, "plan", plan)
+    try:
+        return loop.run()
+    finally:
+        loop.close()
+
+
+class _Loop:
+    """The loop's own state: what is due, what was summed, where the data stands."""
+
+    def __init__(self, experiment: Experiment, trainer: Trainer, evaluator: Evaluator | None):
+        self.experiment = experiment
+        self.trainer = trainer
+        self.evaluator = evaluator
+        self.store = CheckpointStore(
+            experiment.model_dir,
+            keep=experiment.checkpoints.keep,
+            best_mode=experiment.checkpoints.best_mode,
+        )
+        self.scores: dict[str, float] = {}
+        self.state, self.start_step, position = self._start()
+        self.iterator = trainer.dataset.train_iterator(
+            position=position,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        self.writer = writers.default_writer(
+            experiment.model_dir, start_step=self.start_step, num_steps=experiment.num_steps
+        )
+        self.sums = runtime.MetricSums()
+        self.logged_step = self.start_step
+        self.logged_time = time.monotonic()
+
+    def _start(self) -> tuple[TrainState, int, int]:
+        """Resumes this run, or loads given weights, or starts from scratch."""
+        if self.store.latest_step() is None:
+            return self.trainer.init_state(), 0, 0
+        state, host, step = self.store.restore(self.trainer.abstract_state)
+        self.trainer.dataset.check_fingerprint(host["data_fingerprint"])
+        logging.info("resuming after step %d of %d", step, self.experiment.num_steps)
+        self.scores = host["scores"]
+        return state, step, host["position"]
+
+    def run(self) -> TrainResult:
+        num_steps = self.experiment.num_steps
+        for step in range(self.start_step, num_steps + 1):
+            # What was done at the step of a restored checkpoint is not done again.
+            if step > self.start_step or step == 0:
+                self._evaluate_if_due(step)
+                self._save_if_due(step)
+            if step == num_steps:
+                break
+            batch = self.experiment.partitioner.shard_batch(next(self.iterator))
+            self.state, groups = self.trainer.step(self.state, batch, step)
+            for group, metrics in groups.items():
+                self.sums.add(group, metrics)
+            if (step + 1) % self.experiment.log_period == 0 or step + 1 == num_steps:
+                self._log(step + 1)
+        self.store.wait()
+        return TrainResult(state=self.state, scores=self.scores)
+
+    def _log(self, step: int) -> None:
+        means = self.sums.means()
+        self.sums = runtime.MetricSums()
+        now = time.monotonic()
+        num_steps = max(step - self.logged_step, 1)
+        seconds = (now - self.logged_time) / num_steps
+        self.logged_step, self.logged_time = step, now
+        _check_finite(means, step)
+        tokens = [v for k, v in means.items() if k.endswith("/target_tokens")]
+        means["seconds_per_step"] = seconds
+        if tokens:
+            means["target_tokens_per_second"] = sum(tokens) / len(tokens) / seconds
+        self.writer.write(step, {f"train/{name}": value for name, value in means.items()})
+        self._raise_alarms(means, "rollout", step)
+
+    def _raise_alarms(self, values: dict[str, float], group: str, step: int) -> None:
+        alarms = self.experiment.alarms
+        for name, limit in (("truncated", alarms.truncated), ("repetition", alarms.repetition)):
+            value = values.get(f"{group}/{name}", 0.0)
+            if value > limit:
+                logging.warning(
+                    "ALARM at step %d: %s of %s outputs is %.2f, above Alarms.%s = %.2f: outputs "
+                    "collapse or do not end. Look at the predictions; compare the end-of-sequence "
+                    "ids of teacher and student, the learning rate and the target length.",
+                    step, name, group, value, name, limit,
+                )  # fmt: skip
+
+    def _evaluate_if_due(self, step: int) -> None:
+        evaluation = self.experiment.evaluation
+        if evaluation is None or self.evaluator is None:
+            return
+        if step % evaluation.period and step != self.experiment.num_steps:
+            return
+        start = time.monotonic()
+        result = self.evaluator(self.state.params, self.trainer.teacher_params, step=step)
+        self.scores = result.values()
+        self.scores["seconds"] = time.monotonic() - start
+        self.writer.write(step, {f"eval/{name}": value for name, value in self.scores.items()})
+        self._raise_alarms(self.scores, "outputs", step)
+        # Time spent here is not a training step's.
+        self.logged_time += time.monotonic() - start
+
+    def _save_if_due(self, step: int) -> None:
+        checkpoints = self.experiment.checkpoints
+        due = step > 0 and step % checkpoints.period == 0
+        if not due and step != self.experiment.num_steps:
+            return
+        _check_finite(self.sums.means(), step)
+        best = None
+        if checkpoints.best_metric is not None:
+            best = self.scores.get(checkpoints.best_metric)
+        self.store.save(
+            step,
+            self.state,
+            {
+                "position": self.iterator.position,
+                "data_fingerprint": self.trainer.dataset.fingerprint,
+                "scores": self.scores,
+            },
+            metric=best,
+        )
+
+    def close(self) -> None:
+        self.writer.close()
+        self.store.close()
+
+
+def _check_finite(means: dict[str, float], step: int) -> None:
+    bad = [name for name, value in means.items() if not math.isfinite(value)]
+    if bad:
+        raise FloatingPointError(
+            f"training stopped at step {step}: {', '.join(bad)} not finite. The checkpoints saved "
+            "before are intact. Lower the learning rate, or set max_grad_norm; an infinite "
+            "divergence means that one model gives probability 0 where the other does not."
+        )

@@ -1,0 +1,191 @@
+"""One training step: hidden states, divergence, gradient, update. Pure, jitted by the loop.
+
+The step cannot tell where the batch's targets came from, so supervised and on-policy
+distillation, and plain fine-tuning, are this one function.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from gkd_jax.array_types import Array, Float, Int, Key, Metrics, Params
+from gkd_jax.batch import Batch
+from gkd_jax.models.base import LanguageModel
+from gkd_jax.objectives.objective import Objective, final_weights, weighted_loss
+
+StepFn = Callable[..., tuple["TrainState", Metrics]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All arrays that training changes; what a checkpoint holds.
+
+    Attributes:
+      step: number of updates made.
+      params: the student's float32 parameters.
+      opt_state: the optimizer's state.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+
+
+def init_train_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Makes the state before the first step."""
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def make_loss_fn(
+    student: LanguageModel, teacher: LanguageModel | None, objective: Objective
+) -> Callable[..., tuple[Float[Array, ""], Float[Array, "B T"]]]:
+    """Makes the loss of one batch, as a function of both models' parameters.
+
+    Args:
+      student: the model that is trained.
+      teacher: the model that scores; None for an objective that needs none.
+      objective: divergence, temperatures and reduction.
+
+    Returns:
+      A function `(student_params, teacher_params, batch, weights, dropout_key)` to the sum of
+      `weights` times per-token values, and the per-token values. Teacher parameters are an
+      argument, never closed over, and get no gradient. The teacher never drops out.
+
+    Raises:
+      ValueError: if the objective needs a teacher and there is none.
+    """
+    needs_teacher = objective.divergence.needs_teacher
+    if needs_teacher and teacher is None:
+        raise ValueError(
+            f"{type(objective.divergence).__name__} compares the student with a teacher; got no "
+            "teacher. Set Experiment.teacher, or train with NegativeLogLikelihood."
+        )
+
+    def loss_fn(student_params, teacher_params, batch, weights, dropout_key=None):
+        student_hidden = student.hidden_states(student_params, batch, dropout_key=dropout_key)
+        teacher_hidden = teacher_unembed = None
+        if needs_teacher:
+            assert teacher is not None
+            teacher_params = jax.lax.stop_gradient(teacher_params)
+            teacher_hidden = teacher.hidden_states(teacher_params, batch)
+            teacher_unembed = lambda hidden: teacher.unembed(teacher_params, hidden)
+        return weighted_loss(
+            objective,
+            student_hidden=student_hidden,
+            student_unembed=lambda hidden: student.unembed(student_params, hidden),
+            teacher_hidden=teacher_hidden,
+            teacher_unembed=teacher_unembed,
+            targets=batch.targets,
+            weights=weights,
+        )
+
+    return loss_fn
+
+
+def loss_metrics(
+    per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
+) -> Metrics:
+    """Sums and weights of what a step reports, comparable over batches of any size.
+
+    `weights` are final weights, so their sum over everything is 1 (0 for an empty batch).
+    """
+    counts = batch.loss_weights > 0
+    num_sequences = jnp.sum(jnp.any(counts, axis=1).astype(jnp.float32))
+    return {
+        # where, not a product: an infinite value at a masked position must not become NaN.
+        "loss": (
+            jnp.sum(jnp.where(weights != 0, weights * per_token, 0.0)) * num_sequences,
+            num_sequences,
+        ),
+        "loss_per_token": (
+            jnp.sum(jnp.where(counts, batch.loss_weights * per_token, 0.0)),
+            jnp.sum(batch.loss_weights),
+        ),
+        "target_tokens": (jnp.sum(batch.loss_weights), jnp.float32(1)),
+    }
+
+
+def split_microbatches(tree: Any, num_microbatches: int) -> Any:
+    """Reshapes every leaf [B, ...] to [num_microbatches, B / num_microbatches, ...].
+
+    Microbatch m takes the rows m, m + M, m + 2M, ...: with the batch sharded in contiguous
+    blocks over devices, each device keeps its own rows, and nothing is sent.
+    """
+
+    def split(leaf):
+        rows = leaf.reshape(leaf.shape[0] // num_microbatches, num_microbatches, *leaf.shape[1:])
+        return jnp.swapaxes(rows, 0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def make_train_step(
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_microbatches: int = 1,
+    use_dropout: bool = True,
+) -> StepFn:
+    """Makes the training step.
+
+    Loss and gradient do not depend on `num_microbatches`: the weight of every token is fixed
+    over the whole batch first, and microbatches only add up (in float32). Dropout masks do
+    depend on it.
+
+    Returns:
+      A function `(state, teacher_params, batch, key)` to the new state and metrics; `key`
+      must differ at every step.
+    """
+    grad_fn = jax.value_and_grad(make_loss_fn(student, teacher, objective), has_aux=True)
+
+    def gradients(params, teacher_params, batch, weights, key):
+        def of_microbatch(index, batch, weights):
+            dropout_key = jax.random.fold_in(key, index) if use_dropout else None
+            return grad_fn(params, teacher_params, batch, weights, dropout_key)
+
+        if num_microbatches == 1:
+            (_, per_token), grads = of_microbatch(0, batch, weights)
+            return grads, loss_metrics(per_token, batch, weights)
+
+        def accumulate(carry, part):
+            index, batch_part, weights_part = part
+            (_, per_token), grads = of_microbatch(index, batch_part, weights_part)
+            return jax.tree.map(jnp.add, carry, grads), per_token
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        parts = (jnp.arange(num_microbatches), *split_microbatches((batch, weights), num_microbatches))
+        grads, per_token = jax.lax.scan(accumulate, zeros, parts)
+        per_token = jnp.swapaxes(per_token, 0, 1).reshape(batch.targets.shape)
+        return grads, loss_metrics(per_token, batch, weights)
+
+    def train_step(
+        state: TrainState, teacher_params: Params | None, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[TrainState, Metrics]:
+        weights = final_weights(batch.loss_weights, reduction=objective.reduction)
+        grads, metrics = gradients(state.params, teacher_params, batch, weights, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = (optax.global_norm(grads), jnp.float32(1))
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    student: LanguageModel, teacher: LanguageModel | None, objective: Objective
+) -> Callable[[Params, Params | None, Batch], Metrics]:
+    """Makes `(student_params, teacher_params, batch)` to the objective's metrics, no dropout."""
+    loss_fn = make_loss_fn(student, teacher, objective)
+
+    def eval_step(student_params, teacher_params, batch):
+        weights = final_weights(batch.loss_weights, reduction=objective.reduction)
+        _, per_token = loss_fn(student_params, teacher_params, batch, weights)
+        return loss_metrics(per_token, batch, weights)
+
+    return eval_step
