@@ -1,6 +1,7 @@
 """Run mode `eval`, and the evaluation inside training: task metrics and divergences."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -51,18 +52,21 @@ class Evaluator:
         self.dataset = dataset
         self.config = experiment.evaluation
         model, partitioner = experiment.student.model, experiment.partitioner
+        vocabulary = dataset.config.vocabulary
         decoding = rollout.Rollout(method=self.config.method)
-        self._decode = runtime.jit_rollout(decoding, model, dataset.vocabulary, partitioner)
+        self._decode = runtime.jit_rollout(decoding, model, vocabulary, partitioner)
         self._divergence = None
         if experiment.objective.divergence.needs_teacher and self.config.num_divergence_examples:
             assert experiment.teacher is not None
             self._divergence = jax.jit(
-                train_step.make_eval_step(model, experiment.teacher.model, experiment.objective)
+                partitioner.annotate(
+                    train_step.make_eval_step(model, experiment.teacher.model, experiment.objective)
+                )
             )
-        self._rollout = runtime.jit_rollout(
-            experiment.rollout, model, dataset.vocabulary, partitioner
+        self._rollout = runtime.jit_rollout(experiment.rollout, model, vocabulary, partitioner)
+        self._output_metrics = jax.jit(
+            functools.partial(rollout.rollout_metrics, eos_ids=vocabulary.eos_ids)
         )
-        self._output_metrics = jax.jit(rollout.rollout_metrics)
 
     def __call__(
         self, params: Params, teacher_params: Params | None, *, step: int = 0
@@ -101,11 +105,12 @@ class Evaluator:
         return EvalResult(scores=scores, predictions=predictions)
 
     def _batches(self) -> Iterator[Batch]:
-        batches = self.dataset.eval_batches(
-            process_index=jax.process_index(), process_count=jax.process_count()
-        )
-        for batch in batches:
-            yield self.experiment.partitioner.shard_batch(batch)
+        partitioner = self.experiment.partitioner
+        layout = partitioner.data_layout
+        for batch, _ in self.dataset.eval_batches(
+            process_index=layout.shard_id, process_count=layout.num_shards
+        ):
+            yield partitioner.shard_batch(batch)
 
     def _texts(self, decoded: Batch) -> dict[int, str]:
         """Decodes token ids to text, keyed by the example's position in the data set."""
@@ -115,7 +120,7 @@ class Evaluator:
         if jax.process_index() != 0:
             return {}
         ids, tokens, weights = (np.asarray(array) for array in host)
-        vocabulary = self.dataset.vocabulary
+        vocabulary = self.dataset.config.vocabulary
         return {
             int(index): vocabulary.decode(row[kept > 0].tolist())
             for index, row, kept in zip(ids, tokens, weights, strict=True)

@@ -6,10 +6,10 @@ from gkd_jax.data.pipeline import DatasetConfig
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective
-from gkd_jax.optimizers import Optimizer
+from gkd_jax.optimizers import Adafactor, AdamW
 from gkd_jax.partitioning import Partitioner
 from gkd_jax.rollout import Rollout
-from gkd_jax.sampling.beam_search import BeamSearch
+from gkd_jax.sampling.decode import DecodingMethod
 from gkd_jax.sampling.methods import Greedy, Sample
 from gkd_jax.teachers import Teacher
 
@@ -53,7 +53,7 @@ class Evaluation:
 
     data: DatasetConfig
     period: int = 1000
-    method: Greedy | Sample | BeamSearch = Greedy()
+    method: DecodingMethod = Greedy()
     num_divergence_examples: int = 512
 
     def __post_init__(self):
@@ -95,11 +95,11 @@ class Alarms:
     """Shares above which a warning is logged: signs that outputs collapse or never end.
 
     Attributes:
-      truncated: share of sampled outputs that do not end within the target length.
+      truncated_share: share of sampled outputs that do not end within the target length.
       repetition: share of repeated 4-grams within sampled outputs.
     """
 
-    truncated: float = 0.5
+    truncated_share: float = 0.5
     repetition: float = 0.5
 
 
@@ -119,7 +119,7 @@ class Generation:
     data: DatasetConfig
     output: str
     model: str = "student"
-    method: Greedy | Sample | BeamSearch = Greedy()
+    method: DecodingMethod = Greedy()
     num_samples: int = 1
 
     def __post_init__(self):
@@ -165,7 +165,7 @@ class Experiment:
     student: Student
     objective: Objective
     train_data: DatasetConfig
-    optimizer: Optimizer
+    optimizer: Adafactor | AdamW
     num_steps: int
     model_dir: str
     teacher: Teacher | None = None

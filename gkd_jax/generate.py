@@ -41,20 +41,19 @@ def generate(experiment: Experiment) -> str:
     assert dataset is not None
     model, params, source = _model_to_use(experiment, generation)
     output = _OutputFile(generation, _identity(generation, dataset, source, experiment.seed))
-    num_done = output.num_lines() // generation.num_samples
+    num_done = output.num_done()
     logging.info("generate: %d of %d prompts are done", num_done, dataset.num_examples)
 
     decode = runtime.jit_rollout(
         Rollout(method=generation.method, num_samples=generation.num_samples),
         model,
-        dataset.vocabulary,
+        dataset.config.vocabulary,
         experiment.partitioner,
     )
     key = make_key(experiment.seed, Purpose.GENERATION)
-    for number, batch in enumerate(
-        dataset.eval_batches(
-            process_index=jax.process_index(), process_count=jax.process_count()
-        )
+    layout = experiment.partitioner.data_layout
+    for number, (batch, _) in enumerate(
+        dataset.eval_batches(process_index=layout.shard_id, process_count=layout.num_shards)
     ):
         if (number + 1) * generation.data.batch_size <= num_done:
             continue
@@ -102,7 +101,7 @@ def _lines(rows: Batch, dataset: Dataset, *, first: int) -> Iterator[str]:
             {
                 "index": index,
                 "inputs": example.inputs,
-                "targets": dataset.vocabulary.decode(tokens),
+                "targets": dataset.config.vocabulary.decode(tokens),
                 "references": list(example.references),
                 "log_prob": float(log_probs[row]),
             },
@@ -115,6 +114,7 @@ class _OutputFile:
 
     def __init__(self, generation: Generation, identity: str):
         self._path = epath.Path(generation.output)
+        self._num_samples = generation.num_samples
         marker = epath.Path(f"{generation.output}.identity")
         if self._path.exists():
             if not marker.exists() or marker.read_text() != identity:
@@ -128,15 +128,17 @@ class _OutputFile:
             marker.write_text(identity)
             self._path.write_text("")
 
-    def num_lines(self) -> int:
-        """Counts complete lines; the rest of a line cut by a crash is removed."""
+    def num_done(self) -> int:
+        """Counts prompts whose outputs are all there; what a crash left of others is removed."""
         if not self._path.exists():
             return 0
-        text = self._path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text and jax.process_index() == 0:
+        lines = self._path.read_text().splitlines(keepends=True)
+        complete = [line for line in lines if line.endswith("\n")]
+        num_done = len(complete) // self._num_samples
+        whole = "".join(complete[: num_done * self._num_samples])
+        if len(whole) != sum(map(len, lines)) and jax.process_index() == 0:
             self._path.write_text(whole)
-        return whole.count("\n")
+        return num_done
 
     def append(self, lines: Iterator[str]) -> None:
         with self._path.open("a") as file:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import io
 import itertools
 import pathlib
 import pkgutil
+import sys
 import tokenize
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,6 +47,11 @@ class Location:
         return self.file if self.file == _COMMAND_LINE else f"{self.file}:{self.line}"
 
 
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A configurable: a class or function, by the module and the name that gin finds it under."""
@@ -64,7 +71,7 @@ class Target:
 
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """What can be bound."""
-        return inspect.signature(self.function).parameters
+        return _parameters(self.function)
 
 
 def _macro(value: Any) -> Any:
@@ -142,18 +149,21 @@ class _Namespace:
         self.is_dynamic = False
 
     def add_import(self, statement: config_parser.ImportStatement) -> None:
+        wanted = statement.module
         try:
-            module = importlib.import_module(statement.module)
+            module = importlib.import_module(wanted)
         except ModuleNotFoundError as error:
-            wanted = statement.module
-            if error.name is None or not (wanted + ".").startswith(error.name + "."):
+            missing = error.name or ""
+            if not f"{wanted}.".startswith(f"{missing}."):
                 raise GinError(
                     f"importing {wanted} failed: {error}. Install what it needs."
                 ) from error
             raise GinError(
-                f"there is no module '{wanted}'.{did_you_mean(wanted, _siblings(error.name))} "
+                f"there is no module '{wanted}'.{did_you_mean(wanted, _siblings(missing))} "
                 "A module of your own must be importable: set PYTHONPATH to its folder."
             ) from error
+        except (ImportError, SyntaxError) as error:
+            raise GinError(f"importing {wanted} failed: {error}. Correct that module.") from error
         name = statement.bound_name()
         if statement.is_from or statement.alias:
             self.modules[name] = module
@@ -164,10 +174,10 @@ class _Namespace:
         """Finds the class or function that `selector` names."""
         first, *rest = selector.split(".")
         if first not in self.modules:
+            near = did_you_mean(first, self.modules)
             raise GinError(
                 f"'{first}' (in '{selector}') is not imported in this file."
-                f"{did_you_mean(first, self.modules)} Import its module, e.g. "
-                f"`from gkd_jax import {first}`."
+                + (near or f" Import its module, e.g. `from gkd_jax import {first}`.")
             )
         value: Any = self.modules[first]
         for name in rest:
@@ -176,12 +186,12 @@ class _Namespace:
                     f"'{selector}' is not the name of a class or function: only those of a module "
                     "can be configured."
                 )
-            if name not in vars(value):
+            if not hasattr(value, name):
                 raise GinError(
                     f"{value.__name__} has no '{name}'."
                     f"{did_you_mean(name, (n for n in vars(value) if n[0] != '_'))}"
                 )
-            module, value = value, vars(value)[name]
+            module, value = value, getattr(value, name)
         if not callable(value):
             raise GinError(
                 f"'{selector}' is not the name of a class or function. A parameter is bound as "
@@ -195,7 +205,7 @@ def canonical_target(module: str, name: str, function: Callable[..., Any]) -> Ta
     home = getattr(function, "__module__", None) or module
     home_name = getattr(function, "__qualname__", name)
     is_public = not any(part.startswith("_") for part in home.split("."))
-    if is_public and getattr(importlib.import_module(home), home_name, None) is function:
+    if is_public and getattr(sys.modules.get(home), home_name, None) is function:
         return Target(home, home_name, function)
     return Target(module, name, function)
 
@@ -224,7 +234,7 @@ class _Delegate(config_parser.ParserDelegate):
         return Reference(tuple(scope), target, evaluate)
 
     def macro(self, macro_name: str) -> Any:
-        if macro_name == "gin.REQUIRED":
+        if macro_name in ("gin.REQUIRED", "REQUIRED"):
             return REQUIRED
         return Reference(tuple(macro_name.split("/")), MACRO, evaluate=True)
 
@@ -309,20 +319,21 @@ class Reader:
     ) -> None:
         def note(line: int, problem: object) -> None:
             where = f"{file} `{text}`" if file == _COMMAND_LINE else f"{file}:{line}"
-            self.problems.append(f"{where}: {problem}")
+            # A wrong name above a block is wrong for each line of it: say it once.
+            if not (self.problems and self.problems[-1].endswith(f": {problem}")):
+                self.problems.append(f"{where}: {problem}")
 
         parser = None
-        found_wrong_name = False
         try:
             parser = _Parser(io.StringIO(text), _Delegate(resolve))
             while True:
                 try:
                     statement = parser.parse_statement()
                 except GinError as error:
-                    # Go on with the next line, so as to report every wrong name.
-                    note(parser.line, error)
-                    found_wrong_name = True
-                    parser.skip_line()
+                    # Go on with the next statement, so as to report every wrong name.
+                    # gin adds a place of its own to the message.
+                    note(parser.line, str(error).partition("\n  In bindings string")[0])
+                    parser.skip_statement()
                     continue
                 if statement is None:
                     return
@@ -331,9 +342,7 @@ class Reader:
                 except (GinError, FileNotFoundError) as error:
                     note(statement.location.line_num, error)
         except (SyntaxError, tokenize.TokenError) as error:
-            # The rest of a value of several lines, after a wrong name in it, is not a statement.
-            if not found_wrong_name:
-                note(parser.line if parser else 1, _syntax_problem(error, text, file))
+            note(parser.line if parser else 1, _syntax_problem(error, text, file))
 
     def _do(
         self,
@@ -391,9 +400,11 @@ class _Parser(config_parser.ConfigParser):
     def line(self) -> int:
         return self._current_token.start[0] if self._current_token else 1
 
-    def skip_line(self) -> None:
-        if self._current_token.type not in (tokenize.NEWLINE, tokenize.ENDMARKER):
-            self.advance_one_line()
+    def skip_statement(self) -> None:
+        while self._current_token.type not in (tokenize.NEWLINE, tokenize.ENDMARKER):
+            self._advance_one_token()
+        if self._current_token.type == tokenize.NEWLINE:
+            self._advance_one_token()
 
 
 def _syntax_problem(error: Exception, text: str, file: str) -> str:

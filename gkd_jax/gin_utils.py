@@ -2,19 +2,18 @@
 
 gin itself accepts a binding that nothing uses and a macro that nothing refers to. So statements
 are read first (`gin_reader`), and what the root is built from is followed statically
-(`gin_walk`). The checked configuration is then written as one text, all defaults included, and
-it is that text which gin evaluates: a saved configuration and the run that saved it cannot
-disagree.
+(`gin_walk`). The checked configuration is then written as one text, all defaults included
+(`gin_text`), and it is that text which gin evaluates: a saved configuration and the run that
+saved it cannot disagree.
 """
 
 import dataclasses
 import difflib
 import fnmatch
-import math
 import pathlib
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
@@ -26,11 +25,11 @@ from gkd_jax.gin_reader import (
     GinError,
     MissingValues,
     Reader,
-    Reference,
     Target,
     canonical_target,
     did_you_mean,
 )
+from gkd_jax.gin_text import Setting, Text, list_settings, with_defaults
 from gkd_jax.gin_walk import Walk, merge, unused_problem
 
 _PACKAGE = pathlib.Path(__file__).parent
@@ -44,28 +43,31 @@ class GinConfig:
     """A checked configuration.
 
     Attributes:
-      text: a gin file of its own that gives the same configuration, all defaults written out.
-      settings: every setting of everything that is built, macros replaced by their values:
-        `scope/module.Class.parameter` to the text of its value.
+      text: a gin file of its own that gives the same configuration, defaults written out.
+      settings: every value of everything that is built.
       root: the class or function that the configuration builds.
     """
 
     text: str
-    settings: dict[str, str]
+    settings: tuple[Setting, ...]
     root: Callable[..., Any]
 
     def build(self) -> Any:
         """Calls the root with everything that the configuration binds.
 
         Raises:
-          ValueError: a value is wrong; the message says where it was given.
+          GinError: a value is wrong; the message ends with what was being built.
+          OSError: a file that a value names cannot be read.
         """
         gin.clear_config()
         gin.parse_config(self.text)
         try:
             return gin.get_configurable(self.root)()
-        except (ValueError, TypeError, OSError) as error:
-            raise type(error)(_readable(str(error))).with_traceback(error.__traceback__) from error
+        except OSError as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            raise kind(_readable(str(error))) from error
+        except (ValueError, TypeError) as error:
+            raise GinError(_readable(str(error))) from error
 
 
 def _readable(message: str) -> str:
@@ -77,120 +79,6 @@ def _readable(message: str) -> str:
         return message
     name, scope = calls[0]
     return f"{message} (in {scope + '/' if scope else ''}{name})"
-
-
-class _Writer:
-    """Writes a walked configuration as text."""
-
-    def __init__(self, walk: Walk):
-        self._walk = walk
-        self._aliases = self._choose_aliases()
-
-    def _choose_aliases(self) -> dict[str, str]:
-        modules = sorted({target.module for target, _ in self._walk.calls if target.module})
-        aliases: dict[str, str] = {}
-        for module in modules:
-            parts = module.split(".")
-            for length in range(1, len(parts) + 1):
-                alias = "_".join(parts[-length:])
-                if alias not in aliases.values() and alias != "gin":
-                    break
-            aliases[module] = alias
-        return aliases
-
-    def text(self) -> str:
-        lines = ["from __gin__ import dynamic_registration"]
-        for module, alias in self._aliases.items():
-            parent, _, name = module.rpartition(".")
-            statement = f"from {parent} import {name}" if parent else f"import {name}"
-            lines.append(statement if alias == name else f"{statement} as {alias}")
-        blocks: dict[str, dict[str, str]] = {}
-        macros: dict[str, str] = {}
-        for key in self._walk.used:
-            value = self.format(self._walk.bindings[key].value)
-            if key.target == MACRO:
-                macros["/".join(key.scope)] = value
-            else:
-                block = self._selector(key.target, key.scope)
-                blocks.setdefault(block, {})[key.parameter] = value
-        for (target, scope), default in self._defaults():
-            block = self._selector(target, scope)
-            blocks.setdefault(block, {}).update(default)
-        lines += ["", *(f"{name} = {value}" for name, value in sorted(macros.items()))]
-        for block in sorted(blocks, key=lambda block: (block.rpartition("/")[2], block)):
-            lines.append("")
-            lines += [f"{block}.{name} = {text}" for name, text in sorted(blocks[block].items())]
-        return "\n".join(lines) + "\n"
-
-    def _defaults(self) -> Iterator[tuple[tuple[Target, tuple[str, ...]], dict[str, str]]]:
-        """What is not bound, where the default can be written as a gin value."""
-        for target, scope in self._walk.calls:
-            if target == MACRO:
-                continue
-            bound = self._walk.effective(target, scope)
-            outer = [scope[:length] for length in range(len(scope))]
-            if any((target, prefix) in self._walk.calls for prefix in outer):
-                continue
-            yield (
-                (target, scope),
-                {
-                    name: repr(parameter.default)
-                    for name, parameter in target.parameters().items()
-                    if name not in bound and _is_literal(parameter.default)
-                },
-            )
-
-    def settings(self) -> dict[str, str]:
-        found = {}
-        for target, scope in self._walk.calls:
-            if target == MACRO:
-                continue
-            bound = self._walk.effective(target, scope)
-            for name, parameter in target.parameters().items():
-                if name in bound:
-                    text = self.format(bound[name].value, expand=True)
-                elif _is_literal(parameter.default) or dataclasses.is_dataclass(parameter.default):
-                    text = repr(parameter.default)
-                else:
-                    continue
-                found[f"{self._selector(target, scope)}.{name}"] = text
-        return dict(sorted(found.items()))
-
-    def _selector(self, target: Target, scope: tuple[str, ...]) -> str:
-        return "/".join((*scope, f"{self._aliases[target.module]}.{target.name}"))
-
-    def format(self, value: Any, *, expand: bool = False, scope: tuple[str, ...] = ()) -> str:
-        """Writes a value as gin reads it; `expand` replaces macros by their values."""
-
-        def inner(value: Any) -> str:
-            return self.format(value, expand=expand, scope=scope)
-
-        if isinstance(value, Reference):
-            if value.target != MACRO:
-                parentheses = "()" if value.evaluate else ""
-                return f"@{self._selector(value.target, value.scope or scope)}{parentheses}"
-            if not expand:
-                return f"%{'/'.join(value.scope)}"
-            bound = self._walk.effective(MACRO, value.scope)["value"].value
-            return self.format(bound, expand=True, scope=value.scope)
-        if isinstance(value, dict):
-            return "{" + ", ".join(f"{inner(k)}: {inner(v)}" for k, v in value.items()) + "}"
-        if isinstance(value, list):
-            return f"[{', '.join(map(inner, value))}]"
-        if isinstance(value, tuple):
-            return f"({', '.join(map(inner, value))}{',' if len(value) == 1 else ''})"
-        return repr(value)
-
-
-def _is_literal(value: Any) -> bool:
-    """Whether gin can read `repr(value)` back."""
-    if isinstance(value, dict):
-        return all(map(_is_literal, (*value.keys(), *value.values())))
-    if isinstance(value, list | tuple):
-        return type(value) in (list, tuple) and all(map(_is_literal, value))
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return type(value) in (bool, int, str, type(None))
 
 
 def parse(
@@ -281,12 +169,12 @@ def _check(statements: Sequence[Binding], roots: Sequence[Callable[..., Any]]) -
             f"own: --gin.NAME='\"text\"'):{lines}",
             names=tuple(walk.missing),
         )
-    writer = _Writer(walk)
-    return GinConfig(text=writer.text(), settings=writer.settings(), root=root.function)
+    walk = Walk(with_defaults(merged, root), root)
+    return GinConfig(text=str(Text(walk)), settings=list_settings(walk, root), root=root.function)
 
 
 # What does not change the course of a run: where it lies, how long it goes on, and what is only
-# looked at. `Class.parameter`, with * for any text.
+# looked at. `Class.parameter`, with * for any text; all that is built for it may change too.
 MAY_CHANGE = (
     "Experiment.model_dir",
     "Experiment.num_steps",
@@ -296,7 +184,6 @@ MAY_CHANGE = (
     "Checkpoints.period",
     "Checkpoints.keep",
     "Alarms.*",
-    "Generation.*",
     "Study.model_dir",
 )
 
@@ -328,11 +215,11 @@ def check_config(
             f"the configuration saved in {path} cannot be read any more: {error}\n{remedy}"
         ) from error
 
-    def lines(settings: dict[str, str]) -> list[str]:
+    def lines(settings: Sequence[Setting]) -> list[str]:
         return [
-            f"{name} = {value}"
-            for name, value in settings.items()
-            if not any(fnmatch.fnmatchcase(_class_and_parameter(name), p) for p in may_change)
+            str(setting)
+            for setting in settings
+            if not any(fnmatch.fnmatchcase(o, p) for o in setting.owners for p in may_change)
         ]
 
     difference = difflib.unified_diff(
@@ -342,10 +229,6 @@ def check_config(
     if changed:
         shown = "\n".join(f"  {line}" for line in changed)
         raise GinError(f"{model_dir} holds a run of another configuration:\n{shown}\n{remedy}")
-
-
-def _class_and_parameter(name: str) -> str:
-    return ".".join(name.rpartition("/")[2].split(".")[-2:])
 
 
 def save_config(model_dir: str, config: GinConfig, *, command: str) -> None:

@@ -6,7 +6,7 @@ scope of the macro's own name.
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gkd_jax.gin_reader import (
@@ -28,7 +28,7 @@ class Walk:
 
     Attributes:
       bindings: all bindings.
-      used: the keys of those which some call receives.
+      used: the keys of those which some call receives and no inner scope overrides.
       calls: the calls that gin would make, each a target and its active scope, in order.
       missing: the keys of values that are missing, and why they are wanted.
       undefined: macros that have no value, and a binding that refers to each.
@@ -42,22 +42,19 @@ class Walk:
         self.missing: dict[str, str] = {}
         self.undefined: dict[str, Binding] = {}
         self.cycles: list[str] = []
+        self._keys: dict[Target, list[Key]] = {}
+        for key in sorted(bindings, key=lambda key: len(key.scope)):
+            self._keys.setdefault(key.target, []).append(key)
         self._call(root, (), evaluate=True, path=(), origin=None)
 
     def effective(self, target: Target, scope: tuple[str, ...]) -> dict[str, Binding]:
         """The bindings that a call in `scope` receives: inner scopes win."""
         found = {}
-        for parameter in self._parameters(target):
-            for length in range(len(scope) + 1):
-                binding = self.bindings.get(Key(scope[:length], target, parameter))
-                if binding is not None:
-                    self.used.add(binding.key)
-                    found[parameter] = binding
+        for key in self._keys.get(target, ()):
+            if key.scope == scope[: len(key.scope)]:
+                found[key.parameter] = self.bindings[key]
+        self.used.update(binding.key for binding in found.values())
         return found
-
-    def _parameters(self, target: Target) -> Iterable[str]:
-        bound = (key.parameter for key in self.bindings if key.target == target)
-        return dict.fromkeys((*target.parameters(), *bound))
 
     def _call(
         self,
@@ -145,16 +142,23 @@ def unused_problem(binding: Binding, walk: Walk) -> str:
             f"{binding.location}: the macro {key} is not used: no value in use refers to %{key}."
             f"{did_you_mean(str(key), others)}"
         )
-    scopes = [scope for target, scope in walk.calls if target == key.target]
-    if scopes:
-        names = [str(Key(scope, key.target, key.parameter)) for scope in scopes]
+    calls = [Key(scope, target, key.parameter) for target, scope in walk.calls]
+    names = [str(call) for call in calls if call.target == key.target]
+    if any(
+        call.target == key.target and call.scope[: len(key.scope)] == key.scope for call in calls
+    ):
         return (
-            f"{binding.location}: {key} is not used: {key.target} is used as {', '.join(names)}, "
-            f"not in the scope '{'/'.join(key.scope)}'.{did_you_mean(str(key), names)}"
+            f"{binding.location}: {key} has no effect: inner scopes override it, in use are "
+            f"{', '.join(names)}. Bind one of those."
         )
-    names = [str(Key(scope, target, "")).rstrip(".") for target, scope in walk.calls]
+    if names:
+        return (
+            f"{binding.location}: {key} is not used: in use are {', '.join(names)}."
+            f"{did_you_mean(str(key), names)}"
+        )
     scoped = "/".join((*key.scope, str(key.target)))
+    others = ["/".join((*call.scope, str(call.target))) for call in calls]
     return (
         f"{binding.location}: {key} is not used: no value in use refers to @{scoped}()."
-        f"{did_you_mean(scoped, names)}"
+        f"{did_you_mean(scoped, others)}"
     )

@@ -239,6 +239,9 @@ class AdamW:
         return _finish(adamw, self.max_grad_norm)
 
 
+Optimizer: TypeAlias = Adafactor | AdamW
+
+
 def decay_mask(params: Params) -> PyTree[bool]:
     """Says which parameters weight decay applies to.
 

@@ -286,7 +286,8 @@ class Partitioner:
     def annotate(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps a function to be jitted so that models' named activations obey the rules.
 
-        Without it the compiler lays activations out by itself, from parameters and batch.
+        Its arguments must lie on the mesh. Without it the compiler lays activations out by
+        itself, from parameters and batch.
         """
 
         @functools.wraps(fn)
@@ -298,7 +299,9 @@ class Partitioner:
 
     @contextlib.contextmanager
     def _axis_rules(self) -> Iterator[None]:
-        with self.mesh, nn.logical_axis_rules(self.rule_table):
+        # The abstract mesh: a concrete one may not be set while a function is traced.
+        mesh = self.mesh.abstract_mesh
+        with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(self.rule_table):
             yield
 
     def fetch_to_host(self, tree: PyTree[Any]) -> PyTree[np.ndarray]:

@@ -165,7 +165,7 @@ def _check_objective(experiment: Experiment) -> None:
             "Experiment.teacher = None. Set Experiment.teacher, or Objective.divergence to "
             "NegativeLogLikelihood() for fine-tuning."
         )
-    if isinstance(divergence, NegativeLogLikelihood) and experiment.outputs.may_be_on_policy:
+    if isinstance(divergence, NegativeLogLikelihood) and experiment.outputs.student_data_fraction != 0:
         # Cross-entropy on one's own samples teaches nothing but to repeat them.
         raise ValueError(
             "NegativeLogLikelihood on the student's own outputs is no objective; got "

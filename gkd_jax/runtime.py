@@ -18,7 +18,7 @@ from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.partitioning import Partitioner
-from gkd_jax.rollout import Rollout
+from gkd_jax.rollout import Rollout, sample_outputs
 
 
 class Purpose(enum.IntEnum):
@@ -105,11 +105,17 @@ def jit_rollout(
     """Jits a rollout as `(params, batch, key)` to the batch with its outputs replaced."""
 
     def roll_out(params: Params, batch: Batch, key: Key[Array, ""]) -> Batch:
-        return rollout(
-            model, params, batch, key, eos_ids=vocabulary.eos_ids, pad_id=vocabulary.pad_id
+        return sample_outputs(
+            model,
+            params,
+            batch,
+            key=key,
+            rollout=rollout,
+            eos_ids=vocabulary.eos_ids,
+            pad_id=vocabulary.pad_id,
         )
 
-    return jax.jit(roll_out, out_shardings=partitioner.batch_sharding)
+    return jax.jit(partitioner.annotate(roll_out), out_shardings=partitioner.batch_sharding)
 
 
 @dataclasses.dataclass

@@ -5,6 +5,7 @@ one batch ahead.
 """
 
 import dataclasses
+import functools
 import math
 import time
 
@@ -68,14 +69,16 @@ class Trainer:
             use_dropout=experiment.use_dropout,
         )
         self.step_fn = jax.jit(
-            step_fn,
+            partitioner.annotate(step_fn),
             donate_argnums=0,
             out_shardings=(shardings, partitioner.replicated),
         )
         self.rollout_fn = runtime.jit_rollout(
-            experiment.rollout, student, dataset.vocabulary, partitioner
+            experiment.rollout, student, dataset.config.vocabulary, partitioner
         )
-        self.rollout_metrics_fn = jax.jit(rollout.rollout_metrics)
+        self.rollout_metrics_fn = jax.jit(
+            functools.partial(rollout.rollout_metrics, eos_ids=dataset.config.vocabulary.eos_ids)
+        )
 
     def init_state(self) -> TrainState:
         """The state before the first step, made sharded."""
@@ -141,10 +144,9 @@ class _Loop:
         )
         self.scores: dict[str, float] = {}
         self.state, self.start_step, position = self._start()
+        layout = experiment.partitioner.data_layout
         self.iterator = trainer.dataset.train_iterator(
-            position=position,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            position, process_index=layout.shard_id, process_count=layout.num_shards
         )
         self.writer = writers.default_writer(
             experiment.model_dir, start_step=self.start_step, num_steps=experiment.num_steps
@@ -198,7 +200,7 @@ class _Loop:
 
     def _raise_alarms(self, values: dict[str, float], group: str, step: int) -> None:
         alarms = self.experiment.alarms
-        for name, limit in (("truncated", alarms.truncated), ("repetition", alarms.repetition)):
+        for name, limit in (("truncated_share", alarms.truncated_share), ("repetition", alarms.repetition)):
             value = values.get(f"{group}/{name}", 0.0)
             if value > limit:
                 logging.warning(

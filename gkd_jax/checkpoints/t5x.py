@@ -35,6 +35,9 @@ def is_t5x_checkpoint(path: epath.PathLike) -> str | None:
 
     Returns:
       'native', 'orbax', or None for anything else, a missing path included.
+
+    Raises:
+      ValueError: Orbax's description of the arrays is damaged.
     """
     folder = _find_step(epath.Path(path))
     return None if folder is None else _kind(folder)
@@ -85,7 +88,8 @@ def read_t5x_params(
 def _kind(folder: epath.Path) -> str | None:
     if (folder / "checkpoint").is_file():
         return NATIVE
-    if not (folder / "state" / "manifest.ocdbt").is_file():
+    state = folder / "state"
+    if not (state / "manifest.ocdbt").is_file() or not (state / "_METADATA").is_file():
         return None
     # Other programs name an item `state` as well: T5X's has `target` in it.
     return ORBAX if _orbax_names(folder) else None
@@ -235,14 +239,23 @@ def _read(name: str, leaf: Any, wanted: jax.ShapeDtypeStruct, folder: epath.Path
 
 
 def _reader(leaf: Any) -> tuple[tuple[int, ...], Callable[[tuple[slice, ...]], Any]]:
+    """Returns the shape, and a function that reads a part."""
     if isinstance(leaf, np.ndarray):
+        _check_floating(leaf.dtype)
         return leaf.shape, lambda index: leaf[index]
     import tensorstore
 
     # Without `fill_missing_data_reads: False`, a lost file of an array would read as zeros.
     spec = {**leaf, "fill_missing_data_reads": False}
     store = tensorstore.open(spec, open=True, read=True).result()
+    _check_floating(store.dtype.numpy_dtype)
     return tuple(store.shape), lambda index: store[index].read().result()
+
+
+def _check_floating(dtype: np.dtype) -> None:
+    # T5X before version 3 stored the bits of bfloat16 as uint16, which are no numbers.
+    if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+        raise ValueError(f"its values must be floating-point numbers; they are {dtype}")
 
 
 def _damaged(name: str, folder: epath.Path, error: Exception) -> ValueError:

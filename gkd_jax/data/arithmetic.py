@@ -10,37 +10,12 @@ import hashlib
 import struct
 from collections.abc import Iterator
 
-_NAMES = (
-    ("Ann", "She"),
-    ("Tom", "He"),
-    ("Mia", "She"),
-    ("Ben", "He"),
-    ("Zoe", "She"),
-    ("Sam", "He"),
-    ("Eva", "She"),
-    ("Max", "He"),
-)
+_NAMES = ("Ann", "Tom", "Mia", "Ben", "Zoe", "Sam", "Eva", "Max")
 _ITEMS = ("pens", "cups", "nuts", "keys", "eggs", "toys", "hats", "figs")
-_STARTS = ("{name} has {number} {items}.", "{name} owns {number} {items}.")
 _STEPS = {
-    "+": (
-        "{who} buys {number} more.",
-        "{who} finds {number}.",
-        "{who} gets {number} more.",
-        "A friend adds {number}.",
-    ),
-    "-": (
-        "{who} sells {number}.",
-        "{who} loses {number}.",
-        "{who} gives away {number}.",
-        "A friend takes {number}.",
-    ),
-    "*": (
-        "{who} makes it {number} times that.",
-        "They grow {number}-fold.",
-        "Now it is {number} times as many.",
-        "Soon there are {number} times as many.",
-    ),
+    "+": ("buys {}", "finds {}", "gets {}", "makes {}"),
+    "-": ("sells {}", "loses {}", "gives {}", "breaks {}"),
+    "*": ("grows it {}-fold", "gets {} times that", "makes it {} times", "has {} times that"),
 }
 _QUESTION = "How many?"
 
@@ -50,7 +25,7 @@ _SHARES = {"test": (0,), "validation": (1,), "train": tuple(range(2, 10))}
 
 @dataclasses.dataclass(frozen=True)
 class ArithmeticProblems:
-    """Word problems like 'Tom has 7 pens. He buys 5 more. He sells 3. How many?'.
+    """Word problems like 'Tom has 7 pens, buys 5, sells 3. How many?'.
 
     Examples have GSM8K's fields: `question`, and `answer` with every step worked out and the
     result after '####' ('7+5=12. 12-3=9. #### 9'). All texts are ASCII.
@@ -71,8 +46,8 @@ class ArithmeticProblems:
     seed: int = 0
     min_steps: int = 2
     max_steps: int = 3
-    max_operand: int = 20
-    max_factor: int = 5
+    max_operand: int = 12
+    max_factor: int = 4
     max_value: int = 99
     num_wordings: int = 4
 
@@ -141,14 +116,13 @@ class ArithmeticProblems:
         return start, steps
 
     def _word(self, start: int, steps: list[tuple[str, int]], numbers: Iterator[int]) -> str:
-        name, who = _NAMES[_between(numbers, 0, len(_NAMES) - 1)]
+        name = _NAMES[_between(numbers, 0, len(_NAMES) - 1)]
         items = _ITEMS[_between(numbers, 0, len(_ITEMS) - 1)]
-        opening = _STARTS[_between(numbers, 0, min(self.num_wordings, len(_STARTS)) - 1)]
-        sentences = [opening.format(name=name, number=start, items=items)]
+        clauses = [f"{name} has {start} {items}"]
         for operation, operand in steps:
             wording = _STEPS[operation][_between(numbers, 0, self.num_wordings - 1)]
-            sentences.append(wording.format(who=who, number=operand))
-        return " ".join([*sentences, _QUESTION])
+            clauses.append(wording.format(operand))
+        return f"{', '.join(clauses)}. {_QUESTION}"
 
 
 def apply(operation: str, value: int, operand: int) -> int:

@@ -5,6 +5,7 @@ Nothing here knows of order, batches or processes.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -100,13 +101,16 @@ class Rows:
         def real(width: int, full_length: np.ndarray) -> np.ndarray:
             return np.arange(width)[None, :] < full_length[:, None]
 
-        return Batch(
-            inputs=self.inputs,
-            inputs_mask=real(self.inputs.shape[1], self.full_lengths[:, 0]),
-            targets=self.targets,
-            loss_weights=real(self.targets.shape[1], self.full_lengths[:, 1]).astype(np.float32),
-            example_id=example_id.astype(np.int32),
-        )
+        loss_weights = real(self.targets.shape[1], self.full_lengths[:, 1])
+        # The fields of a Batch are arrays of either kind: these stay in the host's memory.
+        arrays: dict[str, Any] = {
+            "inputs": self.inputs,
+            "inputs_mask": real(self.inputs.shape[1], self.full_lengths[:, 0]),
+            "targets": self.targets,
+            "loss_weights": loss_weights.astype(np.float32),
+            "example_id": example_id.astype(np.int32),
+        }
+        return Batch(**arrays)
 
 
 class RowReader:
@@ -170,11 +174,11 @@ class RowReader:
         rows.full_lengths[filler] = (1, 0)
         if not self.caches:
             for row in np.flatnonzero(~filler):
-                self._fill(rows, row, int(examples[row]))
+                self._fill(rows, int(row), int(examples[row]))
             return rows
         real = examples[~filler]
         for example in real[~self._is_cached[real]]:
-            self._fill(self._cache, example, int(example))
+            self._fill(self._cache, int(example), int(example))
             self._is_cached[example] = True  # Last, so that no thread reads half a row.
         rows.inputs[~filler] = self._cache.inputs[real]
         rows.targets[~filler] = self._cache.targets[real]

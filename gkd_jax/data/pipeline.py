@@ -183,14 +183,15 @@ class Dataset:
         raw_example = self._source[index]
         try:
             return self.task.to_text(raw_example)
-        except KeyError as error:
-            raise ValueError(
-                f"Task {self.task.name!r} wants the field {error}, which example {index} of split "
-                f"{self.config.split!r} lacks: it has {', '.join(map(repr, raw_example))}. "
-                "Correct the source's columns or fields, or the task's to_text."
-            ) from error
         except Exception as error:
-            error.add_note(f"In task {self.task.name!r}, {self.config.split!r}, example {index}.")
+            split = self.config.split
+            if isinstance(error, KeyError) and error.args[0] not in raw_example:
+                raise ValueError(
+                    f"Task {self.task.name!r} wants the field {error}, which example {index} of "
+                    f"split {split!r} lacks: it has {', '.join(map(repr, raw_example))}. Correct "
+                    "the source's columns or fields, or the task's to_text."
+                ) from error
+            error.add_note(f"In task {self.task.name!r}, split {split!r}, example {index}.")
             raise
 
     def source_index(self, position: int) -> int:

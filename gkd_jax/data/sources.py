@@ -270,9 +270,9 @@ class TfdsSource:
                 "Install it with: pip install 'gkd_jax[data]'"
             ) from error
         try:
-            builder = tfds.builder(self.name, data_dir=self.data_dir)
             data = tfds.data_source(self.name, split=self.split, data_dir=self.data_dir)
-            shards = {name: split.shard_lengths for name, split in builder.info.splits.items()}
+            info = tfds.builder(self.name, data_dir=self.data_dir).info
+            shards = {name: split.shard_lengths for name, split in info.splits.items()}
         except NotImplementedError as error:
             raise ValueError(
                 f"{setting} is prepared in a format without random access. Set data_dir to an "
@@ -280,16 +280,19 @@ class TfdsSource:
                 f"TFDS says: {error}"
             ) from error
         except Exception as error:  # TFDS raises many types, for networks and names alike.
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
             raise ValueError(
-                f"{setting} cannot be opened: {type(error).__name__}: {error}. Check the name, the "
-                "split and data_dir; without a network, data_dir must hold the prepared data."
+                f"{setting} cannot be opened: {reason} Check the name, the split and data_dir; "
+                "without a network, data_dir must hold the prepared data."
             ) from error
         if not len(data):
             raise ValueError(f"{setting} is an empty data set. Name another split.")
+        size = len(data)
+        sample = [_to_text(data[index]) for index in (0, size // 2, size - 1)]
         fingerprint = _digest(
-            "tfds", builder.info.full_name, self.split, len(data), shards, builder.info.dataset_size
+            "tfds", info.full_name, self.split, size, shards, info.dataset_size, sample
         )
-        return _LineSource(fingerprint, lambda index: _to_text(data[index]), range(len(data)))
+        return _LineSource(fingerprint, lambda index: _to_text(data[index]), range(size))
 
 
 def _to_text(value: Any) -> Any:

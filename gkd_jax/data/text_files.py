@@ -94,30 +94,18 @@ class TextFile:
         digest = hashlib.sha256()
         decoder = codecs.getincrementaldecoder("utf-8")()
         ends: list[np.ndarray] = []
-        size = 0
-        lines_before = 0
-        last = b""
-        first = b""
+        size = lines = 0
+        first = last = b""
         for block in blocks(path, setting=setting):
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as error:
-                # The error counts from what the decoder had held back of the block before.
-                at = max(0, error.start - (len(error.object) - len(block)))
-                self._raise_undecodable(lines_before + block.count(b"\n", 0, at) + 1, error)
+            self._check_text(decoder, block, lines_before=lines)
             digest.update(block)
             newlines = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
             ends.append(newlines + size)
-            lines_before += len(newlines)
-            first = first or block[:3]
-            last = block[-1:]
-            size += len(block)
+            size, lines = size + len(block), lines + len(newlines)
+            first, last = first or block[:3], block[-1:]
             if kept is not None:
                 kept.append(block)
-        try:
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            self._raise_undecodable(lines_before + 1, error)
+        self._check_text(decoder, b"", lines_before=lines, final=True)
         if last not in (b"", b"\n"):
             ends.append(np.array([size]))
         self._ends = np.concatenate(ends, dtype=np.int64) if ends else np.zeros(0, np.int64)
@@ -128,11 +116,24 @@ class TextFile:
             self._descriptor = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
 
-    def _raise_undecodable(self, line: int, error: UnicodeDecodeError) -> None:
-        raise ValueError(
-            f"{self._setting} names {self.path!r}, line {line} of which is not UTF-8 text "
-            f"({error.reason}). Convert the file, e.g. with `iconv -f latin1 -t utf-8`."
-        ) from error
+    def _check_text(
+        self,
+        decoder: codecs.IncrementalDecoder,
+        block: bytes,
+        *,
+        lines_before: int,
+        final: bool = False,
+    ) -> None:
+        try:
+            decoder.decode(block, final=final)
+        except UnicodeDecodeError as error:
+            # The error counts from what the decoder had held back of the block before.
+            start = max(0, error.start - (len(error.object) - len(block)))
+            line = lines_before + block.count(b"\n", 0, start) + 1
+            raise ValueError(
+                f"{self._setting} names {self.path!r}, line {line} of which is not UTF-8 text "
+                f"({error.reason}). Convert the file, e.g. with `iconv -f latin1 -t utf-8`."
+            ) from error
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -12,6 +12,7 @@ p_v = q_v, and rounding in a normaliser enters only to second order.
 
 import abc
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -19,9 +20,7 @@ import jax.numpy as jnp
 
 from gkd_jax.array_types import Array, Bool, Float
 
-# Above this log-ratio of probabilities exp would overflow float32; the student's share of the
-# mixture has vanished long before.
-_MAX_EXPONENT = 80.0
+_MAX_EXPONENT = 40.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,11 @@ class VocabularyEntries:
 
     @property
     def log_ratio(self) -> Float[Array, "*n V"]:
-        """d_v = log p_v - log q_v; +inf where only q_v is 0, -inf where only p_v is 0."""
+        """d_v = log p_v - log q_v; +inf where only q_v is 0, -inf where only p_v is 0.
+
+        Compilers contract multiplications with sums, so that with temperatures other than 1 it
+        may be a rounding away from 0 where P = Q: a slope that jumps at 0 needs a dead zone.
+        """
         return self._teacher - self.student_log_probs
 
     @property
@@ -192,12 +195,24 @@ class GeneralizedJSD(Divergence):
 
     def _log_ratios_to_mixture(self, entries: VocabularyEntries) -> tuple[Array, Array]:
         """log p - log m and log m - log q, for any log-ratio from -inf to +inf."""
-        ratio = entries.log_ratio
-        # Beyond the cap log p - log m is the constant -log beta, and log m - log q rises by
-        # exactly what was cut off.
-        capped = jnp.minimum(ratio, _MAX_EXPONENT)
-        log_m_over_q = jnp.log1p(self.beta * jnp.expm1(capped))
-        return capped - log_m_over_q, log_m_over_q + jnp.maximum(ratio - _MAX_EXPONENT, 0.0)
+        # The small share is always that of the first: near an end of beta the other order
+        # would lose the digits that are left of the divergence there.
+        if self.beta <= 0.5:
+            return _mix(entries.log_ratio, self.beta)
+        log_q_over_m, log_m_over_p = _mix(-entries.log_ratio, 1.0 - self.beta)
+        return -log_m_over_p, -log_q_over_m
+
+
+def _mix(log_ratio: Array, share: float) -> tuple[Array, Array]:
+    """log a - log m and log m - log b, with m = share a + (1 - share) b.
+
+    log m - log b = log1p(share expm1(log a - log b)). Where exp would overflow b no longer
+    counts in m, and log a - log m is -log(share).
+    """
+    capped = jnp.minimum(log_ratio, _MAX_EXPONENT)
+    log_m_over_b = jnp.log1p(share * jnp.expm1(capped))
+    log_a_over_m = jnp.where(log_ratio > _MAX_EXPONENT, -math.log(share), capped - log_m_over_b)
+    return log_a_over_m, log_m_over_b + jnp.maximum(log_ratio - _MAX_EXPONENT, 0.0)
 
 
 def _times_log(probs: Array, logs: Array) -> Array:

@@ -43,8 +43,8 @@ class RisingFraction:
             )
         if not (isinstance(self.num_steps, int) and self.num_steps >= 1):
             raise ValueError(
-                f"RisingFraction.num_steps must be a whole number from 1 on; got {self.num_steps!r}. Set it to "
-                "the number of training steps."
+                f"RisingFraction.num_steps must be a whole number from 1 on; got "
+                f"{self.num_steps!r}. Set it to the number of training steps."
             )
 
     def __call__(self, step: int) -> float:
@@ -83,7 +83,7 @@ class OutputMix:
         """
         if callable(self.student_data_fraction):
             return _check_fraction(self.student_data_fraction(step))
-        return self.student_data_fraction
+        return float(self.student_data_fraction)
 
     def is_on_policy(self, step: int, *, seed: int) -> bool:
         """Tosses the coin of one step, on the host.

@@ -188,8 +188,9 @@ def _divide_or_zero(numerator: Array, denominator: Array) -> Array:
 def _check_temperature(name: str, value: float) -> None:
     if not (isinstance(value, (int, float)) and 0.0 < value < math.inf):
         raise ValueError(
-            f"Objective.{name} must be a number above 0; got {value!r}. A softmax has no temperature of 0: "
-            f"to decode without randomness use Greedy decoding, and leave Objective.{name} at 1.0."
+            f"Objective.{name} must be a number above 0; got {value!r}. A softmax has no "
+            "temperature of 0: to decode without randomness use Greedy decoding, and leave "
+            f"Objective.{name} at 1.0."
         )
 
 

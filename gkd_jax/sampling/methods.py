@@ -1,8 +1,10 @@
 """Choosing one token a row from logits: greedy, temperature, top-k and top-p.
 
-A draw costs four random words a row instead of one a vocabulary entry: the inverse of the
-cumulative distribution in two levels, with one uniform that picks a block of the vocabulary
-and an independent one that picks the entry inside it.
+A draw costs a uniform a level of a tree over the vocabulary (three for up to 65,536 entries)
+instead of a random number an entry: each level picks one of 32 groups by its probability, the
+last level the entry. Uniforms are dense near 0 and cumulative sums run from small to large, so
+that an entry of any probability that float32 can hold is drawn at its own rate, and one of
+probability 0 never.
 """
 
 import dataclasses
@@ -12,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gkd_jax.array_types import Array, Float, Int, Key
+from gkd_jax.array_types import Array, Bool, Float, Int, Key
 
-# Two vector registers of a TPU wide; about sqrt(V) for vocabularies of 32,000 to 256,000.
-BLOCK_SIZE = 256
+FANOUT = 32
+"""Groups a level; its square is the work of a level, in comparisons a row."""
 
 
 class SamplingMethod(Protocol):
@@ -50,8 +52,11 @@ class Greedy:
     ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
         """Returns the argmax of each row and its log-probability; `keys` is not used."""
         del keys
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return tokens, token_log_probs(logits, tokens)
+        # A maximum and a minimum reduce many lanes at once; XLA's argmax on a CPU does not.
+        is_best = logits == jnp.max(logits, axis=-1, keepdims=True)
+        ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        tokens = jnp.min(jnp.where(is_best, ids, logits.shape[-1] - 1), axis=-1)
+        return tokens, _at(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,18 +117,12 @@ class Sample:
         if keys is None:
             raise ValueError("Sample needs random keys; got None. Give one key a row.")
         scaled = logits / self.temperature
-        uniforms = _dense_uniforms(keys, count=2)
-        if self.top_k is None and self.top_p in (None, 1.0):
-            tokens = _draw(scaled, uniforms)
-        else:
-            tokens = _draw_truncated(scaled, uniforms[:, 0], top_k=self.top_k, top_p=self.top_p)
-        return tokens, token_log_probs(scaled, tokens)
-
-
-def token_log_probs(logits: Float[Array, "*n V"], tokens: Int[Array, "*n"]) -> Float[Array, "*n"]:
-    """Returns log softmax(logits) at `tokens`, without making it for the whole vocabulary."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+        uniforms = _dense_uniforms(keys, count=_num_levels(logits.shape[-1]))
+        kept = _truncate(scaled, top_k=self.top_k, top_p=self.top_p)
+        tokens, log_normaliser = _draw(kept, uniforms)
+        if kept is not scaled:
+            log_normaliser = jax.nn.logsumexp(scaled, axis=-1)
+        return tokens, _at(scaled, tokens) - log_normaliser
 
 
 def row_keys(
@@ -144,6 +143,10 @@ def position_keys(keys: Key[Array, " B"], position: Int[Array, ""]) -> Key[Array
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, position)
 
 
+def _at(values: Float[Array, "B n"], index: Int[Array, " B"]) -> Float[Array, " B"]:
+    return jnp.take_along_axis(values, index[:, None], axis=-1)[:, 0]
+
+
 def _dense_uniforms(keys: Key[Array, " B"], *, count: int) -> Float[Array, "B n"]:
     """Uniforms in [0, 1] with 24 significant bits however small they are.
 
@@ -155,61 +158,116 @@ def _dense_uniforms(keys: Key[Array, " B"], *, count: int) -> Float[Array, "B n"
     return high * 2.0**-32 + low * 2.0**-64
 
 
-def _draw(scaled: Float[Array, "B V"], uniforms: Float[Array, "B 2"]) -> Int[Array, " B"]:
-    """Draws from softmax(scaled): first a block of the vocabulary, then an entry of it."""
-    batch_size, vocab_size = scaled.shape
-    padding = -vocab_size % BLOCK_SIZE
+def _num_levels(size: int) -> int:
+    """Uniforms that a draw from `size` entries takes."""
+    return 1 if size <= 2 * FANOUT else 1 + _num_levels(-(-size // FANOUT))
+
+
+def _columns(values: Float[Array, "B n"], *, fill: float) -> Float[Array, "B F m"]:
+    """Groups of FANOUT entries that lie m apart, so that sums over a group run along lanes."""
+    padding = -values.shape[1] % FANOUT
     if padding:
-        scaled = jnp.pad(scaled, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-    blocks = scaled.reshape(batch_size, -1, BLOCK_SIZE)
-    maximum = jnp.max(blocks, axis=(1, 2), keepdims=True)
-    block = _pick(jnp.exp(blocks - maximum).sum(axis=-1), uniforms[:, 0])
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    # The block's own maximum: a block far below the likeliest one keeps its full precision.
-    inside = jnp.exp(inside - jnp.max(inside, axis=-1, keepdims=True))
-    return block * BLOCK_SIZE + _pick(inside, uniforms[:, 1])
+        values = jnp.pad(values, ((0, 0), (0, padding)), constant_values=fill)
+    return values.reshape(values.shape[0], FANOUT, -1)
 
 
-def _draw_truncated(
-    scaled: Float[Array, "B V"],
-    uniform: Float[Array, " B"],
-    *,
-    top_k: int | None,
-    top_p: float | None,
+def _column(columns: Float[Array, "B F m"], index: Int[Array, " B"]) -> Float[Array, "B F"]:
+    return jnp.take_along_axis(columns, index[:, None, None], axis=2)[:, :, 0]
+
+
+def _draw(
+    scaled: Float[Array, "B V"], uniforms: Float[Array, "B n"]
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Draws from softmax(scaled); also returns logsumexp(scaled), which falls out."""
+    maximum = jnp.max(scaled, axis=-1, keepdims=True)
+    if uniforms.shape[1] == 1:
+        masses = jnp.exp(scaled - maximum)
+        tokens = _pick(masses, uniforms[:, 0])
+    else:
+        columns = _columns(scaled, fill=-jnp.inf)
+        masses = jnp.exp(columns - maximum[:, :, None]).sum(axis=1)
+        place = _pick_in_tree(masses, uniforms[:, 1:])
+        # The group's own maximum: entries far below the likeliest keep their precision.
+        group = _column(columns, place)
+        group = jnp.exp(group - jnp.max(group, axis=-1, keepdims=True))
+        tokens = _pick(group, uniforms[:, 0]) * columns.shape[2] + place
+    return tokens, maximum[:, 0] + jnp.log(jnp.sum(masses, axis=-1))
+
+
+def _pick_in_tree(
+    masses: Float[Array, "B n"], uniforms: Float[Array, "B levels"]
 ) -> Int[Array, " B"]:
-    """Draws from the top-k, then top-p part of softmax(scaled)."""
-    vocab_size = scaled.shape[-1]
-    # lax.top_k puts the lower of two equal entries first, which settles ties at both borders.
-    values, ids = lax.top_k(scaled, min(top_k or vocab_size, vocab_size))
-    masses = jnp.exp(values - values[:, :1])
-    if top_p is not None and top_p < 1:
-        cumulative = jnp.cumsum(masses, axis=-1)
-        before = jnp.pad(cumulative[:, :-1], ((0, 0), (1, 0)))
-        masses = jnp.where(before < top_p * cumulative[:, -1:], masses, 0.0)
-    position = _pick_ascending(jnp.flip(masses, axis=-1), uniform)
-    position = masses.shape[-1] - 1 - position
-    return jnp.take_along_axis(ids, position[:, None], axis=-1)[:, 0]
+    """Draws index i with probability masses[i] / sum(masses), one uniform a level."""
+    if uniforms.shape[1] == 1:
+        return _pick(masses, uniforms[:, 0])
+    columns = _columns(masses, fill=0.0)
+    place = _pick_in_tree(columns.sum(axis=1), uniforms[:, 1:])
+    return _pick(_column(columns, place), uniforms[:, 0]) * columns.shape[2] + place
 
 
 def _pick(masses: Float[Array, "B n"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
-    """Draws index i with probability masses[i] / sum(masses).
+    """Draws index i with probability masses[i] / sum(masses), for few masses.
 
-    The cumulative sum runs from the smallest mass to the largest, so that small ones are not
-    lost to rounding against large ones before them.
+    Inverts the cumulative sum from the smallest mass to the largest, in which small ones are not
+    lost to rounding against large ones before them. For a few dozen entries comparing all
+    pairs is faster than sorting.
     """
-    indices = lax.broadcasted_iota(jnp.int32, masses.shape, 1)
-    masses, indices = lax.sort((masses, indices), dimension=1, num_keys=1)
-    position = _pick_ascending(masses, uniform)
-    return jnp.take_along_axis(indices, position[:, None], axis=-1)[:, 0]
+    shape = (masses.shape[0], masses.shape[1], masses.shape[1])
+    this, other = masses[:, :, None], masses[:, None, :]
+    order = lax.broadcasted_iota(jnp.int32, shape, 1) - lax.broadcasted_iota(jnp.int32, shape, 2)
+    up_to_this = (other < this) | ((other == this) & (order >= 0))
+    cumulative = jnp.sum(jnp.where(up_to_this, other, 0.0), axis=-1)
+    # Below the total even where the uniform rounded up to 1. The sum at an entry of mass 0 is
+    # exactly 0, which is never above the threshold.
+    uniform = jnp.minimum(uniform, 1 - 2.0**-24)[:, None]
+    above = cumulative > uniform * jnp.max(cumulative, axis=-1, keepdims=True)
+    return jnp.argmin(jnp.where(above, cumulative, jnp.inf), axis=-1).astype(jnp.int32)
 
 
-def _pick_ascending(masses: Float[Array, "B n"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
-    """Inverts the cumulative sum of ascending masses.
+def _truncate(
+    scaled: Float[Array, "B V"], *, top_k: int | None, top_p: float | None
+) -> Float[Array, "B V"]:
+    """Sets all but the top-k, then all but the top-p entries to -inf."""
+    if top_k is not None and top_k < scaled.shape[-1]:
+        target = jnp.full((scaled.shape[0], 1), top_k, jnp.float32)
+        kept = _smallest_top_set(scaled, jnp.ones_like(scaled), target)
+        scaled = jnp.where(kept, scaled, -jnp.inf)
+    if top_p is not None and top_p < 1:
+        masses = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+        target = top_p * jnp.sum(masses, axis=-1, keepdims=True)
+        scaled = jnp.where(_smallest_top_set(scaled, masses, target), scaled, -jnp.inf)
+    return scaled
 
-    An entry of mass 0 has a cumulative sum of exactly 0 and is passed over even by a uniform of
-    0; the last entry, which a uniform that rounded up to 1 takes, has the largest mass.
+
+def _smallest_top_set(
+    values: Float[Array, "B V"], weights: Float[Array, "B V"], target: Float[Array, "B 1"]
+) -> Bool[Array, "B V"]:
+    """Finds the fewest largest values whose weights sum to the target; lower ids first.
+
+    Instead of a sort, finds the smallest value that belongs to the set bit by bit, then among
+    the entries equal to it the last id: one sum over the vocabulary a bit.
     """
-    cumulative = jnp.cumsum(masses, axis=-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    position = jnp.sum(cumulative <= threshold, axis=-1, dtype=jnp.int32)
-    return jnp.minimum(position, masses.shape[-1] - 1)
+    bits = lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32)
+    # Unsigned integers in the order of the floats.
+    sign = jnp.uint32(1 << 31)
+    ranks = jnp.where(bits >= sign, ~bits, bits | sign)
+    ids = lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    num_id_bits = values.shape[-1].bit_length()
+
+    def total(kept: Bool[Array, "B V"]) -> Float[Array, "B 1"]:
+        return jnp.sum(jnp.where(kept, weights, 0.0), axis=-1, keepdims=True)
+
+    def lower_threshold(i: Array, threshold: Array) -> Array:
+        trial = threshold | lax.shift_right_logical(sign, i.astype(jnp.uint32))
+        return jnp.where(total(ranks >= trial) >= target, trial, threshold)
+
+    zeros = jnp.zeros_like(ranks, shape=(values.shape[0], 1))
+    threshold = lax.fori_loop(0, 32, lower_threshold, zeros)
+    above, equal = ranks > threshold, ranks == threshold
+
+    def raise_last_id(i: Array, last: Array) -> Array:
+        trial = last | lax.shift_right_logical(jnp.int32(1 << (num_id_bits - 1)), i)
+        return jnp.where(total(above | (equal & (ids < trial))) < target, trial, last)
+
+    last_id = lax.fori_loop(0, num_id_bits, raise_last_id, zeros.astype(jnp.int32))
+    return above | (equal & (ids <= last_id))

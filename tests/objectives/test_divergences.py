@@ -1,6 +1,7 @@
 """Divergences and their gradients against float64 NumPy, identities and hand-made numbers."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -35,7 +36,11 @@ class TotalVariation(Divergence):
     """As a user would add one: the term alone, its slope by differentiation."""
 
     def term(self, entries: VocabularyEntries):
-        return 0.5 * jnp.abs(entries.teacher_probs - entries.student_probs)
+        # 0.5 |p - q| by way of the log-ratio, whose rounding must not decide the slope's sign.
+        ratio = entries.log_ratio
+        ratio = jnp.where(jnp.abs(ratio) < 1e-5, 0.0, ratio)
+        larger = jnp.maximum(entries.teacher_probs, entries.student_probs)
+        return -0.5 * larger * jnp.expm1(-jnp.abs(ratio))
 
 
 # The reference: textbook definitions in float64, gradients by central differences.
@@ -91,24 +96,24 @@ def random_case(seed, *, shape=(3, 5), vocab=11, scale=2.0):
 def value_and_grad(divergence, student, teacher, targets, temperatures=(1.0, 1.0)):
     """Per-token values and the gradient of their sum, jitted."""
     teacher = teacher if divergence.needs_teacher else None
+    return _value_and_grad(divergence, temperatures, student, teacher, targets)
 
-    @jax.jit
-    def run(student, teacher, targets):
-        def total(student):
-            values = token_divergence(
-                divergence,
-                student,
-                teacher,
-                targets,
-                student_temperature=temperatures[0],
-                teacher_temperature=temperatures[1],
-            )
-            return values.sum(), values
 
-        (_, values), gradient = jax.value_and_grad(total, has_aux=True)(student)
-        return values, gradient
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _value_and_grad(divergence, temperatures, student, teacher, targets):
+    def total(student):
+        values = token_divergence(
+            divergence,
+            student,
+            teacher,
+            targets,
+            student_temperature=temperatures[0],
+            teacher_temperature=temperatures[1],
+        )
+        return values.sum(), values
 
-    return run(student, teacher, targets)
+    (_, values), gradient = jax.value_and_grad(total, has_aux=True)(student)
+    return values, gradient
 
 
 def logits_of(*probs):
@@ -176,10 +181,9 @@ def test_slope_is_the_derivative_of_the_term(divergence):
     entries = VocabularyEntries(
         jax.nn.log_softmax(student), jax.nn.log_softmax(teacher), jnp.asarray(is_target)
     )
-    by_differentiation = Divergence.slope(divergence, entries)
-    np.testing.assert_allclose(
-        divergence.slope(entries), by_differentiation, rtol=1e-4, atol=1e-6
-    )
+    by_differentiation = jax.jit(lambda: Divergence.slope(divergence, entries))()
+    written = jax.jit(lambda: divergence.slope(entries))()
+    np.testing.assert_allclose(written, by_differentiation, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("divergence", ALL, ids=str)
@@ -188,7 +192,9 @@ def test_both_entrances_give_the_same(divergence):
     values, gradient = value_and_grad(divergence, *case)
     student, teacher, targets = case
     teacher = teacher if divergence.needs_teacher else None
-    again, gradient_again = divergence_and_gradient(divergence, student, teacher, targets)
+    again, gradient_again = jax.jit(divergence_and_gradient, static_argnums=0)(
+        divergence, student, teacher, targets
+    )
     np.testing.assert_allclose(values, again, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(gradient, gradient_again, rtol=1e-5, atol=1e-7)
 
@@ -196,8 +202,8 @@ def test_both_entrances_give_the_same(divergence):
 @pytest.mark.pitfall(4)
 def test_forward_and_reverse_kl_of_a_hand_computed_pair():
     teacher, student = logits_of(1 / 2, 1 / 2), logits_of(1 / 4, 3 / 4)
-    forward = token_divergence(ForwardKL(), student, teacher, ZERO)
-    reverse = token_divergence(ReverseKL(), student, teacher, ZERO)
+    forward, _ = value_and_grad(ForwardKL(), student, teacher, ZERO)
+    reverse, _ = value_and_grad(ReverseKL(), student, teacher, ZERO)
     np.testing.assert_allclose(forward, [0.5 * math.log(4 / 3)], rtol=1e-6)  # 0.143841
     np.testing.assert_allclose(reverse, [math.log(27 / 16) / 4], rtol=1e-6)  # 0.130812
 
@@ -210,19 +216,19 @@ def test_jsd_mixes_probabilities_with_beta_on_the_teacher():
     of_teacher = 0.5 * math.log(0.5 / 0.275) + 0.5 * math.log(0.5 / 0.725)
     of_student = 0.25 * math.log(0.25 / 0.275) + 0.75 * math.log(0.75 / 0.725)
     expected = 0.1 * of_teacher + 0.9 * of_student
-    assert expected == pytest.approx(0.0127235, rel=1e-4)
-    value = token_divergence(GeneralizedJSD(0.1), student, teacher, ZERO)
+    assert expected == pytest.approx(0.0127524, rel=1e-5)
+    value, _ = value_and_grad(GeneralizedJSD(0.1), student, teacher, ZERO)
     np.testing.assert_allclose(value, [expected], rtol=1e-5)
     # The geometric mixture and the exchanged weights are measurably other numbers.
-    exchanged = token_divergence(GeneralizedJSD(0.9), student, teacher, ZERO)
+    exchanged, _ = value_and_grad(GeneralizedJSD(0.9), student, teacher, ZERO)
     assert abs(exchanged[0] - expected) > 2e-4
 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_jsd_symmetry(beta):
     student, teacher, targets = random_case(6)
-    one = token_divergence(GeneralizedJSD(beta), student, teacher, targets)
-    other = token_divergence(GeneralizedJSD(1 - beta), teacher, student, targets)
+    one, _ = value_and_grad(GeneralizedJSD(beta), student, teacher, targets)
+    other, _ = value_and_grad(GeneralizedJSD(1 - beta), teacher, student, targets)
     np.testing.assert_allclose(one, other, rtol=2e-6, atol=1e-7)
 
 
@@ -230,7 +236,7 @@ def test_jsd_symmetry(beta):
 def test_jsd_bounds_reached_on_disjoint_supports(beta):
     bound = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
     student, teacher, targets = random_case(7, scale=8.0)
-    values = token_divergence(GeneralizedJSD(beta), student, teacher, targets)
+    values, _ = value_and_grad(GeneralizedJSD(beta), student, teacher, targets)
     assert np.all(values >= 0)
     assert np.all(values <= bound + 1e-6)
     assert np.max(values) > 0.9 * bound
@@ -247,7 +253,8 @@ def test_jsd_bounds_reached_on_disjoint_supports(beta):
 @pytest.mark.pitfall(3)
 @pytest.mark.parametrize("small", [1e-3, 1e-4])
 def test_jsd_limits_are_the_pure_kls(small):
-    student, teacher, targets = random_case(8)
+    # The distance to the limits grows with the ratios of probabilities: mild logits.
+    student, teacher, targets = random_case(8, scale=0.5)
     forward, of_forward = value_and_grad(ForwardKL(), student, teacher, targets)
     reverse, of_reverse = value_and_grad(ReverseKL(), student, teacher, targets)
     for beta, limit, of_limit in (
@@ -256,12 +263,12 @@ def test_jsd_limits_are_the_pure_kls(small):
     ):
         value, gradient = value_and_grad(GeneralizedJSD(beta), student, teacher, targets)
         edge = min(beta, 1 - beta)
-        np.testing.assert_allclose(value / edge, limit, rtol=60 * small)
-        np.testing.assert_allclose(gradient / edge, of_limit, rtol=0, atol=60 * small)
+        np.testing.assert_allclose(value / edge, limit, rtol=10 * small)
+        np.testing.assert_allclose(gradient / edge, of_limit, rtol=0, atol=10 * small)
         normalized = GeneralizedJSD(beta, normalized=True)
         value, gradient = value_and_grad(normalized, student, teacher, targets)
-        np.testing.assert_allclose(value, limit, rtol=60 * small)
-        np.testing.assert_allclose(gradient, of_limit, rtol=0, atol=60 * small)
+        np.testing.assert_allclose(value, limit, rtol=10 * small)
+        np.testing.assert_allclose(gradient, of_limit, rtol=0, atol=10 * small)
 
 
 @pytest.mark.pitfall(2)
@@ -355,8 +362,6 @@ def test_entries_excluded_by_one_have_the_mathematical_value():
     student = np.concatenate([full, cut, full])
     teacher = np.concatenate([cut, full, full])
     targets = np.zeros(3, np.int32)
-    log_half, one_minus = math.log(0.5), -0.5 * math.log(0.5) * 2
-    assert one_minus == pytest.approx(-log_half)
 
     forward, of_forward = value_and_grad(ForwardKL(), student, teacher, targets)
     np.testing.assert_allclose(forward, [math.log(2), np.inf, 0.0], rtol=1e-6, atol=1e-6)
@@ -389,12 +394,12 @@ def np_closed_gradient_safe(beta, student, teacher):
 @pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL()], ids=str)
 def test_a_token_that_does_not_count_may_be_infinite(divergence):
     full, cut = logits_of(0.2, 0.3, 0.5), logits_of(0.4, 0.6, 0.0)
-    student, teacher = np.concatenate([full, cut, full]), np.concatenate([cut, full, cut * 0.5])
-    student[2], teacher[2] = logits_of(0.1, 0.1, 0.8)[0], logits_of(0.3, 0.3, 0.4)[0]
+    student = np.concatenate([full, cut, logits_of(0.1, 0.1, 0.8)])
+    teacher = np.concatenate([cut, full, logits_of(0.3, 0.3, 0.4)])
 
     @jax.jit
     def loss(student):
-        values = token_divergence(divergence, student, teacher, np.zeros(3, np.int32))
+        values, _ = value_and_grad(divergence, student, teacher, np.zeros(3, np.int32))
         return jnp.where(np.array([False, False, True]), values, 0.0).sum()
 
     value, gradient = jax.value_and_grad(loss)(student)

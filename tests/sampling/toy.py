@@ -1,12 +1,15 @@
 """Two small language models whose distributions tests know exactly."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gkd_jax.batch import Batch
+from gkd_jax.models.config import T5Config
+from gkd_jax.models.t5 import T5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,3 +123,25 @@ def random_batch(key, *, batch_size, source, target, vocab_size, first_id=0):
         loss_weights=jnp.zeros((batch_size, target)),
         example_id=first_id + jnp.arange(batch_size, dtype=jnp.int32),
     )
+
+
+@functools.cache
+def tiny_t5(*, first_version=False, dtype="float32"):
+    """A T5 whose parameters are large enough that its outputs vary."""
+    config = T5Config(
+        vocab_size=40,
+        emb_dim=16,
+        num_heads=2,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        head_dim=8,
+        mlp_dim=24,
+        mlp_activations=("relu",) if first_version else ("gelu", "linear"),
+        logits_via_embedding=first_version,
+        dtype=dtype,
+    )
+    model = T5(config)
+    shapes = model.abstract_params()
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
+    return model, params

@@ -1,0 +1,193 @@
+"""Parameters from a path, whoever wrote the checkpoint."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+from etils import epath
+
+from gkd_jax.array_types import Params, PyTree
+from gkd_jax.checkpoints import layout
+from gkd_jax.checkpoints.manifest import (
+    MANIFEST,
+    CorruptCheckpointError,
+    verify_manifest,
+)
+from gkd_jax.checkpoints.store import CheckpointStore
+
+_PARAMS = "params/"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """What a path holds, known without reading arrays.
+
+    Attributes:
+      kind: 'run' (a run's directory: its last checkpoint), 'state' (one checkpoint of a run),
+        'params' (exported parameters), 't5x-native' or 't5x-orbax'.
+      folder: the checkpoint itself.
+      step: number of updates made, where known.
+      shapes: name of each parameter, such as 'decoder/norm/scale', to shape and dtype.
+    """
+
+    kind: str
+    folder: str
+    step: int | None
+    shapes: layout.Shapes
+
+
+def load_params(
+    path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct], *, step: int | None = None
+) -> Params:
+    """Loads parameters, without optimizer state, verified where there are digests.
+
+    Args:
+      path: a run's directory (its last good checkpoint is used), one `checkpoint_<step>` of it,
+        what `save_params` wrote, or a checkpoint of T5X, native or Orbax.
+      abstract_params: shapes, the dtypes to convert to (bfloat16 for a teacher), and shardings.
+      step: of a run's directory, the checkpoint of this step only.
+
+    Returns:
+      The parameters, on the shardings wanted.
+
+    Raises:
+      FileNotFoundError: there is nothing at `path`.
+      CorruptCheckpointError: files are missing or not what was written.
+      ValueError: `path` is not a checkpoint, or its parameters are not those wanted.
+    """
+    folder = _existing(path)
+    kind = _kind(folder)
+    if kind.startswith("t5x"):
+        from gkd_jax.checkpoints import t5x
+
+        return t5x.read_t5x_params(folder, abstract_params)
+    if kind == "run":
+        store = CheckpointStore(folder, read_only=True)
+        folder = store.folder(store.choose(step))
+    else:
+        _verify(folder)
+    header = layout.read_header(folder)
+    layout.check_shapes(
+        _params_only(header.shapes), layout.shapes_of(abstract_params), folder=folder
+    )
+    nested = layout.read_arrays(folder, {"params": layout.to_nested(abstract_params)})
+    return layout.from_nested(nested["params"], abstract_params)
+
+
+def describe_checkpoint(path: epath.PathLike) -> CheckpointInfo:
+    """Tells what a path holds, quickly: sizes of files are checked, digests are not.
+
+    Raises:
+      As `load_params`.
+    """
+    folder = _existing(path)
+    kind = _kind(folder)
+    if kind.startswith("t5x"):
+        return _describe_t5x(folder, kind)
+    if kind == "run":
+        store = CheckpointStore(folder, read_only=True)
+        latest = store.latest_step()
+        if latest is None:
+            raise FileNotFoundError(
+                f"there is no complete checkpoint in {folder}: its only save was cut off. Choose "
+                "another path."
+            )
+        folder = store.folder(latest)
+    verify_manifest(folder, digests=False)
+    header = layout.read_header(folder)
+    kind = header.kind if kind != "run" else kind
+    return CheckpointInfo(kind, str(folder), header.step, _params_only(header.shapes))
+
+
+def check_compatible(path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct]) -> None:
+    """Checks, quickly, that a checkpoint has the parameters wanted.
+
+    Raises:
+      As `load_params`; a ValueError for shapes names the first few parameters that differ.
+    """
+    info = describe_checkpoint(path)
+    wanted = layout.shapes_of(abstract_params)
+    layout.check_shapes(info.shapes, wanted, folder=epath.Path(info.folder))
+
+
+def _existing(path: epath.PathLike) -> epath.Path:
+    folder = epath.Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"there is no checkpoint at {folder}: the path does not exist. Set "
+            "Student.initial_checkpoint, Teacher.checkpoint or MODEL_DIR to one that does."
+        )
+    return folder
+
+
+def _kind(folder: epath.Path) -> str:
+    """Recognises 'run', 'folder' (one checkpoint of ours) and T5X's kinds."""
+    ours = (layout.HOST, MANIFEST, layout.UNFINISHED)
+    if any((folder / name).exists() for name in ours):
+        return "folder"
+    steps = [
+        child
+        for child in (folder.iterdir() if folder.is_dir() else ())
+        if re.fullmatch(r"checkpoint_\d+", child.name)
+    ]
+    if any((step / name).exists() for step in steps for name in (*ours, layout.ARRAYS)):
+        return "run"
+    from gkd_jax.checkpoints import t5x
+
+    t5x_kind = t5x.is_t5x_checkpoint(folder)
+    if t5x_kind:
+        return f"t5x-{t5x_kind}"
+    raise ValueError(
+        f"{folder} is not a checkpoint. Looked for: checkpoint_<step> folders with {MANIFEST} (a "
+        f"run of gkd_jax), {MANIFEST} (one checkpoint of it, or exported parameters), and T5X's "
+        "`checkpoint` file or `state` folder. Give the path of one of those."
+    )
+
+
+def _verify(folder: epath.Path) -> None:
+    if not (folder / MANIFEST).exists():
+        raise CorruptCheckpointError(
+            f"the checkpoint {folder} is unfinished or has lost its {MANIFEST}. Choose another "
+            "step, or copy it again from its source."
+        )
+    try:
+        verify_manifest(folder)
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(
+            f"the checkpoint {folder} cannot be used: {error} Choose another step, or copy it "
+            "again from its source."
+        ) from error
+
+
+def _params_only(shapes: layout.Shapes) -> layout.Shapes:
+    return {
+        name.removeprefix(_PARAMS): entry
+        for name, entry in shapes.items()
+        if name.startswith(_PARAMS)
+    }
+
+
+def _describe_t5x(root: epath.Path, kind: str) -> CheckpointInfo:
+    import tensorstore
+
+    from gkd_jax.checkpoints import t5x
+
+    folder = t5x._find_step(root)
+    assert folder is not None
+    native = kind == "t5x-native"
+    leaves = t5x._native_leaves(folder) if native else t5x._orbax_leaves(folder)
+    # All are opened at once: one by one takes long in a bucket.
+    opening = {
+        name: leaf if isinstance(leaf, np.ndarray) else tensorstore.open(leaf, open=True, read=True)
+        for name, leaf in leaves.items()
+    }
+    shapes: layout.Shapes = {}
+    for name, leaf in opening.items():
+        if isinstance(leaf, np.ndarray):
+            shapes[name] = (leaf.shape, str(leaf.dtype))
+        else:
+            array = leaf.result()
+            shapes[name] = (tuple(array.shape), array.dtype.name)
+    match = re.fullmatch(r"checkpoint_(\d+)", folder.name)
+    return CheckpointInfo(kind, str(folder), int(match[1]) if match else None, shapes)

@@ -1,0 +1,410 @@
+"""A run's checkpoints: saved while training goes on, verified before they are restored."""
+
+import re
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from gkd_jax.array_types import Params, PyTree
+from gkd_jax.checkpoints import layout
+from gkd_jax.checkpoints.manifest import MANIFEST, CorruptCheckpointError, verify_manifest
+
+_STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
+
+
+class CheckpointStore:
+    """Checkpoints `checkpoint_<step>` of one run in one directory.
+
+    A save copies the arrays to the host and returns; a thread writes them, then the manifest of
+    digests, and then deletes what is not to be kept. A checkpoint counts only with its manifest,
+    so that a process may be killed at any moment. All processes of a run must make the same
+    calls, on a directory that they share.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        *,
+        keep: int | None = 2,
+        keep_every: int | None = None,
+        best_mode: str = "max",
+        read_only: bool = False,
+    ):
+        """Opens a directory, and makes it if need be.
+
+        Args:
+          directory: local, or a bucket such as gs://bucket/run.
+          keep: how many of the latest checkpoints to keep; None for all. The best by metric is
+            kept besides.
+          keep_every: keep also those whose step is a multiple of this.
+          best_mode: 'max' or 'min': which metric given to `save` is best.
+          read_only: neither makes the directory nor saves.
+
+        Raises:
+          ValueError: a setting is wrong, or the directory is not writable.
+          FileNotFoundError: read-only, and there is no such directory.
+        """
+        for name, value in (("keep", keep), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"CheckpointStore.{name} must be at least 1; got {value}. Set it to None to "
+                    f"{'keep all' if name == 'keep' else 'keep no others'}."
+                )
+        if best_mode not in ("max", "min"):
+            raise ValueError(
+                f"CheckpointStore.best_mode must be 'max' or 'min'; got {best_mode!r}. Set it to "
+                "'min' for a loss."
+            )
+        self.directory = epath.Path(directory)
+        self._keep, self._keep_every = keep, keep_every
+        self._sign = 1.0 if best_mode == "max" else -1.0
+        self._read_only = read_only
+        self._checkpointer: ocp.AsyncCheckpointer | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._restored_step: int | None = None
+        self._corrupt: set[int] = set()
+        self._metrics: dict[int, float | None] = {}
+        if read_only and not self.directory.is_dir():
+            raise FileNotFoundError(
+                f"there is no directory {self.directory}. Set MODEL_DIR to that of a run."
+            )
+        if not read_only and jax.process_index() == 0:
+            layout.check_writable(self.directory)
+
+    def __enter__(self) -> "CheckpointStore":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        state: PyTree[Any],
+        host: Mapping[str, Any] | None = None,
+        *,
+        metric: float | None = None,
+    ) -> bool:
+        """Starts to save; waits first for the save before.
+
+        The state may be donated or changed as soon as this returns.
+
+        Args:
+          step: number of updates made.
+          state: any tree of arrays, sharded or not.
+          host: what else a resumed run needs, as JSON: position of the iterator, fingerprints.
+          metric: value by which the best checkpoint is chosen; None or NaN never is the best.
+
+        Returns:
+          False if this very checkpoint is the one that the run was restored from.
+
+        Raises:
+          ValueError: `host` is not JSON, or the directory has this or a later step already.
+          Exception: whatever went wrong with the save before.
+        """
+        if self._read_only:
+            raise ValueError(
+                f"the store of {self.directory} is read-only. Set read_only=False to save."
+            )
+        self.wait()
+        header = layout.Header(
+            kind="state",
+            step=step,
+            shapes=layout.shapes_of(state),
+            metric=None if metric is None or np.isnan(metric) else float(metric),
+            host=dict(host or {}),
+        ).dump()
+        nested = layout.to_nested(state)
+        if not self._make_room(step):
+            logging.info("checkpoint %d is the one restored from: not saved again", step)
+            return False
+        folder = self.folder(step)
+        if jax.process_index() == 0:
+            layout.begin(folder)
+        if self._checkpointer is None:
+            self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._checkpointer.save(folder / layout.ARRAYS, args=ocp.args.PyTreeSave(nested))
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, header), name=f"checkpoint_{step}"
+        )
+        self._thread.start()
+        return True
+
+    def wait(self) -> None:
+        """Waits until the last save is complete.
+
+        Raises:
+          Exception: whatever went wrong with it.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        if jax.process_count() > 1:
+            failed = multihost_utils.process_allgather(np.int32(error is not None))
+            if error is None and np.any(failed):
+                error = RuntimeError("saving a checkpoint failed on another process: see its log")
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Waits as `wait` does, and frees threads. The store can be used again."""
+        try:
+            self.wait()
+        finally:
+            if self._checkpointer is not None:
+                self._checkpointer.close()
+                self._checkpointer = None
+
+    def folder(self, step: int) -> epath.Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.directory / f"checkpoint_{step}"
+
+    def all_steps(self) -> list[int]:
+        """Steps of complete checkpoints, ascending; a save under way does not count yet."""
+        return [step for step in self._step_folders() if self._is_complete(step)]
+
+    def latest_step(self) -> int | None:
+        """The last complete checkpoint's step; None if there never was one.
+
+        Files are not verified here but in `restore`, which may have to use an earlier one.
+
+        Raises:
+          CorruptCheckpointError: there are checkpoints, but all have lost their manifest.
+        """
+        steps = self.all_steps()
+        if steps:
+            return steps[-1]
+        damaged = [step for step in self._step_folders() if not self._is_unfinished(step)]
+        if damaged:
+            raise self._none_left(dict.fromkeys(damaged, f"{MANIFEST} is missing."))
+        return None
+
+    def best_step(self) -> int | None:
+        """The complete checkpoint with the best metric (the earliest of equals), or None."""
+        return self._best(self.all_steps())
+
+    def restore(
+        self, abstract_state: PyTree[Any], *, step: int | None = None
+    ) -> tuple[PyTree[Any], dict[str, Any], int]:
+        """Verifies and restores a checkpoint.
+
+        Args:
+          abstract_state: `ShapeDtypeStruct`s with the shardings wanted, on any mesh.
+          step: which checkpoint; None takes the last good one, with a warning for each later one
+            that is unfinished or corrupt.
+
+        Returns:
+          The state in the containers of `abstract_state`, the host's part, and the step.
+
+        Raises:
+          FileNotFoundError: there is none, or not that of `step`.
+          CorruptCheckpointError: that of `step` is corrupt, or all are.
+          ValueError: its arrays are not those wanted, or its format is another version's.
+        """
+        self.wait()
+        chosen = self.choose(step)
+        folder = self.folder(chosen)
+        header = layout.read_header(folder)
+        layout.check_shapes(
+            header.shapes, layout.shapes_of(abstract_state), folder=folder, dtypes=True
+        )
+        nested = layout.read_arrays(folder, layout.to_nested(abstract_state))
+        self._restored_step = chosen
+        return layout.from_nested(nested, abstract_state), header.host, chosen
+
+    def choose(self, step: int | None = None) -> int:
+        """Verifies checkpoints until one is good; returns its step. Raises as `restore` does."""
+        if jax.process_count() == 1:
+            chosen = self._choose(step)
+        else:
+            # Process 0 alone reads every byte; all restore what it chose.
+            chosen, error = -1, None
+            if jax.process_index() == 0:
+                try:
+                    chosen = self._choose(step)
+                except (OSError, ValueError) as caught:
+                    error = caught
+            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+            if error is not None:
+                raise error
+            if chosen < 0:
+                raise CorruptCheckpointError(
+                    f"process 0 found no good checkpoint in {self.directory}: see its log"
+                )
+        if step is None:
+            self._corrupt |= {s for s in self.all_steps() if s > chosen}
+        return chosen
+
+    def _choose(self, step: int | None) -> int:
+        if step is not None:
+            return self._verify_asked(step)
+        bad: dict[int, str] = {}
+        unfinished = []
+        for candidate in reversed(self._step_folders()):
+            if self._is_unfinished(candidate):
+                unfinished.append(candidate)
+                continue
+            try:
+                verify_manifest(self.folder(candidate))
+            except CorruptCheckpointError as error:
+                bad[candidate] = str(error)
+                continue
+            for skipped in unfinished:
+                logging.warning(
+                    "checkpoint %s is unfinished (its process was stopped while saving): using "
+                    "step %d instead", self.folder(skipped), candidate,
+                )  # fmt: skip
+            for skipped, reason in bad.items():
+                logging.warning(
+                    "checkpoint %s is CORRUPT: %s Using step %d instead",
+                    self.folder(skipped), reason, candidate,
+                )  # fmt: skip
+            return candidate
+        if bad:
+            raise self._none_left(bad)
+        raise FileNotFoundError(
+            f"there is no complete checkpoint in {self.directory}. Set MODEL_DIR to the directory "
+            "of a run that has saved one."
+        )
+
+    def _verify_asked(self, step: int) -> int:
+        folder = self.folder(step)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"there is no checkpoint {folder}; there are steps {self.all_steps()}. "
+                "Choose one of those."
+            )
+        try:
+            verify_manifest(folder)
+        except CorruptCheckpointError as error:
+            others = [other for other in self.all_steps() if other != step]
+            raise CorruptCheckpointError(
+                f"the checkpoint of step {step} cannot be used: {error} Copy it again from its "
+                f"source, or choose another step of {others}."
+            ) from error
+        return step
+
+    def _none_left(self, bad: Mapping[int, str]) -> CorruptCheckpointError:
+        reasons = " ".join(f"Step {step}: {reason}" for step, reason in sorted(bad.items()))
+        return CorruptCheckpointError(
+            f"no checkpoint in {self.directory} can be used. {reasons} Restore the files from a "
+            "copy, or set MODEL_DIR to a new directory to start from scratch."
+        )
+
+    def _step_folders(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        matches = (_STEP_FOLDER.fullmatch(child.name) for child in self.directory.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _is_complete(self, step: int) -> bool:
+        return (self.folder(step) / MANIFEST).exists()
+
+    def _is_unfinished(self, step: int) -> bool:
+        return not self._is_complete(step) and (self.folder(step) / layout.UNFINISHED).exists()
+
+    def _make_room(self, step: int) -> bool:
+        """Clears remains at and after `step`; False if the step is there, restored from it."""
+        later = [s for s in self._step_folders() if s >= step]
+        usable = [s for s in later if self._is_complete(s) and s not in self._corrupt]
+        if usable == [step] and step == self._restored_step:
+            return False
+        if usable:
+            raise ValueError(
+                f"{self.directory} has checkpoints of steps {usable}; got step {step} to save, "
+                "which would mix two runs. Set MODEL_DIR to a new directory, or delete them."
+            )
+        if jax.process_index() == 0:
+            for other in later:
+                if self._is_unfinished(other):
+                    self.folder(other).rmtree()
+                else:
+                    self._set_aside(other)
+        self._corrupt -= set(later)
+        return True
+
+    def _set_aside(self, step: int) -> None:
+        number = 0
+        while (target := self.directory / f"corrupt_checkpoint_{step}.{number}").exists():
+            number += 1
+        self.folder(step).rename(target)
+        logging.warning("moved the corrupt checkpoint %s to %s", self.folder(step), target)
+
+    def _finish(self, step: int, header: str) -> None:
+        """The thread: waits for the arrays, completes the checkpoint, deletes old ones."""
+        try:
+            assert self._checkpointer is not None
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                layout.finish(self.folder(step), header)
+                self._prune()
+                logging.info("saved checkpoint %s", self.folder(step))
+        except BaseException as error:  # Raised again by the next `save` or `wait`.
+            logging.exception("saving checkpoint %s failed", self.folder(step))
+            error.add_note(f"while saving the checkpoint {self.folder(step)}")
+            self._error = error
+
+    def _prune(self) -> None:
+        steps = self.all_steps()
+        kept = set(steps if self._keep is None else steps[-self._keep :])
+        kept |= {s for s in steps if self._keep_every and s % self._keep_every == 0}
+        best = self._best(steps)
+        for step in self._step_folders():
+            stale = self._is_unfinished(step) and step < steps[-1]
+            if stale or (step in steps and step not in kept | {best}):
+                layout.delete(self.folder(step))
+
+    def _best(self, steps: list[int]) -> int | None:
+        measured = {s: m for s in steps if (m := self._metric(s)) is not None}
+        return max(measured, key=lambda s: (self._sign * measured[s], -s), default=None)
+
+    def _metric(self, step: int) -> float | None:
+        if step not in self._metrics:
+            self._metrics[step] = layout.read_header(self.folder(step)).metric
+        return self._metrics[step]
+
+
+def save_params(
+    path: epath.PathLike, params: Params, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Saves parameters alone, with a manifest; `load_params` reads them.
+
+    Args:
+      path: a new folder.
+      params: the parameters.
+      metadata: anything to keep with them, as JSON.
+
+    Raises:
+      ValueError: `path` is not empty or not writable, or `metadata` is not JSON.
+    """
+    folder = epath.Path(path)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"the folder to save to must be new; got {folder}. Choose another path.")
+    tree = {"params": params}
+    header = layout.Header(
+        kind="params",
+        step=None,
+        shapes=layout.shapes_of(tree),
+        metric=None,
+        host=dict(metadata or {}),
+    ).dump()
+    if jax.process_index() == 0:
+        layout.check_writable(folder)
+        layout.begin(folder)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        args = ocp.args.PyTreeSave(layout.to_nested(tree))
+        checkpointer.save(folder / layout.ARRAYS, args=args)
+    if jax.process_index() == 0:
+        layout.finish(folder, header)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"save_params {folder}")

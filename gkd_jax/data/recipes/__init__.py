@@ -1,0 +1,27 @@
+"""The tasks of the GKD paper and the arithmetic of the quickstart, each a function to configure.
+
+Every function returns a `Task` whose sources are TFDS's unless files at hand are given, in Python
+or by a gin binding: `recipes.wmt14_en_de.train = @train/sources.ParallelText()`.
+"""
+
+from gkd_jax.data.recipes.instructions import final_answer, flan2021, flan_cot_tsv, instruction
+from gkd_jax.data.recipes.reasoning import CHAIN_OF_THOUGHT_EXEMPLARS, arithmetic, gsm8k
+from gkd_jax.data.recipes.summarization import xsum
+from gkd_jax.data.recipes.translation import wmt14_en_de
+from gkd_jax.data.task import register_task
+
+__all__ = [
+    "CHAIN_OF_THOUGHT_EXEMPLARS",
+    "arithmetic",
+    "final_answer",
+    "flan2021",
+    "flan_cot_tsv",
+    "gsm8k",
+    "instruction",
+    "wmt14_en_de",
+    "xsum",
+]
+
+# Known by name, with their default sources, for MIXTURE_OR_TASK_NAME.
+for _recipe in (arithmetic, flan2021, gsm8k, wmt14_en_de, xsum):
+    register_task(_recipe())

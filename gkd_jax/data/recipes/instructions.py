@@ -1,0 +1,178 @@
+"""Instruction tuning: FLAN-style data of any make, and a mixture in the manner of FLAN 2021."""
+
+import os
+import re
+from collections.abc import Callable
+
+from gkd_jax.data.mixtures import Mixture, Templated
+from gkd_jax.data.recipes.text import FieldsToText
+from gkd_jax.data.sources import TfdsSource, Tsv
+from gkd_jax.data.task import MetricFn, SourceConfig, Task, as_it_is
+from gkd_jax.metrics.text_metrics import exact_match
+
+_ANSWER_PHRASE = re.compile(r"the\s+(?:final\s+)?answer\s+is:?\s*", re.IGNORECASE)
+
+
+def final_answer(output: str) -> str:
+    """What follows the last 'the answer is', without its full stop; all text if it is missing.
+
+    An output parser for chain-of-thought data, whose metrics compare answers and not reasons.
+    """
+    phrases = list(_ANSWER_PHRASE.finditer(output))
+    if not phrases:
+        return output.strip()
+    return output[phrases[-1].end() :].partition("\n")[0].strip().removesuffix(".").strip()
+
+
+def instruction(
+    *,
+    train: SourceConfig,
+    validation: SourceConfig | None = None,
+    test: SourceConfig | None = None,
+    name: str = "instruction",
+    inputs_field: str = "inputs",
+    targets_field: str = "targets",
+    output_parser: Callable[[str], str] = as_it_is,
+    metrics: tuple[MetricFn, ...] = (exact_match,),
+) -> Task:
+    """Instructions and responses from sources at hand.
+
+    JSON lines with the fields 'inputs' and 'targets' need nothing more; FLAN's chain-of-thought
+    TSVs come through `flan_cot_tsv`, any other layout through `Templated`, and several sources
+    through `Mixture`.
+
+    Args:
+      train: training examples.
+      validation: None leaves the split out.
+      test: None leaves the split out.
+      name: the task's name.
+      inputs_field: field of the whole prompt.
+      targets_field: field of the response.
+      output_parser: what metrics compare, of predictions and references, e.g. `final_answer`.
+      metrics: metric functions of an evaluation.
+
+    Returns:
+      The task with the splits that were given.
+    """
+    given = {"train": train, "validation": validation, "test": test}
+    return Task(
+        name=name,
+        sources={split: source for split, source in given.items() if source is not None},
+        to_text=FieldsToText(inputs_field, targets_field, output_parser=output_parser),
+        metrics=tuple(metrics),
+        output_parser=output_parser,
+    )
+
+
+def flan_cot_tsv(
+    path: str | os.PathLike[str] | tuple[str, ...],
+    *,
+    inputs: str = "{input}\nLet's think step by step.",
+    targets: str = "{rationale} The answer is {answer}.",
+) -> Templated:
+    """FLAN's chain-of-thought files: tab-separated input, answer and rationale, no header.
+
+    Args:
+      path: one file or several, plain or '.gz'.
+      inputs: template of the prompt over the three fields.
+      targets: template of the output.
+
+    Returns:
+      A source with the fields 'inputs' and 'targets'.
+    """
+    source = Tsv(path, columns=("input", "answer", "rationale"))
+    return Templated(source, inputs, targets, unescape_newlines=True)
+
+
+# Data set of TFDS: template of the prompt, of the output, and names of classes. A handful of
+# FLAN 2021's 62 data sets, one or two of a kind, in wordings of our own.
+_FLAN_TEMPLATES: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
+    "glue/rte": (
+        "{sentence1}\n\nDoes it follow that {sentence2}\nOptions:\n- yes\n- no",
+        "{label}",
+        {"label": ("yes", "no")},
+    ),
+    "super_glue/boolq": (
+        "{passage}\n\nAnswer from the text above: {question}?\nOptions:\n- no\n- yes",
+        "{label}",
+        {"label": ("no", "yes")},
+    ),
+    "super_glue/copa": (
+        "{premise}\nWhat is the {question}?\nOptions:\n- {choice1}\n- {choice2}",
+        "{label}",
+        {"label": ("{choice1}", "{choice2}")},
+    ),
+    "piqa": (
+        "How is this best done? {goal}\nOptions:\n- {sol1}\n- {sol2}",
+        "{label}",
+        {"label": ("{sol1}", "{sol2}")},
+    ),
+    "glue/sst2": (
+        "Review: {sentence}\nIs this review positive or negative?",
+        "{label}",
+        {"label": ("negative", "positive")},
+    ),
+    "glue/qqp": (
+        "{question1}\n{question2}\nDo these two questions ask the same?\nOptions:\n- no\n- yes",
+        "{label}",
+        {"label": ("no", "yes")},
+    ),
+    "ag_news_subset": (
+        "{title}\n{description}\nWhat is this news about?\nOptions:\n- world\n- sports\n"
+        "- business\n- science and technology",
+        "{label}",
+        {"label": ("world", "sports", "business", "science and technology")},
+    ),
+    "gigaword": ("Write a headline for this sentence: {document}", "{summary}", {}),
+}
+# Those without a public validation split of that name.
+_VALIDATION_SPLITS = {"ag_news_subset": "test"}
+
+
+def flan2021(
+    *,
+    name: str = "flan2021",
+    train: SourceConfig | None = None,
+    validation: SourceConfig | None = None,
+    test: SourceConfig | None = None,
+    output_parser: Callable[[str], str] = as_it_is,
+    metrics: tuple[MetricFn, ...] = (exact_match,),
+) -> Task:
+    """Instruction tuning in the manner of FLAN 2021 (Wei et al., arXiv 2109.01652).
+
+    By default a mixture of eight of its data sets over TFDS in our own wordings, at most 30,000
+    examples of each and examples-proportional rates up to 3,000, as that paper has it. It is a
+    small stand-in: for the whole collection, bind `train` to exported files or name FLAN's own
+    seqio mixture.
+
+    Args:
+      name: the task's name.
+      train: training examples with the fields 'inputs' and 'targets'.
+      validation: None is up to 200 validation examples of each data set of the default mixture.
+      test: None leaves the split out.
+      output_parser: what metrics compare, e.g. `final_answer` for chain-of-thought data.
+      metrics: metric functions of an evaluation.
+
+    Returns:
+      The task.
+    """
+    return instruction(
+        train=train or Mixture(_flan_sources("train"), max_examples=30_000, rate_maximum=3_000),
+        validation=validation or Mixture(_flan_sources("validation"), max_examples=200),
+        test=test,
+        name=name,
+        output_parser=output_parser,
+        metrics=metrics,
+    )
+
+
+def _flan_sources(split: str) -> tuple[SourceConfig, ...]:
+    return tuple(
+        Templated(
+            TfdsSource(data_set, split if split == "train" else _VALIDATION_SPLITS.get(data_set, split)),
+            inputs,
+            targets,
+            labels,
+        )
+        for data_set, (inputs, targets, labels) in _FLAN_TEMPLATES.items()
+    )

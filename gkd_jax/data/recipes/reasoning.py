@@ -1,0 +1,215 @@
+"""Arithmetic reasoning: GSM8K and problems from the generator."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from gkd_jax.data.arithmetic import ArithmeticProblems
+from gkd_jax.data.recipes.text import FieldsToText
+from gkd_jax.data.sources import TfdsSource
+from gkd_jax.data.task import MetricFn, RawExample, SourceConfig, Task, TextExample
+from gkd_jax.metrics.gsm8k import gsm8k_accuracy
+
+CHAIN_OF_THOUGHT_EXEMPLARS: tuple[tuple[str, str], ...] = (
+    (
+        "There are 15 trees in the grove. Grove workers will plant trees in the grove today. "
+        "After they are done, there will be 21 trees. How many trees did the grove workers plant "
+        "today?",
+        "There are 15 trees originally. Then there were 21 trees after some more were planted. "
+        "So there must have been 21 - 15 = 6. The answer is 6.",
+    ),
+    (
+        "If there are 3 cars in the parking lot and 2 more cars arrive, how many cars are in the "
+        "parking lot?",
+        "There are originally 3 cars. 2 more cars arrive. 3 + 2 = 5. The answer is 5.",
+    ),
+    (
+        "Leah had 32 chocolates and her sister had 42. If they ate 35, how many pieces do they "
+        "have left in total?",
+        "Originally, Leah had 32 chocolates. Her sister had 42. So in total they had 32 + 42 = "
+        "74. After eating 35, they had 74 - 35 = 39. The answer is 39.",
+    ),
+    (
+        "Jason had 20 lollipops. He gave Denny some lollipops. Now Jason has 12 lollipops. How "
+        "many lollipops did Jason give to Denny?",
+        "Jason started with 20 lollipops. Then he had 12 after giving some to Denny. So he gave "
+        "Denny 20 - 12 = 8. The answer is 8.",
+    ),
+)
+"""The first four (question, worked answer) pairs of Wei et al., "Chain-of-Thought Prompting
+Elicits Reasoning in Large Language Models" (arXiv 2201.11903), table of exemplars for math word
+problems: quoted from the paper, since results are comparable only with the very same prompt."""
+
+_ANNOTATION = re.compile(r"<<[^<>]*>>")
+_ANSWER_FORMATS = ("chain_of_thought", "original")
+
+
+@dataclasses.dataclass(frozen=True)
+class GSM8KText:
+    """A question after its exemplars, and a worked answer. See `gsm8k` for the settings."""
+
+    question_field: str = "question"
+    answer_field: str = "answer"
+    rationale_field: str | None = None
+    answer_format: str = "chain_of_thought"
+    exemplars: tuple[tuple[str, str], ...] = ()
+    num_exemplars: int = 0
+
+    def __call__(self, example: RawExample) -> TextExample:
+        """Makes the text; a KeyError names a missing field."""
+        question = example[self.question_field]
+        # A training question must not find its own answer in the prompt.
+        others = [pair for pair in self.exemplars if pair[0] != question][: self.num_exemplars]
+        lines = [f"Q: {asked}\nA: {answered}\n\n" for asked, answered in others]
+        targets, reference = self._targets(example)
+        return TextExample(
+            inputs=f"{''.join(lines)}Q: {question}\nA:", targets=targets, references=(reference,)
+        )
+
+    def _targets(self, example: RawExample) -> tuple[str, str]:
+        """The worked answer, and the final number alone."""
+        answer = example[self.answer_field]
+        if self.rationale_field is not None:
+            return f"{example[self.rationale_field]} The answer is {answer}.", answer
+        steps, marker, final = answer.partition("####")
+        final = final.strip()
+        if not marker:  # A worked answer in another format, e.g. one that a teacher generated.
+            return answer, answer
+        if self.answer_format == "original":
+            return answer, final
+        return f"{_as_sentences(steps)} The answer is {final}.", final
+
+
+def _as_sentences(steps: str) -> str:
+    """GSM8K's steps, one a line with calculator annotations, as plain running text."""
+    lines = [line.strip() for line in _ANNOTATION.sub("", steps).splitlines()]
+    return " ".join(line if line[-1] in ".!?" else f"{line}." for line in lines if line)
+
+
+def gsm8k(
+    *,
+    name: str = "gsm8k",
+    train: SourceConfig | None = None,
+    validation: SourceConfig | None = None,
+    test: SourceConfig | None = None,
+    num_exemplars: int = 4,
+    exemplars: SourceConfig | None = None,
+    question_field: str = "question",
+    answer_field: str = "answer",
+    rationale_field: str | None = None,
+    answer_format: str = "chain_of_thought",
+    metrics: tuple[MetricFn, ...] = (gsm8k_accuracy,),
+) -> Task:
+    """GSM8K: grade-school word problems with worked answers, by chain of thought.
+
+    Args:
+      name: the task's name.
+      train: training examples; None is TFDS's gsm8k.
+      validation: held-out examples; None leaves the split out, since GSM8K has none.
+      test: None is TFDS's test split, on which the GKD paper reports.
+      num_exemplars: solved problems before each question; the GKD paper has 4.
+      exemplars: a source of other exemplars, of which the first are taken; None takes those of
+        Wei et al., of which four are known here.
+      question_field: field of the question.
+      answer_field: field of the answer: GSM8K's own (steps, '####', number), a worked answer
+        in another format, or with `rationale_field` the number alone.
+      rationale_field: field of the steps where they are apart, as in FLAN's TSVs.
+      answer_format: 'chain_of_thought' gives running text that ends with 'The answer is N.';
+        'original' keeps line ends, annotations and '####', which T5's vocabulary cannot spell.
+      metrics: metric functions of an evaluation.
+
+    Returns:
+      The task, with splits 'train', 'test' and, where given, 'validation'.
+
+    Raises:
+      ValueError: an unknown answer format, or fewer exemplars than wanted.
+      FileNotFoundError: the file of `exemplars` is missing.
+    """
+    if answer_format not in _ANSWER_FORMATS:
+        raise ValueError(
+            f"gsm8k.answer_format must be one of {', '.join(_ANSWER_FORMATS)}; got "
+            f"{answer_format!r}."
+        )
+    to_text = GSM8KText(question_field, answer_field, rationale_field, answer_format)
+    pairs = CHAIN_OF_THOUGHT_EXEMPLARS
+    if exemplars is not None and num_exemplars:
+        source = exemplars.open()
+        texts = [
+            (source[i][question_field], to_text(source[i]).targets)
+            for i in range(min(num_exemplars + 1, len(source)))  # One more: see GSM8KText.
+        ]
+        pairs = tuple(texts)
+    if not 0 <= num_exemplars <= len(pairs):
+        raise ValueError(
+            f"gsm8k.num_exemplars must be from 0 to {len(pairs)}; got {num_exemplars}. Set "
+            "gsm8k.exemplars to a source with more of them."
+        )
+    sources: dict[str, SourceConfig] = {
+        "train": train or TfdsSource("gsm8k", "train"),
+        "test": test or TfdsSource("gsm8k", "test"),
+    }
+    if validation is not None:
+        sources["validation"] = validation
+    return Task(
+        name=name,
+        sources=sources,
+        to_text=dataclasses.replace(to_text, exemplars=pairs, num_exemplars=num_exemplars),
+        metrics=tuple(metrics),
+    )
+
+
+def arithmetic(
+    *,
+    name: str = "arithmetic",
+    num_train: int = 100_000,
+    num_heldout: int = 512,
+    seed: int = 0,
+    min_steps: int = 2,
+    max_steps: int = 3,
+    max_operand: int = 12,
+    max_factor: int = 4,
+    max_value: int = 99,
+    num_wordings: int = 4,
+    metrics: tuple[MetricFn, ...] = (gsm8k_accuracy,),
+) -> Task:
+    """Arithmetic word problems with worked solutions, from a generator: no data is needed.
+
+    With a byte vocabulary, prompts of up to 3 steps take at most 88 tokens and outputs at most
+    40, end of sequence included.
+
+    Args:
+      name: the task's name.
+      num_train: training examples; they take no memory.
+      num_heldout: examples of 'validation' and of 'test' each.
+      seed: another seed draws other problems; splits share none under any seed.
+      min_steps, max_steps, max_operand, max_factor, max_value, num_wordings: difficulty, see
+        `ArithmeticProblems`.
+      metrics: metric functions of an evaluation.
+
+    Returns:
+      The task, with splits 'train', 'validation' and 'test'.
+
+    Raises:
+      ValueError: a setting that `ArithmeticProblems` refuses.
+    """
+    counts: Mapping[str, int] = {
+        "train": num_train,
+        "validation": num_heldout,
+        "test": num_heldout,
+    }
+    sources = {
+        split: ArithmeticProblems(
+            split,
+            count,
+            seed=seed,
+            min_steps=min_steps,
+            max_steps=max_steps,
+            max_operand=max_operand,
+            max_factor=max_factor,
+            max_value=max_value,
+            num_wordings=num_wordings,
+        )
+        for split, count in counts.items()
+    }
+    to_text = FieldsToText("question", "answer")
+    return Task(name=name, sources=sources, to_text=to_text, metrics=tuple(metrics))

@@ -1,0 +1,225 @@
+"""Runs what gin files describe.
+
+    python -m gkd_jax.main --gin_file=gin_configs/wmt_ende.gin --gin.MODEL_DIR='"runs/wmt"'
+
+Without --gin_file it runs gin_configs/quickstart.gin, which needs no download.
+"""
+
+import logging as python_logging
+import os
+import pathlib
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+# TensorFlow and gRPC, where a task needs them, tell much that nobody reads. They look at these
+# only when they are first imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+from absl import app, flags, logging
+
+_DEFAULT_GIN_FILE = "gin_configs/quickstart.gin"
+_PACKAGE = str(pathlib.Path(__file__).parent) + os.sep
+
+_GIN_FILE = flags.DEFINE_multi_string(
+    "gin_file", [], f"Gin file; later ones override earlier ones. Default: {_DEFAULT_GIN_FILE}."
+)
+_GIN_BINDINGS = flags.DEFINE_multi_string(
+    "gin_bindings", [], "Gin binding 'NAME = value', after all files; --gin.NAME=value is the same."
+)
+_GIN_SEARCH_PATHS = flags.DEFINE_list(
+    "gin_search_paths", [], "Folders in which gin files are searched, before the current one."
+)
+_RUN_MODE = flags.DEFINE_enum(
+    "run_mode",
+    None,
+    ["train", "eval", "generate", "study"],
+    "What to do. Default: study if the gin files bind a Study, else train.",
+)
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything, print the plan and stop.")
+_ALLOW_CHANGED_CONFIG = flags.DEFINE_bool(
+    "allow_changed_config",
+    False,
+    "Go on in a MODEL_DIR whose saved configuration differs; the old one is kept beside it.",
+)
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error was found.")
+_MULTIPROCESS = flags.DEFINE_bool(
+    "multiprocess", False, "Join the other processes of a TPU pod or cluster, found by JAX."
+)
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, where JAX cannot find it by itself."
+)
+_PROCESS_COUNT = flags.DEFINE_integer(
+    "process_count", None, "How many processes there are, with --coordinator_address."
+)
+_PROCESS_INDEX = flags.DEFINE_integer(
+    "process_index", None, "Which one this is, from 0, with --coordinator_address."
+)
+
+
+def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
+    """Turns `--gin.NAME=value` into `--gin_bindings=NAME = value`, as T5X does.
+
+    Raises:
+      ValueError: a flag has no '='.
+    """
+    rewritten = []
+    for argument in argv:
+        if argument.startswith(("--gin.", "-gin.")):
+            name, equals, value = argument.partition("gin.")[2].partition("=")
+            if not equals:
+                raise ValueError(
+                    f"{argument} must have a value after '='. Write {argument}=value, text within "
+                    "quotes of its own."
+                )
+            argument = f"--gin_bindings={name} = {value}"
+        rewritten.append(argument)
+    return rewritten
+
+
+def _run(command: str) -> None:
+    from gkd_jax import gin_utils
+    from gkd_jax.experiment import Experiment
+    from gkd_jax.study import Study
+
+    config = gin_utils.parse(
+        roots=(Study, Experiment),
+        gin_files=_GIN_FILE.value or [_DEFAULT_GIN_FILE],
+        bindings=_GIN_BINDINGS.value,
+        search_paths=_GIN_SEARCH_PATHS.value,
+    )
+    run_mode = _choose_run_mode(binds_study=config.root is Study)
+    # Before anything asks for devices.
+    _join_processes()
+    experiment = config.build()
+    if _DRY_RUN.value:
+        from gkd_jax import dry_run
+
+        print(dry_run.dry_run(experiment, run_mode="train" if run_mode == "study" else run_mode))
+        return
+    if run_mode in ("train", "study"):
+        import jax
+
+        if not _ALLOW_CHANGED_CONFIG.value:
+            gin_utils.check_config(experiment.model_dir, config)
+        if jax.process_index() == 0:
+            gin_utils.save_config(experiment.model_dir, config, command=command)
+    _report(_call(run_mode, experiment))
+
+
+def _choose_run_mode(*, binds_study: bool) -> str:
+    run_mode = _RUN_MODE.value or ("study" if binds_study else "train")
+    if binds_study != (run_mode == "study"):
+        bound = "a Study" if binds_study else "an Experiment"
+        raise ValueError(
+            f"--run_mode={run_mode} does not suit the gin files, which bind {bound}. Leave it out"
+            + ("." if binds_study else ", or set it to train, eval or generate.")
+        )
+    return run_mode
+
+
+def _join_processes() -> None:
+    if _MULTIPROCESS.value or _COORDINATOR_ADDRESS.value:
+        import jax
+
+        jax.distributed.initialize(
+            coordinator_address=_COORDINATOR_ADDRESS.value,
+            num_processes=_PROCESS_COUNT.value,
+            process_id=_PROCESS_INDEX.value,
+        )
+
+
+def _call(run_mode: str, experiment: Any) -> str:
+    """Runs the mode; returns what to print at the end."""
+    if run_mode == "study":
+        from gkd_jax import study
+
+        return study.format_table(experiment, study.run_study(experiment))
+    if run_mode == "eval":
+        from gkd_jax import evaluate
+
+        scores = evaluate.evaluate(experiment).scores
+        return "\n".join(f"{name}: {score}" for name, score in scores.items())
+    if run_mode == "generate":
+        from gkd_jax import generate
+
+        return f"written: {generate.generate(experiment)}"
+    from gkd_jax import train
+
+    scores_at_end = train.train(experiment).scores
+    return "\n".join(f"eval/{name}: {value:.6g}" for name, value in scores_at_end.items())
+
+
+def _report(text: str) -> None:
+    import jax
+
+    if text and jax.process_index() == 0:
+        print(text)
+
+
+def _is_users_error(error: BaseException) -> bool:
+    """Whether this package noticed it in what the user gave: a message says more than a traceback.
+
+    A ValueError from deep within JAX is not one.
+    """
+    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError):
+        return True
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return isinstance(error, ValueError) and bool(
+        frames and frames[-1][0].f_code.co_filename.startswith(_PACKAGE)
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs; exits with status 2 and a message where the user can mend it, and 1 for the rest."""
+    _set_up_logging()
+    if len(argv) > 1:
+        _exit_with(f"unexpected argument {argv[1]!r}. Gin files are given by --gin_file=...")
+    arguments = shlex.join(sys.argv[1:])
+    try:
+        _run(f"python -m gkd_jax.main {arguments}".strip())
+    except (ValueError, OSError) as error:
+        if _TRACEBACK.value or not _is_users_error(error):
+            raise
+        _exit_with(str(error))
+    except FloatingPointError as error:
+        if _TRACEBACK.value:
+            raise
+        _exit_with(str(error), status=1)
+
+
+def _exit_with(message: str, *, status: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _set_up_logging() -> None:
+    """Log lines with the time of day; of other packages only warnings and errors."""
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(
+        lambda record: (
+            record.levelno >= python_logging.WARNING or record.pathname.startswith(_PACKAGE)
+        )
+    )
+
+
+def run() -> None:
+    """The `gkd_jax` command."""
+
+    def parse_flags(argv: list[str]) -> list[str]:
+        try:
+            return app.parse_flags_with_usage(rewrite_gin_flags(argv))
+        except ValueError as error:
+            _exit_with(str(error))
+
+    app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,207 @@
+"""The training step: one gradient whatever the microbatches, the mesh and the teacher's mode."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gkd_jax import train_step
+from gkd_jax.batch import Batch
+from gkd_jax.models.config import T5Config
+from gkd_jax.models.t5 import T5
+from gkd_jax.objectives.divergences import ForwardKL, GeneralizedJSD, NegativeLogLikelihood
+from gkd_jax.objectives.objective import Objective
+from gkd_jax.optimizers import Adafactor, AdamW, Constant
+from gkd_jax.partitioning import Partitioner
+
+LEARNING_RATE = 1e-2
+
+
+def make_model(**sizes) -> T5:
+    config = dict(
+        vocab_size=64, emb_dim=16, num_heads=2, num_encoder_layers=2, num_decoder_layers=2,
+        head_dim=8, mlp_dim=32, dtype="float32",
+    )  # fmt: skip
+    return T5(T5Config(**(config | sizes)))
+
+
+def make_batch(batch_size: int = 8, length: int = 6, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, length + 1, batch_size)
+    lengths[0] = length
+    weights = (np.arange(length) < lengths[:, None]).astype(np.float32)
+    return Batch(
+        inputs=rng.integers(2, 64, (batch_size, 5)).astype(np.int32),
+        inputs_mask=np.arange(5) < rng.integers(1, 6, batch_size)[:, None],
+        targets=(rng.integers(2, 64, (batch_size, length)) * weights).astype(np.int32),
+        loss_weights=weights,
+        example_id=np.arange(batch_size, dtype=np.int32),
+    )
+
+
+STUDENT = make_model()
+TEACHER = make_model(emb_dim=24, num_encoder_layers=1)
+TEACHER_PARAMS = TEACHER.init(jax.random.key(7))
+OPTIMIZERS = {
+    "adafactor": Adafactor(Constant(LEARNING_RATE), min_dim_size_to_factor=8),
+    "adamw": AdamW(Constant(LEARNING_RATE)),
+}
+
+
+def run_steps(
+    *, optimizer, num_microbatches=1, partitioner=None, num_steps=5, batch_size=8,
+    objective=Objective(GeneralizedJSD(beta=0.5)), student=STUDENT, use_dropout=False,
+):  # fmt: skip
+    """Trains a few steps; returns losses, gradient norms and the final parameters on the host."""
+    partitioner = partitioner or Partitioner(data_parallelism=1, devices=(jax.devices()[0],))
+    tx = optimizer.build()
+    shardings = partitioner.param_shardings(student)
+    params = jax.jit(student.init, out_shardings=shardings)(jax.random.key(0))
+    abstract = jax.eval_shape(lambda p: train_step.init_train_state(p, tx), params)
+    state_shardings = partitioner.state_shardings(abstract, shardings)
+    state = jax.jit(
+        lambda p: train_step.init_train_state(p, tx), out_shardings=state_shardings
+    )(params)
+    teacher_params = jax.device_put(TEACHER_PARAMS, partitioner.param_shardings(TEACHER))
+    step = jax.jit(
+        partitioner.annotate(
+            train_step.make_train_step(
+                student, TEACHER, objective, tx,
+                num_microbatches=num_microbatches, use_dropout=use_dropout,
+            )  # fmt: skip
+        ),
+        out_shardings=(state_shardings, partitioner.replicated),
+    )
+    losses, norms = [], []
+    for index in range(num_steps):
+        batch = partitioner.shard_batch(make_batch(batch_size, seed=index))
+        state, metrics = step(state, teacher_params, batch, jax.random.key(index))
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+        norms.append(float(metrics["grad_norm"][0]))
+    return np.array(losses), np.array(norms), jax.device_get(state.params)
+
+
+def assert_equal_runs(one, other, num_steps=5):
+    """Equal as the framework defines it: see 'Numbers' in WORKSPACE.md."""
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
+    np.testing.assert_allclose(one[1][0], other[1][0], rtol=1e-5)
+    limit = 0.02 * num_steps * LEARNING_RATE
+    chex.assert_trees_all_close(one[2], other[2], atol=limit, rtol=0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("num_microbatches", [2, 4])
+@pytest.mark.pitfall(25)
+def test_microbatches_do_not_change_loss_or_gradient(name, num_microbatches):
+    optimizer = OPTIMIZERS[name]
+    assert_equal_runs(
+        run_steps(optimizer=optimizer),
+        run_steps(optimizer=optimizer, num_microbatches=num_microbatches),
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_eight_devices_equal_one(name, num_microbatches):
+    optimizer = OPTIMIZERS[name]
+    mesh = Partitioner(model_parallelism=2, devices=tuple(jax.devices()[:8]))
+    assert mesh.mesh.shape == {"data": 4, "model": 2}
+    assert_equal_runs(
+        run_steps(optimizer=optimizer),
+        run_steps(optimizer=optimizer, partitioner=mesh, num_microbatches=num_microbatches),
+    )
+
+
+@pytest.mark.pitfall(29)
+def test_loss_of_many_tokens_is_counted_in_float32():
+    batch = make_batch(64, length=6)
+    weights = jnp.asarray(batch.loss_weights)
+    metrics = train_step.loss_metrics(jnp.ones_like(weights), batch, weights / weights.sum())
+    assert float(metrics["target_tokens"][0]) == batch.loss_weights.sum() > 256 / 2
+    assert metrics["target_tokens"][0].dtype == jnp.float32
+
+
+@pytest.mark.pitfall(42)
+def test_teacher_never_drops_out_and_student_does():
+    teacher = make_model(dropout_rate=0.5)
+    student = make_model(dropout_rate=0.5)
+    batch = make_batch()
+    weights = jnp.asarray(batch.loss_weights)
+    params = STUDENT.init(jax.random.key(1))
+
+    def values(model, teacher_model, key):
+        loss = train_step.make_loss_fn(model, teacher_model, Objective(ForwardKL()))
+        return jax.jit(loss)(params, params, batch, weights, key)[1]
+
+    no_dropout = values(STUDENT, STUDENT, None)
+    chex.assert_trees_all_equal(values(STUDENT, teacher, jax.random.key(0)), no_dropout)
+    first, second = (values(student, teacher, jax.random.key(i)) for i in range(2))
+    assert float(jnp.max(jnp.abs(first - second))) > 1e-3
+    chex.assert_trees_all_equal(values(student, teacher, None), no_dropout)
+
+
+@pytest.mark.pitfall(32)
+def test_teacher_has_no_gradient_and_no_optimizer_state():
+    tx = OPTIMIZERS["adamw"].build()
+    state = train_step.init_train_state(STUDENT.init(jax.random.key(0)), tx)
+    student_shapes = {leaf.shape for leaf in jax.tree.leaves(STUDENT.abstract_params())}
+    teacher_only = {
+        leaf.shape for leaf in jax.tree.leaves(TEACHER.abstract_params())
+    } - student_shapes
+    assert teacher_only
+    assert not teacher_only & {leaf.shape for leaf in jax.tree.leaves(state)}
+    loss = train_step.make_loss_fn(STUDENT, TEACHER, Objective(ForwardKL()))
+    batch = make_batch()
+    grads = jax.grad(
+        lambda teacher: loss(state.params, teacher, batch, jnp.asarray(batch.loss_weights))[0]
+    )(TEACHER_PARAMS)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.pitfall(40)
+def test_the_teacher_is_used():
+    batch = make_batch()
+    weights = jnp.asarray(batch.loss_weights)
+    params = STUDENT.init(jax.random.key(0))
+    loss = jax.jit(train_step.make_loss_fn(STUDENT, TEACHER, Objective(ForwardKL())))
+    other = jax.tree.map(lambda leaf: leaf * 1.1, TEACHER_PARAMS)
+    one, two = loss(params, TEACHER_PARAMS, batch, weights)[0], loss(params, other, batch, weights)[0]
+    assert abs(float(one) - float(two)) > 1e-3
+
+
+def test_a_missing_teacher_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"ForwardKL .* Set Experiment\.teacher"):
+        train_step.make_loss_fn(STUDENT, None, Objective(ForwardKL()))
+
+
+@pytest.mark.pitfall(35)
+def test_a_step_compiles_once():
+    tx = OPTIMIZERS["adamw"].build()
+    step = jax.jit(
+        train_step.make_train_step(STUDENT, None, Objective(NegativeLogLikelihood()), tx)
+    )
+    state = train_step.init_train_state(STUDENT.init(jax.random.key(0)), tx)
+    for index in range(3):
+        state, _ = step(state, None, make_batch(seed=index), jax.random.key(index))
+    assert step._cache_size() == 1
+
+
+@pytest.mark.pitfall(28)
+def test_a_fully_masked_sequence_counts_nowhere():
+    batch = make_batch()
+    weights = np.array(batch.loss_weights)
+    weights[3] = 0
+    masked = dataclasses.replace(batch, loss_weights=weights)
+    rows = np.array([0, 1, 2, 4, 5, 6, 7])
+    cropped = jax.tree.map(lambda leaf: leaf[rows], batch)
+    step = jax.jit(train_step.make_eval_step(STUDENT, TEACHER, Objective(ForwardKL())))
+    params = STUDENT.init(jax.random.key(0))
+    one, two = step(params, TEACHER_PARAMS, masked), step(params, TEACHER_PARAMS, cropped)
+    chex.assert_trees_all_close(one, two, rtol=1e-5)
+    empty = dataclasses.replace(batch, loss_weights=np.zeros_like(weights))
+    total, weight = step(params, TEACHER_PARAMS, empty)["loss"]
+    assert float(total) == 0.0
+    assert float(weight) == 0.0
