@@ -124,8 +124,8 @@ class Text:
                 block = (self._name(key.target), "/".join(key.scope))
                 blocks.setdefault(block, {})[key.parameter] = value
         lines += ["", *(f"{name} = {value}" for name, value in sorted(macros.items()))]
-        for (name, scope), values in sorted(blocks.items()):
-            prefix = f"{scope}/{name}" if scope else name
+        for (selector, scope), values in sorted(blocks.items()):
+            prefix = f"{scope}/{selector}" if scope else selector
             lines.append("")
             lines += [
                 f"{prefix}.{parameter} = {text}" for parameter, text in sorted(values.items())

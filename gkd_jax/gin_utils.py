@@ -147,7 +147,7 @@ def _find_root(statements: Sequence[Binding], roots: Sequence[Callable[..., Any]
 
 def _check(statements: Sequence[Binding], roots: Sequence[Callable[..., Any]]) -> GinConfig:
     root = _find_root(statements, roots)
-    merged, replaced = merge(statements, root)
+    merged, overridden = merge(statements, root)
     walk = Walk(merged, root)
     problems = [
         f"{origin.location}: %{name} is used by {origin.key} and has no value."
@@ -159,7 +159,7 @@ def _check(statements: Sequence[Binding], roots: Sequence[Callable[..., Any]]) -
     problems += [
         unused_problem(binding, walk)
         for key, binding in merged.items()
-        if key not in walk.used and binding not in replaced
+        if key not in walk.used and binding not in overridden
     ]
     _raise_problems(problems)
     if walk.missing:

@@ -115,22 +115,22 @@ def merge(statements: Sequence[Binding], root: Target) -> tuple[Bindings, set[Bi
     """Merges statements in order; the last one wins.
 
     Returns:
-      The merged bindings, and those which were in use until a later statement replaced the
-      reference to them: a file that replaces the optimizer of the one it includes need not
-      care that the old one's learning rate is now unused.
+      The merged bindings, and those which had an effect until a later statement took it away: a
+      file that replaces the optimizer of the one it includes need not care that the old one's
+      learning rate is now unused.
     """
     merged: Bindings = {}
-    replaced: set[Binding] = set()
-    with_references: set[tuple[Target, str]] = set()
+    overridden: set[Binding] = set()
+    bound: set[tuple[Target, str, tuple[str, ...]]] = set()
     for statement in statements:
         key = statement.key
-        # Any scope: a binding in an inner scope takes the place of one in an outer scope.
-        if (key.target, key.parameter) in with_references:
-            replaced.update(merged[used] for used in Walk(merged, root).used)
+        # A binding in an inner scope, too, takes the place of one in an outer scope.
+        name = (key.target, key.parameter, key.scope if key.target == MACRO else ())
+        if name in bound:
+            overridden.update(merged[used] for used in Walk(merged, root).used)
+        bound.add(name)
         merged[key] = statement
-        if any(references(statement.value)):
-            with_references.add((key.target, key.parameter))
-    return merged, replaced
+    return merged, overridden
 
 
 def unused_problem(binding: Binding, walk: Walk) -> str:

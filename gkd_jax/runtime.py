@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
+from etils import epath
 
 from gkd_jax.array_types import Array, Key, Metrics, Params
 from gkd_jax.batch import Batch
@@ -85,8 +86,10 @@ def student_to_use(experiment: Experiment) -> tuple[Params, int]:
     """
     student = experiment.student
     abstract = sharded_abstract_params(experiment, student.model)
-    store = CheckpointStore(experiment.model_dir)
-    step = store.latest_step()
+    step = None
+    if epath.Path(experiment.model_dir).is_dir():
+        with CheckpointStore(experiment.model_dir, read_only=True) as store:
+            step = store.latest_step()
     if step is not None:
         logging.info("student: parameters of step %d in %s", step, experiment.model_dir)
         return load.load_params(experiment.model_dir, abstract), step

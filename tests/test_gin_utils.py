@@ -337,6 +337,14 @@ def test_what_an_override_leaves_unused_is_no_error(parse, toy):
         parse(_RUN, bindings=["Run.optimizer = @gin_toy.Adam()", "Adafactor.decay = 0.5"])
 
 
+def test_an_override_file_may_bind_inner_scopes(parse):
+    text = "from __gin__ import dynamic_registration\nimport gin_toy\n" + (
+        "student/gin_toy.Model.rate = 0.5\nteacher/gin_toy.Model.rate = 0.75\n"
+    )
+    run = parse(_RUN, text).build()
+    assert (run.student.rate, run.teacher.rate) == (0.5, 0.75)
+
+
 def test_missing_file_lists_where_it_was_searched(tmp_path, toy):
     (tmp_path / "recipe.gin").write_text(_RUN)
     with pytest.raises(FileNotFoundError) as error:

@@ -14,9 +14,14 @@ from fractions import Fraction
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 """One number as people write it: 7, 1,234, 0.5, .5. A full stop after it is not part of it."""
 
+MINUS_SIGN = "\N{MINUS SIGN}"
+_TIMES_SIGN = "\N{MULTIPLICATION SIGN}"
+_DIVISION_SIGN = "\N{DIVISION SIGN}"
+_SAME_OPERATOR = {_TIMES_SIGN: "*", "x": "*", _DIVISION_SIGN: "/", MINUS_SIGN: "-"}
+
 _TOKEN = re.compile(
     rf"(?P<number>{NUMBER})"
-    r"|(?P<operator>[-+*/×÷−]|(?<=[\d\s)])x(?=[\s$\d(]))"
+    rf"|(?P<operator>[-+*/{_TIMES_SIGN}{_DIVISION_SIGN}{MINUS_SIGN}]|(?<=[\d\s)])x(?=[\s$\d(]))"
     r"|(?P<paren>[()])"
     r"|(?P<equals>=)"
     r"|(?P<blank>[ \t$]+)"
@@ -24,7 +29,6 @@ _TOKEN = re.compile(
     r"|(?P<other>\w+|[^\w])",
     re.DOTALL,
 )
-_SAME_OPERATOR = {"×": "*", "x": "*", "÷": "/", "−": "-"}
 # Bounds on what is evaluated: a degenerate output must not cost time or memory.
 _MAX_TOKENS = 64
 _MAX_NUMBER_LENGTH = 18
@@ -47,7 +51,8 @@ def to_fraction(number: str) -> Fraction:
 def apply_calculator(text: str) -> str:
     """Corrects the right-hand sides of equations in a generated solution.
 
-    Handles 'a + b = c' and GSM8K's annotations '<<a+b=c>>c', with + - * / x × ÷, parentheses,
+    Handles 'a + b = c' and GSM8K's annotations '<<a+b=c>>c', with + - * / and their typographic
+    forms, parentheses,
     dollar signs and thousands separators. A right-hand side with decimals is kept if it is the
     result rounded to them. A corrected number replaces the wrong one in later equations and in
     the answer, until a later equation yields that number rightly.
@@ -142,7 +147,7 @@ def _left_side(tokens: list[_Token], equals: int) -> list[_Token]:
 def _right_side(tokens: list[_Token], equals: int) -> int | None:
     """Index of the number that an equation claims; None if it goes on or there is none."""
     index = equals + 1
-    if index < len(tokens) and tokens[index].text in ("-", "−"):
+    if index < len(tokens) and tokens[index].text in ("-", MINUS_SIGN):
         index += 1
     if index >= len(tokens) or tokens[index].kind != "number":
         return None

@@ -3,14 +3,15 @@
 import re
 from fractions import Fraction
 
-from gkd_jax.metrics.calculator import NUMBER, apply_calculator, to_fraction
+from gkd_jax.metrics.calculator import MINUS_SIGN, NUMBER, apply_calculator, to_fraction
 from gkd_jax.metrics.score import Score, check_pairs, share_score
 
 __all__ = ["apply_calculator", "gsm8k_accuracy", "parse_answer"]
 
 # A minus is a sign only where no operand stands before it: '16-7' ends with 7, not -7.
 _SIGNED_NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w.,)])[-−])?\s?\$?\s?(?P<inner_sign>(?<=\$)[-−])?(?P<number>{NUMBER})"
+    rf"(?P<sign>(?<![\w.,)])[-{MINUS_SIGN}])?(?:\$\s?)?"
+    rf"(?P<inner_sign>(?<=\$)[-{MINUS_SIGN}])?(?P<number>{NUMBER})"
 )
 _ANSWER_PHRASE = re.compile(r"the\s+(?:final\s+)?answer\s+is", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\n|[.!?](?:\s|$)")

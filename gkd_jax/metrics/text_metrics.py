@@ -46,9 +46,7 @@ def bleu(
     metric = sacrebleu.BLEU(tokenize=tokenize, lowercase=lowercase)
     # sacrebleu wants one list for each position of a reference; None where one is missing.
     most = max(len(texts) for texts in references)
-    streams = [
-        [texts[i] if i < len(texts) else None for texts in references] for i in range(most)
-    ]
+    streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
     value = metric.corpus_score(predictions, streams).score
     error = None
     if num_bootstrap and len(predictions) > 1:
@@ -116,7 +114,9 @@ def rouge(
     scorer = rouge_scorer.RougeScorer(list(_ROUGE_TYPES), use_stemmer=use_stemmer)
     measures: dict[str, list[float]] = {name: [] for name in _ROUGE_TYPES}
     for texts, prediction in zip(references, predictions, strict=True):
-        scores = scorer.score_multi([_split_lines(text) for text in texts], _split_lines(prediction))
+        scores = scorer.score_multi(
+            [_split_lines(text) for text in texts], _split_lines(prediction)
+        )
         for name in _ROUGE_TYPES:
             measures[name].append(scores[name].fmeasure)
     detail = f"F-measure, {'stemmed' if use_stemmer else 'not stemmed'}"

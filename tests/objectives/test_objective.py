@@ -1,5 +1,6 @@
 """The objective on hidden states: temperatures, weights, reductions, masks and microbatches."""
 
+import dataclasses
 import functools
 import math
 
@@ -57,11 +58,19 @@ def loss_of(objective, case, weights):
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def run(objective, case, weights=None):
     """Loss, per-token values and gradients in hidden states and output layers of both."""
     if weights is None:
-        weights = final_weights(case["loss_weights"], reduction=objective.reduction)
+        weights = jitted_final_weights(case["loss_weights"], reduction=objective.reduction)
+    # The reduction is all in the weights: one compilation serves both.
+    return _run(dataclasses.replace(objective, reduction="per_sequence"), case, weights)
+
+
+jitted_final_weights = jax.jit(final_weights, static_argnames="reduction")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(objective, case, weights):
     floats = {k: case[k] for k in case if k.endswith(("hidden", "kernel"))}
 
     def loss_fn(floats, weights):
@@ -147,7 +156,7 @@ def test_loss_and_gradient_match_float64_numpy(divergence, reduction, temperatur
 def test_each_temperature_is_applied_once_and_to_its_own_softmax():
     # Scaling one model's hidden states by 1/tau and its temperature tau must agree.
     case = make_case(1)
-    weights = final_weights(case["loss_weights"], reduction="per_sequence")
+    weights = jitted_final_weights(case["loss_weights"], reduction="per_sequence")
     for name in ("student", "teacher"):
         tempered = Objective(GeneralizedJSD(0.5), **{f"{name}_temperature": 2.0})
         scaled = {**case, f"{name}_hidden": case[f"{name}_hidden"] / 2.0}
@@ -160,10 +169,10 @@ def test_each_temperature_is_applied_once_and_to_its_own_softmax():
 
 def test_final_weights_of_a_hand_computed_batch():
     loss_weights = prefix_weights([2, 1, 0], width=3)
-    by_sequence = final_weights(loss_weights, reduction="per_sequence")
+    by_sequence = jitted_final_weights(loss_weights, reduction="per_sequence")
     expected = [[0.25, 0.25, 0], [0.5, 0, 0], [0, 0, 0]]
     np.testing.assert_allclose(by_sequence, expected, rtol=1e-7)
-    by_token = final_weights(loss_weights, reduction="per_token")
+    by_token = jitted_final_weights(loss_weights, reduction="per_token")
     np.testing.assert_allclose(by_token, loss_weights / 3, rtol=1e-7)
 
 
@@ -212,7 +221,7 @@ def test_fully_masked_batch_is_zero_and_not_nan(divergence, reduction):
 def test_microbatches_sum_to_the_same_loss_and_gradient(divergence, reduction):
     objective = Objective(divergence, reduction=reduction, z_loss=1e-2)
     case = make_case(4)
-    weights = final_weights(case["loss_weights"], reduction=reduction)
+    weights = jitted_final_weights(case["loss_weights"], reduction=reduction)
     loss, _, gradients = run(objective, case, weights)
     for num in (2, 4):
         parts = []
@@ -252,7 +261,7 @@ def test_sampled_outputs_are_divided_by_their_own_lengths(reduction):
     sampled = {**case, "loss_weights": prefix_weights([1, 2, 3, 1])}
     loss, _, _ = run(objective, sampled)
     np.testing.assert_allclose(loss, np_loss(objective, sampled)[0], rtol=3e-6)
-    total = final_weights(sampled["loss_weights"], reduction=reduction).sum()
+    total = jitted_final_weights(sampled["loss_weights"], reduction=reduction).sum()
     np.testing.assert_allclose(total, 1.0, rtol=1e-6)
 
 
@@ -326,7 +335,7 @@ def test_positions_of_weight_zero_poison_nothing(divergence, poison):
 def test_weights_are_counted_in_float32(reduction):
     # In bfloat16 256 + 1 is 256.
     loss_weights = jnp.asarray(prefix_weights([1000, 300, 257], width=1000), jnp.bfloat16)
-    weights = jax.jit(functools.partial(final_weights, reduction=reduction))(loss_weights)
+    weights = jitted_final_weights(loss_weights, reduction=reduction)
     assert weights.dtype == jnp.float32
     expected = 1 / 1557 if reduction == "per_token" else 1 / (3 * 257)
     np.testing.assert_allclose(weights[2, :257], np.full(257, expected), rtol=1e-6)
@@ -369,7 +378,7 @@ def test_bfloat16_hidden_states_give_float32_losses(divergence):
 
 def test_z_loss_is_of_the_logits_without_temperature():
     case = make_case(13)
-    weights = final_weights(case["loss_weights"], reduction="per_sequence")
+    weights = jitted_final_weights(case["loss_weights"], reduction="per_sequence")
     without = run(Objective(ForwardKL(), student_temperature=2.0), case, weights)
     with_z = run(Objective(ForwardKL(), student_temperature=2.0, z_loss=0.1), case, weights)
     logits = case["student_hidden"].astype(np.float64) @ case["student_kernel"]
@@ -386,7 +395,7 @@ def test_z_loss_is_of_the_logits_without_temperature():
 
 def test_weights_scale_and_may_be_negative():
     case = make_case(14)
-    weights = final_weights(case["loss_weights"], reduction="per_sequence")
+    weights = jitted_final_weights(case["loss_weights"], reduction="per_sequence")
     loss, per_token, gradients = run(Objective(ReverseKL()), case, weights)
     scaled, same, of_scaled = run(Objective(ReverseKL()), case, -3.0 * weights)
     np.testing.assert_allclose(scaled, -3.0 * loss, rtol=1e-6)
@@ -440,7 +449,7 @@ def test_teacher_is_given_exactly_where_it_is_needed():
     nobody = {"teacher_hidden": None, "teacher_unembed": None}
     with pytest.raises(ValueError, match="ForwardKL needs both"):
         weighted_loss(Objective(ForwardKL()), **arguments, **nobody)
-    with pytest.raises(ValueError, match="needs both.* got some and None"):
+    with pytest.raises(ValueError, match=r"needs both.* got some and None"):
         weighted_loss(Objective(ForwardKL()), **arguments, **{**teacher, "teacher_unembed": None})
     with pytest.raises(ValueError, match="NegativeLogLikelihood reads neither"):
         weighted_loss(Objective(NegativeLogLikelihood()), **arguments, **teacher)

@@ -167,12 +167,8 @@ def flan2021(
 
 
 def _flan_sources(split: str) -> tuple[SourceConfig, ...]:
-    return tuple(
-        Templated(
-            TfdsSource(data_set, split if split == "train" else _VALIDATION_SPLITS.get(data_set, split)),
-            inputs,
-            targets,
-            labels,
-        )
-        for data_set, (inputs, targets, labels) in _FLAN_TEMPLATES.items()
-    )
+    sources = []
+    for data_set, (inputs, targets, labels) in _FLAN_TEMPLATES.items():
+        its_split = _VALIDATION_SPLITS.get(data_set, split) if split == "validation" else split
+        sources.append(Templated(TfdsSource(data_set, its_split), inputs, targets, labels))
+    return tuple(sources)

@@ -1,0 +1,88 @@
+"""Metrics of seqio tasks as metrics of ours.
+
+A seqio metric gets what the task's postprocessor made of targets and predictions, of any type.
+References are text here, so a target that is not text travels as JSON.
+"""
+
+import dataclasses
+import importlib
+import json
+from typing import Any
+
+import numpy as np
+
+from gkd_jax.metrics.score import Score, check_pairs
+
+_JSON_PREFIX = "json:"
+
+
+def encode_reference(target: Any) -> str:
+    """A postprocessed target as text: strings as they are, all else as JSON.
+
+    Raises:
+      ValueError: neither text nor numbers, lists and dictionaries.
+    """
+    if isinstance(target, str) and not target.startswith(_JSON_PREFIX):
+        return target
+    try:
+        return _JSON_PREFIX + json.dumps(target, default=_plain)
+    except TypeError as error:
+        raise ValueError(
+            f"the task's postprocess_fn makes a {type(target).__name__} of a target, which cannot "
+            f"be kept ({error}). Let it return text, numbers, lists or dictionaries."
+        ) from error
+
+
+def decode_reference(reference: str) -> Any:
+    """What `encode_reference` encoded."""
+    if reference.startswith(_JSON_PREFIX):
+        return json.loads(reference.removeprefix(_JSON_PREFIX))
+    return reference
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's arrays and numbers, and bytes, as JSON knows them."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+@dataclasses.dataclass(frozen=True)
+class SeqioMetric:
+    """One of a seqio task's metric functions of (targets, predictions).
+
+    Attributes:
+      task_name: a registered seqio task.
+      number: which of its `predict_metric_fns`.
+    """
+
+    task_name: str
+    number: int
+
+    def __call__(self, references: list[list[str]], predictions: list[str]) -> dict[str, Score]:
+        """Postprocesses the predictions as the task does and computes its metric.
+
+        Raises:
+          ValueError: the lists do not fit, or the task's functions fail on the outputs.
+        """
+        check_pairs(references, predictions)
+        seqio = importlib.import_module("seqio")
+        task = seqio.TaskRegistry.get(self.task_name)
+        metric_fn = task.predict_metric_fns[self.number]
+        targets = [decode_reference(texts[0]) for texts in references]
+        try:
+            outputs = [task.postprocess_fn(p, example=None, is_target=False) for p in predictions]
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"The postprocess_fn of seqio task {self.task_name!r} fails on a prediction: "
+                f"{error!r}. It gets example=None, since only text and tokens of an example are "
+                "kept: let it use `example` for targets alone."
+            ) from error
+        scores = {}
+        for name, value in metric_fn(targets, outputs).items():
+            number = value.value if isinstance(value, seqio.metrics.Scalar) else value
+            if np.ndim(number) == 0 and not isinstance(number, (str, seqio.metrics.MetricValue)):
+                scores[name] = Score(float(number), detail=f"seqio task {self.task_name}")
+        return scores

@@ -1,0 +1,56 @@
+"""Vocabularies of seqio tasks."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from gkd_jax.data import vocabularies
+
+
+def wrap_vocabulary(vocabulary: Any) -> vocabularies.Vocabulary:
+    """A seqio vocabulary as one of ours that maps the same ids, where there is one."""
+    import seqio
+
+    # Exact classes: a subclass may map other ids.
+    if type(vocabulary) is seqio.ByteVocabulary and not vocabulary.extra_ids:
+        return vocabularies.ByteVocabulary()
+    if type(vocabulary) is seqio.SentencePieceVocabulary:
+        path = vocabulary.sentencepiece_model_file
+        return vocabularies.SentencePieceVocabulary(path, extra_ids=vocabulary.extra_ids)
+    return _SeqioVocabulary(vocabulary)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SeqioVocabulary:
+    """Any other vocabulary of seqio's."""
+
+    vocabulary: Any
+
+    @property
+    def name(self) -> str:
+        return f"seqio {type(self.vocabulary).__name__}"
+
+    @property
+    def size(self) -> int:
+        return int(self.vocabulary.vocab_size)
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.vocabulary.pad_id)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        eos_id = self.vocabulary.eos_id
+        return () if eos_id is None else (int(eos_id),)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        pieces = (f"{self.vocabulary.decode([token])}".encode() for token in range(self.size))
+        return vocabularies.fingerprint_of_pieces(pieces)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.vocabulary.encode(text))
+
+    def decode(self, ids: Any) -> str:
+        tokens = vocabularies.up_to_eos(ids, self.eos_ids)
+        return self.vocabulary.decode([token for token in tokens if token != self.pad_id])
