@@ -6,7 +6,7 @@ from gkd_jax.data.pipeline import DatasetConfig
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective
-from gkd_jax.optimizers import Adafactor, AdamW
+from gkd_jax.optimizers import Optimizer
 from gkd_jax.partitioning import Partitioner
 from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.decode import DecodingMethod
@@ -165,7 +165,7 @@ class Experiment:
     student: Student
     objective: Objective
     train_data: DatasetConfig
-    optimizer: Adafactor | AdamW
+    optimizer: Optimizer
     num_steps: int
     model_dir: str
     teacher: Teacher | None = None

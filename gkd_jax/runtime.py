@@ -89,10 +89,10 @@ def student_to_use(experiment: Experiment) -> tuple[Params, int]:
     step = None
     if epath.Path(experiment.model_dir).is_dir():
         with CheckpointStore(experiment.model_dir, read_only=True) as store:
-            step = store.latest_step()
+            step = None if store.latest_step() is None else store.choose()
     if step is not None:
         logging.info("student: parameters of step %d in %s", step, experiment.model_dir)
-        return load.load_params(experiment.model_dir, abstract), step
+        return load.load_params(experiment.model_dir, abstract, step=step), step
     if student.initial_checkpoint is None:
         raise ValueError(
             f"there is no checkpoint in Experiment.model_dir ({experiment.model_dir}), and "

@@ -171,7 +171,7 @@ def make_train_step(
         grads, metrics = gradients(state.params, teacher_params, batch, weights, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = (optax.global_norm(grads), jnp.float32(1))
+        metrics["grad_norm"] = (optax.tree.norm(grads), jnp.float32(1))
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -123,7 +123,9 @@ class CheckpointStore:
             host=dict(host or {}),
         ).dump()
         nested = layout.to_nested(state)
-        if not self._make_room(step):
+        go_on = _process_zero_decides(lambda: self._make_room(step))
+        self._corrupt = {other for other in self._corrupt if other < step}
+        if not go_on:
             logging.info("checkpoint %d is the one restored from: not saved again", step)
             return False
         folder = self.folder(step)
@@ -224,23 +226,8 @@ class CheckpointStore:
 
     def choose(self, step: int | None = None) -> int:
         """Verifies checkpoints until one is good; returns its step. Raises as `restore` does."""
-        if jax.process_count() == 1:
-            chosen = self._choose(step)
-        else:
-            # Process 0 alone reads every byte; all restore what it chose.
-            chosen, error = -1, None
-            if jax.process_index() == 0:
-                try:
-                    chosen = self._choose(step)
-                except (OSError, ValueError) as caught:
-                    error = caught
-            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
-            if error is not None:
-                raise error
-            if chosen < 0:
-                raise CorruptCheckpointError(
-                    f"process 0 found no good checkpoint in {self.directory}: see its log"
-                )
+        # Process 0 alone reads every byte; all restore what it chose.
+        chosen = _process_zero_decides(lambda: self._choose(step))
         if step is None:
             self._corrupt |= {s for s in self.all_steps() if s > chosen}
         return chosen
@@ -324,13 +311,11 @@ class CheckpointStore:
                 f"{self.directory} has checkpoints of steps {usable}; got step {step} to save, "
                 "which would mix two runs. Set MODEL_DIR to a new directory, or delete them."
             )
-        if jax.process_index() == 0:
-            for other in later:
-                if self._is_unfinished(other):
-                    self.folder(other).rmtree()
-                else:
-                    self._set_aside(other)
-        self._corrupt -= set(later)
+        for other in later:
+            if self._is_unfinished(other):
+                self.folder(other).rmtree()
+            else:
+                self._set_aside(other)
         return True
 
     def _set_aside(self, step: int) -> None:
@@ -388,8 +373,6 @@ def save_params(
       ValueError: `path` is not empty or not writable, or `metadata` is not JSON.
     """
     folder = epath.Path(path)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"the folder to save to must be new; got {folder}. Choose another path.")
     tree = {"params": params}
     header = layout.Header(
         kind="params",
@@ -398,9 +381,16 @@ def save_params(
         metric=None,
         host=dict(metadata or {}),
     ).dump()
-    if jax.process_index() == 0:
+
+    def make_folder() -> bool:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"the path to save to must be new; got {folder}. Choose another.")
         layout.check_writable(folder)
         layout.begin(folder)
+        return True
+
+    # Decided once: another process would find the folder begun by the first.
+    _process_zero_decides(make_folder)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         args = ocp.args.PyTreeSave(layout.to_nested(tree))
         checkpointer.save(folder / layout.ARRAYS, args=args)
@@ -408,3 +398,21 @@ def save_params(
         layout.finish(folder, header)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_params {folder}")
+
+
+def _process_zero_decides(decide: Callable[[], int]) -> int:
+    """Runs `decide` on process 0 and gives all processes its result, or an error on all."""
+    if jax.process_count() == 1:
+        return decide()
+    result, error = -1, None
+    if jax.process_index() == 0:
+        try:
+            result = int(decide())
+        except (OSError, ValueError) as caught:
+            error = caught
+    result = int(multihost_utils.broadcast_one_to_all(np.int32(result)))
+    if error is not None:
+        raise error
+    if result < 0:
+        raise ValueError("a checkpoint cannot be saved or restored: see the log of process 0")
+    return result

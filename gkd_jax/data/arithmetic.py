@@ -1,12 +1,14 @@
 """Multi-step arithmetic word problems with worked solutions, made from nothing.
 
-An example is a pure function of (seed, split, index): no file, no network, no state. Which split
-a problem may occur in is decided by a hash of the problem itself, whatever the wording, so that
-no problem of the test split is ever in training, under any seed or setting.
+An example is a pure function of the settings and its index: no file, no network, no state. Which
+split a problem may occur in is decided by a hash of the problem itself, whatever the wording, so
+that no problem of the test split is ever in training, under any seed or setting.
 """
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import struct
 from collections.abc import Iterator
 
@@ -19,6 +21,8 @@ _STEPS = {
 }
 _QUESTION = "How many?"
 
+_Steps = list[tuple[str, int]]
+
 # Tenths of all problems that each split owns.
 _SHARES = {"test": (0,), "validation": (1,), "train": tuple(range(2, 10))}
 
@@ -28,7 +32,8 @@ class ArithmeticProblems:
     """Word problems like 'Tom has 7 pens, buys 5, sells 3. How many?'.
 
     Examples have GSM8K's fields: `question`, and `answer` with every step worked out and the
-    result after '####' ('7+5=12. 12-3=9. #### 9'). All texts are ASCII.
+    result after '####' ('7+5=12. 12-3=9. #### 9'). All texts are ASCII. Held-out splits hold no
+    problem twice; training draws with repetition.
 
     Attributes:
       split: 'train', 'validation' or 'test'; they share no problem.
@@ -46,7 +51,7 @@ class ArithmeticProblems:
     seed: int = 0
     min_steps: int = 2
     max_steps: int = 3
-    max_operand: int = 12
+    max_operand: int = 20
     max_factor: int = 4
     max_value: int = 99
     num_wordings: int = 4
@@ -78,7 +83,12 @@ class ArithmeticProblems:
         return hashlib.sha256(repr((self, first)).encode()).hexdigest()
 
     def open(self) -> "ArithmeticProblems":
-        """Returns itself: there is nothing to open."""
+        """Returns itself, after making the held-out problems.
+
+        Raises:
+          ValueError: the split has fewer problems of this difficulty than are wanted.
+        """
+        self[0]
         return self
 
     def __len__(self) -> int:
@@ -87,35 +97,63 @@ class ArithmeticProblems:
     def __getitem__(self, index: int) -> dict[str, str]:
         if not 0 <= index < self.num_examples:
             raise IndexError(f"index {index} is out of range for {self.num_examples} examples")
-        numbers = _numbers(f"{self.seed}/{self.split}/{index}")
-        # Splits are drawn by rejection; a test problem takes ten draws on average.
-        while True:
-            start, steps = self._draw_problem(numbers)
-            if split_of(start, steps) == self.split:
-                break
+        if self.split != "train":
+            index = self._distinct[index]
+        numbers = self._numbers(index)
+        start, steps = self._draw_problem(numbers)
         return {
             "question": self._word(start, steps, numbers),
             "answer": solution(start, steps),
         }
 
-    def _draw_problem(self, numbers: Iterator[int]) -> tuple[int, list[tuple[str, int]]]:
-        num_steps = _between(numbers, self.min_steps, self.max_steps)
-        value = start = _between(numbers, 2, self.max_operand)
-        steps = []
-        for _ in range(num_steps):
-            highest = {
-                "+": min(self.max_operand, self.max_value - value),
-                "-": min(self.max_operand, value - 1),
-                "*": min(self.max_factor, self.max_value // value),
-            }
-            operations = [operation for operation, high in highest.items() if high >= 2]
-            operation = operations[_between(numbers, 0, len(operations) - 1)]
-            operand = _between(numbers, 2, highest[operation])
-            steps.append((operation, operand))
-            value = apply(operation, value, operand)
-        return start, steps
+    @functools.cached_property
+    def _distinct(self) -> list[int]:
+        """Draws of a held-out split that repeat no earlier problem: its examples, in order."""
+        seen: set[str] = set()
+        kept: list[int] = []
+        for draw in itertools.count():
+            if len(kept) == self.num_examples:
+                return kept
+            # Draws needed even for 99% of all problems are fewer than 5 a problem.
+            if draw > 1000 + 10 * self.num_examples:
+                break
+            problem = _canonical(*self._draw_problem(self._numbers(draw)))
+            if problem not in seen:
+                seen.add(problem)
+                kept.append(draw)
+        raise ValueError(
+            f"ArithmeticProblems.num_examples is {self.num_examples}, but only {len(kept)} "
+            f"distinct problems of the {self.split} split were found. Set it lower, or "
+            "max_operand or max_steps higher."
+        )
 
-    def _word(self, start: int, steps: list[tuple[str, int]], numbers: Iterator[int]) -> str:
+    def _numbers(self, draw: int) -> Iterator[int]:
+        return _numbers(f"{self.seed}/{self.split}/{draw}")
+
+    def _draw_problem(self, numbers: Iterator[int]) -> tuple[int, _Steps]:
+        """A problem of this split, by rejection; a held-out one takes ten tries on average."""
+        while True:
+            num_steps = _between(numbers, self.min_steps, self.max_steps)
+            value = start = _between(numbers, 2, self.max_operand)
+            steps: _Steps = []
+            for _ in range(num_steps):
+                operation, operand = self._draw_step(value, numbers)
+                steps.append((operation, operand))
+                value = apply(operation, value, operand)
+            if split_of(start, steps) == self.split:
+                return start, steps
+
+    def _draw_step(self, value: int, numbers: Iterator[int]) -> tuple[str, int]:
+        highest = {
+            "+": min(self.max_operand, self.max_value - value),
+            "-": min(self.max_operand, value - 1),
+            "*": min(self.max_factor, self.max_value // value),
+        }
+        operations = [operation for operation, high in highest.items() if high >= 2]
+        operation = operations[_between(numbers, 0, len(operations) - 1)]
+        return operation, _between(numbers, 2, highest[operation])
+
+    def _word(self, start: int, steps: _Steps, numbers: Iterator[int]) -> str:
         name = _NAMES[_between(numbers, 0, len(_NAMES) - 1)]
         items = _ITEMS[_between(numbers, 0, len(_ITEMS) - 1)]
         clauses = [f"{name} has {start} {items}"]
@@ -132,7 +170,7 @@ def apply(operation: str, value: int, operand: int) -> int:
     return value - operand if operation == "-" else value * operand
 
 
-def solution(start: int, steps: list[tuple[str, int]]) -> str:
+def solution(start: int, steps: _Steps) -> str:
     """Each step as an equation, and the result after '####'."""
     value = start
     equations = []
@@ -143,18 +181,19 @@ def solution(start: int, steps: list[tuple[str, int]]) -> str:
     return " ".join([*equations, f"#### {value}"])
 
 
-def split_of(start: int, steps: list[tuple[str, int]]) -> str:
-    """The split that owns a problem: a hash of its numbers and operations, not of its wording.
+def split_of(start: int, steps: _Steps) -> str:
+    """The split that owns a problem: a hash of its numbers and operations, not of its wording."""
+    digest = hashlib.blake2b(_canonical(start, steps).encode(), digest_size=8).digest()
+    tenth = int.from_bytes(digest, "little") % 10
+    return next(split for split, tenths in _SHARES.items() if tenth in tenths)
 
-    A first addition or multiplication is the same problem with its two numbers exchanged.
-    """
+
+def _canonical(start: int, steps: _Steps) -> str:
+    """One text for a problem; the two numbers of a first sum or product may change places."""
     (operation, operand), *others = steps
     if operation in "+*":
         start, operand = sorted((start, operand))
-    problem = repr((start, operation, operand, others))
-    digest = hashlib.blake2b(problem.encode(), digest_size=8).digest()
-    tenth = int.from_bytes(digest, "little") % 10
-    return next(split for split, tenths in _SHARES.items() if tenth in tenths)
+    return repr((start, operation, operand, others))
 
 
 def _numbers(key: str) -> Iterator[int]:

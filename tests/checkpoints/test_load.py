@@ -121,7 +121,7 @@ def test_corrupt_export_is_an_error(folder, partitioner):
 
 
 def test_export_never_overwrites(folder):
-    with pytest.raises(ValueError, match=r"must be new; got .*exported\. Choose another path"):
+    with pytest.raises(ValueError, match=r"must be new; got .*exported\. Choose another"):
         save_params(folder / "exported", make_params())
 
 

@@ -599,7 +599,7 @@ TWO_PROCESSES = textwrap.dedent(
     try:
         store.restore(abstract, step=2)
     except ValueError as error:
-        assert "step 2 cannot be used" in str(error) or "see its log" in str(error)
+        assert "step 2 cannot be used" in str(error) or "process 0" in str(error)
     else:
         raise AssertionError("a corrupt checkpoint was restored")
     store.save(2, state, host)
@@ -619,6 +619,12 @@ TWO_PROCESSES = textwrap.dedent(
         raise AssertionError("a failure was lost")
     layout.finish = real
     save_params(folder / "exported", state["params"])
+    try:
+        save_params(folder / "exported", state["params"])
+    except ValueError as error:
+        assert "must be new" in str(error) or "process 0" in str(error)
+    else:
+        raise AssertionError("an export was overwritten")
     check({"params": load.load_params(folder / "exported", abstract["params"])}, 1)
     store.close()
     print("finished")
@@ -647,7 +653,11 @@ def test_two_processes_save_agree_and_restore(tmp_path):
         )
         for rank in (0, 1)
     ]
-    for process in processes:
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-        assert out.strip().endswith("finished")
+    try:
+        for process in processes:
+            out, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors[-3000:]
+            assert out.strip().endswith("finished")
+    finally:
+        for process in processes:
+            process.kill()

@@ -1,6 +1,7 @@
 """T5 against an independent float64 implementation, and what must hold for any parameters."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import pathlib
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import traverse_util
+
+from jax.sharding import PartitionSpec
 
 from gkd_jax.batch import Batch
 from gkd_jax.models import layers, sizes
@@ -42,11 +45,18 @@ V1_0 = dataclasses.replace(V1_1, mlp_activations=("relu",), logits_via_embedding
 VARIANTS = pytest.mark.parametrize("config", [V1_1, V1_0], ids=["v1_1", "v1_0"])
 
 
-def make_params(model, seed=0):
+@functools.cache
+def make_params(model):
     """Parameters of which none is special: norms' scales are not all one."""
-    params = jax.jit(model.init)(jax.random.key(seed))
-    keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(params))))
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(noise * leaf.shape[0] ** -0.5 if noise.ndim == 2 else 1 + noise / 5)
+
+    params = jax.tree.map(draw, model.abstract_params())
+    params["token_embedder"]["embedding"] *= model.vocab_size**0.5
+    return params
 
 
 def make_batch(*, input_lengths=(7, 3, 9), source_length=9, target_length=24, seed=0):
@@ -66,10 +76,12 @@ def make_batch(*, input_lengths=(7, 3, 9), source_length=9, target_length=24, se
     )
 
 
+@functools.cache
 def make_logits_fn(model):
     return jax.jit(lambda params, batch: model.unembed(params, model.hidden_states(params, batch)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def decode_teacher_forced(model, params, inputs, inputs_mask, targets):
     """Logits [B, T, V] from the cache, fed with `targets`."""
     length = targets.shape[1]
@@ -100,7 +112,7 @@ def test_logits_equal_float64_reference(config):
     )
     logits = make_logits_fn(model)(params, batch)
     assert logits.shape == (3, 24, 41)
-    assert np.std(expected) > 0.3
+    assert 0.3 < np.std(expected) < 3
     np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
 
 
@@ -128,14 +140,14 @@ def test_position_bias_of_all_pairs(bidirectional, lengths):
 
 
 @VARIANTS
-@pytest.mark.pitfall(21)
-@pytest.mark.parametrize("source_length", [9, 14], ids=["unpadded_row", "all_padded"])
-def test_cached_decoding_equals_teacher_forcing(config, source_length):
-    model = T5(config)
-    batch = make_batch(source_length=source_length)
+def test_cached_decoding_equals_teacher_forcing(config):
+    """For prompts of unequal length, one of them without padding, and tokens 0 in outputs."""
+    model, batch = T5(config), make_batch()
+    assert list(batch.inputs_mask.sum(axis=1)) == [7, 3, batch.inputs.shape[1]]
+    assert (batch.targets[:, 2] == 0).all()
     params = make_params(model)
     expected = make_logits_fn(model)(params, batch)
-    decoded = jax.jit(decode_teacher_forced, static_argnums=0)(
+    decoded = decode_teacher_forced(
         model, params, batch.inputs, batch.inputs_mask, batch.targets
     )
     np.testing.assert_allclose(decoded, expected, atol=1e-5, rtol=0)
@@ -144,13 +156,14 @@ def test_cached_decoding_equals_teacher_forcing(config, source_length):
 def test_cached_decoding_in_bfloat16_equals_teacher_forcing():
     model, batch = T5(dataclasses.replace(V1_1, dtype="bfloat16")), make_batch()
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params(model))
-    _, state = model.prefill(params, batch.inputs, batch.inputs_mask, max_length=3)
+    prefill = functools.partial(model.prefill, max_length=3)
+    _, state = jax.eval_shape(prefill, params, batch.inputs, batch.inputs_mask)
     assert {x.dtype for x in jax.tree.leaves(state)} == {
         jnp.dtype(jnp.bfloat16),
         jnp.dtype(bool),
     }
     expected = make_logits_fn(model)(params, batch)
-    decoded = jax.jit(decode_teacher_forced, static_argnums=0)(
+    decoded = decode_teacher_forced(
         model, params, batch.inputs, batch.inputs_mask, batch.targets
     )
     assert expected.dtype == decoded.dtype == jnp.float32
@@ -163,14 +176,15 @@ def test_decode_state_rows_can_be_gathered():
     """Samplers repeat and reorder rows of the state: the batch is every leaf's first axis."""
     model, batch = T5(V1_1), make_batch()
     params = make_params(model)
-    _, state = model.prefill(params, batch.inputs, batch.inputs_mask, max_length=5)
+    prefill = jax.jit(functools.partial(model.prefill, max_length=5))
+    decode_step = jax.jit(model.decode_step)
+    rows, tokens = jnp.array([2, 0, 0]), jnp.array([5, 6, 7])
+    _, state = prefill(params, batch.inputs, batch.inputs_mask)
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(state))
-    rows = jnp.array([2, 0, 0, 1])
     gathered = jax.tree.map(lambda x: x[rows], state)
-    tokens, index = jnp.array([5, 6, 7, 8]), jnp.int32(0)
-    hidden, _ = jax.jit(model.decode_step)(params, gathered, tokens, index)
-    _, state = model.prefill(params, batch.inputs[rows], batch.inputs_mask[rows], max_length=5)
-    expected, _ = jax.jit(model.decode_step)(params, state, tokens, index)
+    hidden, _ = decode_step(params, gathered, tokens, 0)
+    _, state = prefill(params, batch.inputs[rows], batch.inputs_mask[rows])
+    expected, _ = decode_step(params, state, tokens, 0)
     np.testing.assert_allclose(hidden, expected, atol=1e-6, rtol=0)
     assert np.abs(hidden[1] - hidden[2]).max() > 1e-3
 
@@ -180,9 +194,10 @@ def test_prefill_needs_room_for_one_token():
     params = make_params(model)
     with pytest.raises(ValueError, match="max_length must be at least 1; got 0"):
         model.prefill(params, batch.inputs, batch.inputs_mask, max_length=0)
-    hidden, _ = model.prefill(params, batch.inputs, batch.inputs_mask, max_length=1)
-    expected = model.hidden_states(params, batch)[:, 0]
-    np.testing.assert_allclose(hidden, expected, atol=1e-5, rtol=0)
+    prefill = functools.partial(model.prefill, max_length=1)
+    hidden, _ = jax.jit(prefill)(params, batch.inputs, batch.inputs_mask)
+    expected = make_logits_fn(model)(params, batch)[:, 0]
+    np.testing.assert_allclose(model.unembed(params, hidden), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.pitfall(14)
@@ -203,14 +218,14 @@ def test_causal_shift(config, position):
 
 @pytest.mark.pitfall(21)
 @VARIANTS
-@pytest.mark.parametrize("side", ["right", "content"])
-def test_padded_inputs_do_not_change_logits(config, side):
+@pytest.mark.parametrize("padding_id", [0, 13])
+def test_padded_inputs_do_not_change_logits(config, padding_id):
     model = T5(config)
     params, logits_fn = make_params(model), make_logits_fn(model)
     batch = make_batch(input_lengths=(6, 6, 6), source_length=6)
-    padding = ((0, 0), (0, 5))
+    padding = ((0, 0), (0, 3))  # To the shape that other tests have compiled.
     padded = batch.replace(
-        inputs=jnp.pad(batch.inputs, padding, constant_values=0 if side == "right" else 13),
+        inputs=jnp.pad(batch.inputs, padding, constant_values=padding_id),
         inputs_mask=jnp.pad(batch.inputs_mask, padding),
     )
     np.testing.assert_allclose(
@@ -228,16 +243,17 @@ def test_a_prompt_without_tokens_gives_finite_logits_and_gradients():
 
 def test_dropout_follows_its_key():
     model, batch = T5(dataclasses.replace(V1_1, dropout_rate=0.2)), make_batch()
-    params, hidden_fn = make_params(model), jax.jit(model.hidden_states)
+    params, hidden_fn = make_params(T5(V1_1)), jax.jit(model.hidden_states)
     off = hidden_fn(params, batch)
     first = hidden_fn(params, batch, dropout_key=jax.random.key(0))
     again = hidden_fn(params, batch, dropout_key=jax.random.key(0))
     second = hidden_fn(params, batch, dropout_key=jax.random.key(1))
-    without = jax.jit(T5(V1_1).hidden_states)(params, batch, dropout_key=jax.random.key(0))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - second).max() > 0.1
     assert np.abs(first - off).max() > 0.1
-    np.testing.assert_array_equal(off, without)
+    # Off is off: the logits are those of a model that has no dropout.
+    without = make_logits_fn(T5(V1_1))(params, batch)
+    np.testing.assert_allclose(model.unembed(params, off), without, atol=1e-5, rtol=0)
     # The last dropout zeroes features of a whole sequence, one in five of them.
     dropped = np.asarray(first == 0)
     np.testing.assert_array_equal(dropped.all(axis=1), dropped.any(axis=1))
@@ -250,7 +266,6 @@ def test_dropout_follows_its_key():
 
 
 def test_attention_dropout_keeps_the_mean():
-    config = dataclasses.replace(V1_1, dropout_rate=0.25)
     module = layers.Attention(2, 6, 16, 0.25, "float32")
     x = jax.random.normal(jax.random.key(0), (2, 5, 16))
     bias = jnp.zeros((1, 1, 5, 5))
@@ -259,10 +274,8 @@ def test_attention_dropout_keeps_the_mean():
         keys, values = module.keys_values(x)
         return module(x, keys, values, bias, deterministic=False)
 
-    variables = module.init(
-        {"params": jax.random.key(1), "dropout": jax.random.key(2)}, x, method=apply
-    )
-    variables = nn.meta.unbox(variables)
+    params = make_params(T5(V1_1))["encoder"]["layers_0"]["attention"]
+    variables = {"params": params}
     outputs = jax.jit(
         jax.vmap(lambda key: module.apply(variables, x, rngs={"dropout": key}, method=apply))
     )(jax.random.split(jax.random.key(3), 4000))
@@ -271,7 +284,6 @@ def test_attention_dropout_keeps_the_mean():
     error = np.abs(outputs.mean(axis=0) - expected).max()
     assert error < 5 * outputs.std() / math.sqrt(4000)
     assert outputs.std(axis=0).min() > 1e-3
-    assert config.dropout_rate == module.dropout_rate
 
 
 @VARIANTS
@@ -280,7 +292,7 @@ def test_bfloat16_compute_keeps_float32_logits(config):
     exact, half = T5(config), T5(dataclasses.replace(config, dtype="bfloat16"))
     params = make_params(exact)
     expected = make_logits_fn(exact)(params, batch)
-    assert half.hidden_states(params, batch).dtype == jnp.bfloat16
+    assert jax.eval_shape(half.hidden_states, params, batch).dtype == jnp.bfloat16
     logits = make_logits_fn(half)(params, batch)
     assert logits.dtype == jnp.float32
     error = np.abs(logits - expected)
@@ -346,10 +358,6 @@ def test_initialisers():
     limit = math.sqrt(3 / ((4 + 32) / 2))
     assert 0.9 * limit < np.abs(table).max() <= limit
     np.testing.assert_array_equal(flat["encoder/encoder_norm/scale"], 1.0)
-    assert np.abs(
-        flat["encoder/layers_0/attention/key/kernel"]
-        - flat["encoder/layers_1/attention/key/kernel"]
-    ).min() < np.inf
     assert not np.array_equal(
         flat["encoder/layers_0/attention/key/kernel"],
         flat["encoder/layers_1/attention/key/kernel"],
@@ -359,11 +367,8 @@ def test_initialisers():
 @VARIANTS
 def test_abstract_params_and_logical_axes(config):
     model = T5(config)
-    params = jax.jit(model.init)(jax.random.key(0))
     abstract = model.abstract_params()
-    assert jax.tree.structure(abstract) == jax.tree.structure(params)
-    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), abstract, params)
-    assert all(jax.tree.leaves(same))
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype(jnp.float32)}
     axes = traverse_util.flatten_dict(model.logical_axes(), sep="/")
     shapes = traverse_util.flatten_dict(abstract, sep="/")
     assert axes.keys() == shapes.keys()
@@ -386,7 +391,7 @@ def test_model_is_hashable_so_that_jit_can_take_it():
 
 
 def test_logical_constraints_apply_under_a_mesh_and_keep_the_logits():
-    model, batch = T5(V1_1), make_batch(input_lengths=(7, 3, 9, 5))
+    model, batch = T5(V1_1), make_batch(input_lengths=(7, 3, 9, 5), target_length=4)
     params = make_params(model)
     expected = make_logits_fn(model)(params, batch)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
@@ -396,9 +401,11 @@ def test_logical_constraints_apply_under_a_mesh_and_keep_the_logits():
         return model.unembed(params, model.hidden_states(params, batch))
 
     assert "sharding_constraint" not in str(jax.make_jaxpr(logits_fn)(params, batch))
-    with mesh, nn.logical_axis_rules(rules):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
         assert "sharding_constraint" in str(jax.make_jaxpr(logits_fn)(params, batch))
+        batch = jax.device_put(batch, jax.sharding.NamedSharding(mesh, PartitionSpec("data")))
         logits = jax.jit(logits_fn)(params, batch)
+    assert not logits.is_fully_replicated
     np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
 
 
@@ -463,10 +470,9 @@ def test_ids_outside_of_the_vocabulary_do_not_pass_unseen():
     model, batch = T5(V1_1), make_batch()
     params = make_params(model)
     wrong = batch.replace(targets=batch.targets.at[0, 3].set(41))
-    hidden = jax.jit(model.hidden_states)(params, wrong)
-    assert np.isnan(hidden[0, 4:]).all()
-    assert np.isfinite(hidden[0, :4]).all()
-    assert np.isfinite(hidden[1:]).all()
+    logits = make_logits_fn(model)(params, wrong)
+    assert np.isnan(logits[0]).all()
+    assert np.isfinite(logits[1:]).all()
 
 
 def test_decoder_start_id_is_fed_first():

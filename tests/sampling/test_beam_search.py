@@ -97,7 +97,7 @@ def test_equals_a_plain_search(history, num_beams, alpha, eos_ids):
             np.testing.assert_allclose(beams.scores[row, place], wanted_score, atol=1e-5)
             parts = [next_log_probs(tokens[:i])[tokens[i]] for i in range(size)]
             np.testing.assert_allclose(beams.log_probs[row, place, :size], parts, atol=1e-5)
-            assert bool(beams.finished[row, place]) == bool(eos_ids)
+            assert bool(beams.finished[row, place]) == (tokens[-1] in eos_ids)
         assert (np.asarray(beams.scores[row, len(wanted) :]) == -np.inf).all()
 
 
@@ -122,16 +122,9 @@ def test_one_beam_without_ends_is_greedy(history):
     model, params = history
     batch = random_batch(jax.random.key(0), batch_size=4, source=4, target=8, vocab_size=11)
     outputs = [
-        decode(
-            model,
-            params,
-            batch.inputs,
-            batch.inputs_mask,
-            method=method,
-            max_length=8,
-            eos_ids=(),
-            pad_id=0,
-        )
+        jax.jit(
+            functools.partial(decode, model, method=method, max_length=8, eos_ids=(), pad_id=0)
+        )(params, batch.inputs, batch.inputs_mask)
         for method in (Greedy(), BeamSearch(num_beams=1))
     ]
     np.testing.assert_array_equal(outputs[0].tokens, outputs[1].tokens)
@@ -140,7 +133,7 @@ def test_one_beam_without_ends_is_greedy(history):
 
 
 def peaked_script(length):
-    """Row 0 ends at once in every likely way; row 1 never does."""
+    """Prompt 0 wants to end at once, prompt 1 never."""
     table = np.full((2, length, 12), -30.0, np.float32)
     table[0, :, EOS] = 0.0
     table[0, :, 2] = -8.0
@@ -159,7 +152,6 @@ def test_stops_when_no_beam_can_improve():
     both, mask = prompts([[0], [1]])
     beams = search(ScriptedModel(12), params, both, mask, **settings)
     assert int(beams.steps_run) == 40
-    assert beams.finished.tolist() == [[True, True], [True, True]]
     with_filler = search(
         ScriptedModel(12), params, both, mask, **settings, example_id=jnp.array([0, -1])
     )

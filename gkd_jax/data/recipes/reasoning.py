@@ -166,7 +166,7 @@ def arithmetic(
     seed: int = 0,
     min_steps: int = 2,
     max_steps: int = 3,
-    max_operand: int = 12,
+    max_operand: int = 20,
     max_factor: int = 4,
     max_value: int = 99,
     num_wordings: int = 4,
@@ -174,8 +174,8 @@ def arithmetic(
 ) -> Task:
     """Arithmetic word problems with worked solutions, from a generator: no data is needed.
 
-    With a byte vocabulary, prompts of up to 3 steps take at most 88 tokens and outputs at most
-    40, end of sequence included.
+    With a byte vocabulary, prompts of up to 3 steps take at most 84 tokens and outputs at most
+    38, end of sequence included.
 
     Args:
       name: the task's name.

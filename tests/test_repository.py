@@ -1,0 +1,160 @@
+"""The repository as a whole: gin files, packaging, and what must not be in it."""
+
+import pathlib
+import re
+import subprocess
+import tomllib
+
+import pytest
+
+from gkd_jax import gin_utils
+from gkd_jax.experiment import Experiment
+from gkd_jax.gin_reader import MissingValues
+from gkd_jax.study import Study
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_GIN_FOLDER = _ROOT / "gin_configs"
+_GIN_FILES = sorted(str(path.relative_to(_GIN_FOLDER)) for path in _GIN_FOLDER.rglob("*.gin"))
+
+
+def _is_included_only(name: str) -> bool:
+    """A part of other files: in base/, or in small/ without a file that it makes small."""
+    folder, _, rest = name.partition("/")
+    return folder == "base" or (folder == "small" and rest not in _GIN_FILES)
+
+
+# Given to what a gin file requires (`%gin.REQUIRED`), by the end of its name; a path otherwise.
+_PLACEHOLDERS = {
+    "TASK_FEATURE_LENGTHS": "{'inputs': 64, 'targets': 64}",
+    "STEPS": "100",
+    "BATCH_SIZE": "8",
+    "VOCAB_SIZE": "8000",
+}
+
+
+def _placeholder(name: str) -> str:
+    for end, value in _PLACEHOLDERS.items():
+        if name.endswith(end):
+            return value
+    return f"'/nowhere/{name.lower()}'"
+
+
+def _parse_with_placeholders(names: list[str]) -> gin_utils.GinConfig:
+    roots = (Study, Experiment)
+    files = [str(_GIN_FOLDER / name) for name in names]
+    try:
+        return gin_utils.parse(roots=roots, gin_files=files)
+    except MissingValues as error:
+        bindings = [f"{name} = {_placeholder(name)}" for name in error.names]
+        return gin_utils.parse(roots=roots, gin_files=files, bindings=bindings)
+
+
+@pytest.mark.parametrize("name", [name for name in _GIN_FILES if not _is_included_only(name)])
+def test_gin_file_builds_all_that_it_names(name):
+    """By itself; a file in small/ after the one that it makes small."""
+    config = _parse_with_placeholders([name.removeprefix("small/"), name])
+    experiment = config.build()
+    assert isinstance(experiment, Study | Experiment)
+    again = gin_utils.parse_text(config.text, roots=(config.root,), name="config.gin")
+    assert again.settings == config.settings
+    assert again.build() == experiment
+
+
+def test_every_part_is_included_by_a_gin_file():
+    texts = [path.read_text() for path in _GIN_FOLDER.rglob("*.gin")]
+    parts = filter(_is_included_only, _GIN_FILES)
+    assert [name for name in parts if not any(f"{name}'" in text for text in texts)] == []
+
+
+def test_the_default_gin_file_exists():
+    assert "quickstart.gin" in _GIN_FILES
+
+
+def _tracked_files() -> list[pathlib.Path]:
+    if not (_ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    names = subprocess.run(
+        ["git", "-C", str(_ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return [path for name in names.split("\0") if name and (path := _ROOT / name).is_file()]
+
+
+def test_no_file_is_large():
+    limit = 5 * 2**20
+    large = [(str(path), path.stat().st_size) for path in _tracked_files()]
+    assert [(name, size) for name, size in large if size > limit] == []
+
+
+# What would tie the code to the place where it was written. The words are put together here so
+# that this file does not contain them.
+_FORBIDDEN = {
+    "a path of one machine": re.compile("/" + r"(work|root|home/\w+)/"),
+    "a folder beside the repository": re.compile(r"\.\./" + "shared"),
+    "a host of a package index": re.compile("py" + r"pi\.org|" + "python" + r"hosted\.org"),
+    "an unfinished part": re.compile("TO" + "DO|FIX" + "ME|XX" + "X"),
+}
+# CI itself knows where its data lies.
+_EXEMPT = {".ci/run": {"a folder beside the repository"}}
+
+
+def test_nothing_ties_the_code_to_a_place():
+    found = []
+    for path in _tracked_files():
+        name = str(path.relative_to(_ROOT))
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        for what, pattern in _FORBIDDEN.items():
+            if what in _EXEMPT.get(name, ()):
+                continue
+            found += [
+                f"{name}:{number}: {what}: {line.strip()[:100]}"
+                for number, line in enumerate(lines, start=1)
+                if pattern.search(line)
+            ]
+    assert found == []
+
+
+def _pyproject() -> dict:
+    return tomllib.loads((_ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_is_installed():
+    """Packages are listed one by one, since the gin files' folder is installed as one of them."""
+    listed = set(_pyproject()["tool"]["setuptools"]["packages"])
+    packages = {
+        ".".join(path.parent.relative_to(_ROOT).parts)
+        for path in (_ROOT / "gkd_jax").rglob("__init__.py")
+    }
+    assert listed == packages | {"gkd_jax.gin_configs"}
+    folders = {path.parent for path in (_ROOT / "gkd_jax").rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def _name(requirement: str) -> str:
+    name = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert name, requirement
+    return name[0].lower().replace("_", "-").replace(".", "-")
+
+
+def test_requirements_pin_what_pyproject_wants():
+    project = _pyproject()["project"]
+    extras = project["optional-dependencies"]
+
+    def pinned(file: str) -> dict[str, str]:
+        lines = (_ROOT / file).read_text().splitlines()
+        lines = [line for line in lines if line and not line.startswith(("#", "-r "))]
+        assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+        return {_name(line): line.partition("==")[2] for line in lines}
+
+    full, dev = pinned("requirements.txt"), pinned("requirements-dev.txt")
+    wanted = [*project["dependencies"], *extras["text"], *extras["data"], *extras["plot"]]
+    wanted += extras["tensorboard"]
+    names = {_name(requirement) for requirement in wanted} - {"gkd-jax"}
+    assert names - set(full) == set()
+    assert {_name(requirement) for requirement in extras["dev"]} - set(full | dev) == set()
+    assert set(full) & set(dev) == set()
