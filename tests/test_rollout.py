@@ -14,7 +14,7 @@ from gkd_jax.rollout import Rollout, rollout_metrics, sample_outputs
 from gkd_jax.sampling.methods import Greedy, Sample
 
 VOCAB_SIZE = 40
-EOS_IDS = (1, 7, 12)
+EOS_IDS = (1, 11, 19)
 LENGTH = 9
 
 

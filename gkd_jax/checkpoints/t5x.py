@@ -43,9 +43,7 @@ def is_t5x_checkpoint(path: epath.PathLike) -> str | None:
     return None if folder is None else _kind(folder)
 
 
-def read_t5x_params(
-    path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct]
-) -> Params:
+def read_t5x_params(path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct]) -> Params:
     """Reads parameters, one array at a time, into the dtype and sharding wanted.
 
     Each host reads only the parts that its devices hold. Optimizer states are left out.
@@ -223,7 +221,7 @@ def _read(name: str, leaf: Any, wanted: jax.ShapeDtypeStruct, folder: epath.Path
         )
     parts: dict[tuple, np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         # Devices that hold the same part share one read.
         key = tuple((piece.start, piece.stop) for piece in index)
         if key not in parts:

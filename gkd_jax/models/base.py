@@ -1,13 +1,13 @@
 """What a model family gives to the rollout and to the losses."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 
 from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
 from gkd_jax.batch import Batch
 
-DecodeState = PyTree[Any]
+DecodeState: TypeAlias = PyTree[Any]
 """A model's decoding state. Every leaf has the batch as its first axis, so that samplers may
 repeat rows (several samples a prompt) or gather them (beam search) without knowing more."""
 

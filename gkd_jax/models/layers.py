@@ -8,7 +8,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,18 @@ def mask_to_bias(mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(mask, 0.0, MASKED).astype(jnp.float32)
 
 
+def logical_param(
+    module: nn.Module,
+    name: str,
+    initializer: Initializer,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+) -> Array:
+    """Declares a float32 parameter with logical axes; returns it without their box."""
+    boxed_init = nn.with_logical_partitioning(initializer, axes)
+    return cast(Array, module.param(name, boxed_init, shape, jnp.float32))
+
+
 class Dense(nn.Module):
     """Matrix product without bias, in `dtype`.
 
@@ -51,13 +63,29 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.axes),
-            (x.shape[-1], self.features),
-            jnp.float32,
-        )
+        shape = (x.shape[-1], self.features)
+        kernel = logical_param(self, "kernel", self.kernel_init, self.axes, shape)
         return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class Dropout(nn.Module):
+    """Zeroes a share of the values and scales up the others, where there is a dropout key.
+
+    Attributes:
+      rate: share of the values.
+      shared_over_positions: one coin for all of the last axis but one, as T5X has it.
+    """
+
+    rate: float
+    shared_over_positions: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.rate == 0.0 or not self.has_rng("dropout"):
+            return x
+        shape = (*x.shape[:-2], 1, x.shape[-1]) if self.shared_over_positions else x.shape
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, shape)
+        return jnp.where(keep, x / (1.0 - self.rate), 0.0).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -68,12 +96,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param(
-            "scale",
-            nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
-            (x.shape[-1],),
-            jnp.float32,
-        )
+        scale = logical_param(self, "scale", nn.initializers.ones, ("embed",), (x.shape[-1],))
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
         normed = (x * lax.rsqrt(mean_square + self.epsilon)).astype(self.dtype)
@@ -90,11 +113,12 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
-        table = self.param(
+        table = logical_param(
+            self,
             "embedding",
-            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
+            nn.initializers.normal(1.0),
+            ("vocab", "embed"),
             (self.vocab_size, self.features),
-            jnp.float32,
         )
         # Gather before the cast: the table is not copied to the compute dtype, and its
         # gradient is summed in float32. GSPMD splits a gather over a vocab-sharded table. An
@@ -119,19 +143,15 @@ class GatedMLP(nn.Module):
             dense = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype)
             setattr(self, "wi" if single else f"wi_{index}", dense)
         self.wo = Dense(self.features, ("mlp", "embed"), self.dtype)
-        self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+        self.dropout = Dropout(self.dropout_rate)
 
-    def __call__(self, x: Array, *, deterministic: bool) -> Array:
+    def __call__(self, x: Array) -> Array:
         single = len(self.activations) == 1
         branches = []
         for index, activation in enumerate(self.activations):
             branch = getattr(self, "wi" if single else f"wi_{index}")(x)
-            branches.append(
-                branch if activation == "linear" else getattr(nn, activation)(branch)
-            )
-        hidden = self.dropout(
-            functools.reduce(operator.mul, branches), deterministic=deterministic
-        )
+            branches.append(branch if activation == "linear" else getattr(nn, activation)(branch))
+        hidden = self.dropout(functools.reduce(operator.mul, branches))
         hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
         return self.wo(hidden)
 
@@ -162,6 +182,8 @@ class Attention(nn.Module):
         self.key = project(kernel_init)
         self.value = project(kernel_init)
         self.out = Dense(self.features, ("joined_kv", "embed"), self.dtype, kernel_init)
+        # Over [B, H, Q, L]: one coin for each key, shared by all queries.
+        self.dropout = Dropout(self.dropout_rate)
 
     def _split_heads(self, x: Array) -> Array:
         x = x.reshape(*x.shape[:2], self.num_heads, self.head_dim)  # [B, L, H, K]
@@ -178,26 +200,14 @@ class Attention(nn.Module):
         keys: Float[Array, "B H L K"],
         values: Float[Array, "B H L K"],
         bias: Float[Array, "#B #H #Q L"],
-        *,
-        deterministic: bool,
     ) -> Float[Array, "B Q D"]:
         queries = self._split_heads(self.query(x))
-        logits = jnp.einsum(
-            "bhqk,bhlk->bhql", queries, keys, preferred_element_type=jnp.float32
-        )
+        logits = jnp.einsum("bhqk,bhlk->bhql", queries, keys, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits + bias, axis=-1).astype(self.dtype)
-        if not deterministic and self.dropout_rate > 0.0:
-            weights = weights * self._dropout_multiplier(weights.shape)
+        weights = self.dropout(weights)
         context = jnp.einsum("bhql,bhlk->bhqk", weights, values)
         context = jnp.swapaxes(context, 1, 2)  # [B, Q, H, K]
         return self.out(context.reshape(*x.shape[:2], self.num_heads * self.head_dim))
-
-    def _dropout_multiplier(self, shape: tuple[int, ...]) -> Array:
-        """T5X's attention dropout: one coin per key, shared by all queries."""
-        keep_rate = 1.0 - self.dropout_rate
-        coin_shape = (*shape[:-2], 1, shape[-1])
-        keep = jax.random.bernoulli(self.make_rng("dropout"), keep_rate, coin_shape)
-        return keep.astype(self.dtype) / jnp.asarray(keep_rate, self.dtype)
 
 
 def relative_position_buckets(
@@ -239,13 +249,12 @@ class RelativePositionBias(nn.Module):
     bidirectional: bool
 
     def setup(self) -> None:
-        self.rel_embedding = self.param(
+        self.rel_embedding = logical_param(
+            self,
             "rel_embedding",
-            nn.with_logical_partitioning(
-                variance_scaling(1.0, "fan_avg", "uniform"), ("heads", "relpos_buckets")
-            ),
+            variance_scaling(1.0, "fan_avg", "uniform"),
+            ("heads", "relpos_buckets"),
             (self.num_heads, NUM_BUCKETS),
-            jnp.float32,
         )
 
     def _values(self, distances: Int[np.ndarray, " N"]) -> Float[Array, "H N"]:

@@ -6,6 +6,8 @@ minimal T5, so T5X's checkpoints are read name by name.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -57,9 +59,8 @@ def _mlp(config: T5Config) -> layers.GatedMLP:
     )
 
 
-def _dropout(config: T5Config) -> nn.Dropout:
-    # One coin per sequence and feature, shared by all positions, as in T5X.
-    return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+def _dropout(config: T5Config) -> layers.Dropout:
+    return layers.Dropout(config.dropout_rate)
 
 
 class EncoderLayer(nn.Module):
@@ -74,13 +75,13 @@ class EncoderLayer(nn.Module):
         self.mlp = _mlp(self.config)
         self.dropout = _dropout(self.config)
 
-    def __call__(self, x: Array, bias: Array, *, deterministic: bool) -> Array:
+    def __call__(self, x: Array, bias: Array) -> Array:
         y = self.pre_attention_layer_norm(x)
         keys, values = self.attention.keys_values(y)
-        y = self.attention(y, keys, values, bias, deterministic=deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
-        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
-        return x + self.dropout(y, deterministic=deterministic)
+        y = self.attention(y, keys, values, bias)
+        x = x + self.dropout(y)
+        y = self.mlp(self.pre_mlp_layer_norm(x))
+        return x + self.dropout(y)
 
 
 class Encoder(nn.Module):
@@ -94,24 +95,22 @@ class Encoder(nn.Module):
         self.layers = [EncoderLayer(config) for _ in range(config.num_encoder_layers)]
         self.encoder_norm = _norm(config)
         self.dropout = _dropout(config)
-        # T5X draws this last one per position too.
-        self.final_dropout = nn.Dropout(config.dropout_rate)
+        # In T5X, the encoder's last dropout alone draws for each position.
+        self.final_dropout = layers.Dropout(config.dropout_rate, shared_over_positions=False)
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
         inputs_mask: Bool[Array, "B S"],
-        *,
-        deterministic: bool,
     ) -> Float[Array, "B S D"]:
         length = x.shape[1]
         # Padded queries see nothing, so that their (unused) outputs are T5X's as well.
         mask = inputs_mask[:, None, :, None] & inputs_mask[:, None, None, :]
         bias = self.relpos_bias(length, length) + layers.mask_to_bias(mask)
-        x = self.dropout(x, deterministic=deterministic)
+        x = self.dropout(x)
         for layer in self.layers:
-            x = layer(x, bias, deterministic=deterministic)
-        return self.final_dropout(self.encoder_norm(x), deterministic=deterministic)
+            x = layer(x, bias)
+        return self.final_dropout(self.encoder_norm(x))
 
 
 class DecoderLayer(nn.Module):
@@ -138,9 +137,8 @@ class DecoderLayer(nn.Module):
         self_bias: Float[Array, "1 H T L"],
         cross_bias: Float[Array, "B 1 1 S"],
         *,
-        deterministic: bool,
         cache: KeysValues | None = None,
-        slot: Int[Array, ""] | None = None,
+        slot: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], KeysValues]:
         """One body for a whole output and for a decode step, so that they cannot differ.
 
@@ -152,13 +150,13 @@ class DecoderLayer(nn.Module):
         if cache is not None:
             keys = lax.dynamic_update_slice_in_dim(cache[0], keys, slot, axis=2)
             values = lax.dynamic_update_slice_in_dim(cache[1], values, slot, axis=2)
-        y = self.self_attention(y, keys, values, self_bias, deterministic=deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
+        y = self.self_attention(y, keys, values, self_bias)
+        x = x + self.dropout(y)
         y = self.pre_cross_attention_layer_norm(x)
-        y = self.encoder_decoder_attention(y, *cross, cross_bias, deterministic=deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
-        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
-        return x + self.dropout(y, deterministic=deterministic), (keys, values)
+        y = self.encoder_decoder_attention(y, *cross, cross_bias)
+        x = x + self.dropout(y)
+        y = self.mlp(self.pre_mlp_layer_norm(x))
+        return x + self.dropout(y), (keys, values)
 
 
 class Decoder(nn.Module):
@@ -180,19 +178,17 @@ class Decoder(nn.Module):
         x: Float[Array, "B T D"],
         encoded: Float[Array, "B S D"],
         inputs_mask: Bool[Array, "B S"],
-        *,
-        deterministic: bool,
     ) -> Float[Array, "B T D"]:
         length = x.shape[1]
         # Causal only: which positions count is for the loss weights to say.
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
         self_bias = self.relpos_bias(length, length) + layers.mask_to_bias(causal)
         cross_bias = layers.mask_to_bias(inputs_mask[:, None, None, :])
-        x = self.dropout(x, deterministic=deterministic)
+        x = self.dropout(x)
         for layer in self.layers:
             cross = layer.cross_keys_values(encoded)
-            x, _ = layer(x, cross, self_bias, cross_bias, deterministic=deterministic)
-        return self.dropout(self.decoder_norm(x), deterministic=deterministic)
+            x, _ = layer(x, cross, self_bias, cross_bias)
+        return self.dropout(self.decoder_norm(x))
 
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[KeysValues, ...]:
         return tuple(layer.cross_keys_values(encoded) for layer in self.layers)
@@ -208,11 +204,9 @@ class Decoder(nn.Module):
         for layer, cache, cross in zip(
             self.layers, state.self_attention, state.cross_attention, strict=True
         ):
-            x, cache = layer(
-                x, cross, self_bias, cross_bias, deterministic=True, cache=cache, slot=slot
-            )
+            x, cache = layer(x, cross, self_bias, cross_bias, cache=cache, slot=slot)
             caches.append(cache)
-        return self.decoder_norm(x), state.replace(self_attention=tuple(caches))
+        return self.decoder_norm(x), dataclasses.replace(state, self_attention=tuple(caches))
 
 
 class Transformer(nn.Module):
@@ -226,21 +220,19 @@ class Transformer(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def encode(self, inputs: Array, inputs_mask: Array, *, deterministic: bool) -> Array:
+    def encode(self, inputs: Array, inputs_mask: Array) -> Array:
         embedded = self.token_embedder(inputs)
-        return self.encoder(embedded, inputs_mask, deterministic=deterministic)
+        return self.encoder(embedded, inputs_mask)
 
-    def hidden_states(
-        self, inputs: Array, inputs_mask: Array, targets: Array, *, deterministic: bool
-    ) -> Array:
-        encoded = self.encode(inputs, inputs_mask, deterministic=deterministic)
+    def hidden_states(self, inputs: Array, inputs_mask: Array, targets: Array) -> Array:
+        encoded = self.encode(inputs, inputs_mask)
         start = jnp.full_like(targets[:, :1], self.config.decoder_start_id)
         embedded = self.token_embedder(jnp.concatenate([start, targets[:, :-1]], axis=1))
-        return self.decoder(embedded, encoded, inputs_mask, deterministic=deterministic)
+        return self.decoder(embedded, encoded, inputs_mask)
 
     def prefill(self, inputs: Array, inputs_mask: Array, num_slots: int) -> tuple:
         config = self.config
-        encoded = self.encode(inputs, inputs_mask, deterministic=True)
+        encoded = self.encode(inputs, inputs_mask)
         batch = inputs.shape[0]
         shape = (batch, config.num_heads, num_slots, config.head_dim)
         # Not one array for all: donated buffers must not be shared.
@@ -248,9 +240,7 @@ class Transformer(nn.Module):
             (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
             for _ in range(config.num_decoder_layers)
         )
-        state = T5DecodeState(
-            self_attention, self.decoder.cross_keys_values(encoded), inputs_mask
-        )
+        state = T5DecodeState(self_attention, self.decoder.cross_keys_values(encoded), inputs_mask)
         start = jnp.full((batch,), config.decoder_start_id, inputs.dtype)
         return self.step(state, start, jnp.zeros((), jnp.int32))
 
@@ -260,7 +250,7 @@ class Transformer(nn.Module):
 
     def __call__(self, inputs: Array, inputs_mask: Array, targets: Array) -> Array:
         """Touches every parameter; for the initialisation."""
-        hidden = self.hidden_states(inputs, inputs_mask, targets, deterministic=True)
+        hidden = self.hidden_states(inputs, inputs_mask, targets)
         return hidden if self.config.logits_via_embedding else self.decoder.logits_dense(hidden)
 
 
@@ -319,14 +309,8 @@ class T5:
         Returns:
           Outputs of the encoder in the compute dtype.
         """
-        return self.module.apply(
-            {"params": params},
-            inputs,
-            inputs_mask,
-            deterministic=dropout_key is None,
-            rngs=_rngs(dropout_key),
-            method=Transformer.encode,
-        )
+        arguments = (inputs, inputs_mask)
+        return self._apply(params, Transformer.encode, *arguments, dropout_key=dropout_key)
 
     def hidden_states(
         self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
@@ -344,15 +328,8 @@ class T5:
         Returns:
           Outputs of the decoder's last norm (and dropout), in the compute dtype.
         """
-        return self.module.apply(
-            {"params": params},
-            batch.inputs,
-            batch.inputs_mask,
-            batch.targets,
-            deterministic=dropout_key is None,
-            rngs=_rngs(dropout_key),
-            method=Transformer.hidden_states,
-        )
+        arguments = (batch.inputs, batch.inputs_mask, batch.targets)
+        return self._apply(params, Transformer.hidden_states, *arguments, dropout_key=dropout_key)
 
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Hidden states to float32 logits.
@@ -406,9 +383,7 @@ class T5:
                 f"max_length must be at least 1; got {max_length}. Set it to the longest output "
                 "to generate."
             )
-        return self.module.apply(
-            {"params": params}, inputs, inputs_mask, max_length, method=Transformer.prefill
-        )
+        return self._apply(params, Transformer.prefill, inputs, inputs_mask, max_length)
 
     def decode_step(
         self,
@@ -428,14 +403,16 @@ class T5:
         Returns:
           Hidden states of output position `index + 1`, and the state.
         """
-        return self.module.apply(
-            {"params": params},
-            state,
-            tokens,
-            jnp.asarray(index, jnp.int32) + 1,
-            method=Transformer.step,
-        )
+        slot = jnp.asarray(index, jnp.int32) + 1
+        return self._apply(params, Transformer.step, state, tokens, slot)
 
-
-def _rngs(dropout_key: Key[Array, ""] | None) -> dict[str, Key[Array, ""]]:
-    return {} if dropout_key is None else {"dropout": dropout_key}
+    def _apply(
+        self,
+        params: Params,
+        method: Callable[..., Any],
+        *arguments: Any,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Any:
+        # The layers drop exactly when there is a key of this name.
+        rngs = {} if dropout_key is None else {"dropout": dropout_key}
+        return self.module.apply({"params": params}, *arguments, rngs=rngs, method=method)
