@@ -1,9 +1,8 @@
 """Run mode `eval`, and the evaluation inside training: task metrics and divergences."""
 
 import dataclasses
-import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +10,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from gkd_jax import prepare, rollout, runtime, train_step
+from gkd_jax import prepare, runtime
 from gkd_jax.array_types import Params
 from gkd_jax.batch import Batch
-from gkd_jax.checkpoints import load
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.experiment import Experiment
 from gkd_jax.metrics.score import Score
+from gkd_jax.rollout import Rollout
 from gkd_jax.runtime import Purpose, make_key
 
 
@@ -45,28 +44,36 @@ class EvalResult:
 class Evaluator:
     """Evaluates parameters of the student on held-out examples, with functions jitted once."""
 
-    def __init__(self, experiment: Experiment, dataset: Dataset):
+    def __init__(self, experiment: Experiment, dataset: Dataset, *, folder: str = "eval"):
+        """Makes the functions.
+
+        Args:
+          experiment: its student, objective, `evaluation` and so on.
+          dataset: the examples of its `evaluation`, opened.
+          folder: where in `model_dir` predictions and scores are written.
+        """
         if experiment.evaluation is None:
             raise ValueError("Evaluator needs Experiment.evaluation; got None. Set it.")
         self.experiment = experiment
         self.dataset = dataset
         self.config = experiment.evaluation
+        self._folder = epath.Path(experiment.model_dir) / folder
         model, partitioner = experiment.student.model, experiment.partitioner
         vocabulary = dataset.config.vocabulary
-        decoding = rollout.Rollout(method=self.config.method)
-        self._decode = runtime.jit_rollout(decoding, model, vocabulary, partitioner)
-        self._divergence = None
-        if experiment.objective.divergence.needs_teacher and self.config.num_divergence_examples:
-            assert experiment.teacher is not None
-            self._divergence = jax.jit(
-                partitioner.annotate(
-                    train_step.make_eval_step(model, experiment.teacher.model, experiment.objective)
-                )
+        ids = {"eos_ids": vocabulary.eos_ids, "pad_id": vocabulary.pad_id}
+        decoding = Rollout(method=self.config.method)
+        self._decode = runtime.jit_rollout(decoding, model, partitioner, **ids)
+        self._rollout = runtime.jit_rollout(experiment.rollout, model, partitioner, **ids)
+        self._output_metrics = runtime.jit_rollout_metrics(vocabulary.eos_ids)
+        self._needs_teacher = experiment.objective.divergence.needs_teacher
+        teacher = None
+        if self._needs_teacher and experiment.teacher is not None:
+            teacher = experiment.teacher.model
+        self._objective = None
+        if teacher is not None or not self._needs_teacher:
+            self._objective = runtime.jit_eval_step(
+                model, teacher, experiment.objective, partitioner
             )
-        self._rollout = runtime.jit_rollout(experiment.rollout, model, vocabulary, partitioner)
-        self._output_metrics = jax.jit(
-            functools.partial(rollout.rollout_metrics, eos_ids=vocabulary.eos_ids)
-        )
 
     def __call__(
         self, params: Params, teacher_params: Params | None, *, step: int = 0
@@ -75,34 +82,46 @@ class Evaluator:
 
         Args:
           params: the student's parameters.
-          teacher_params: the teacher's, for the divergences; None leaves them out.
+          teacher_params: the teacher's; None leaves divergences to it out.
           step: names the file of predictions; also part of the random keys.
         """
         sums = runtime.MetricSums()
         texts: dict[int, str] = {}
         key = make_key(self.experiment.seed, Purpose.EVALUATION, step)
-        seen = 0
-        for batch in self._batches():
+        for number, batch in enumerate(self._batches()):
             decoded = self._decode(params, batch, key)
             sums.add("outputs", self._output_metrics(decoded))
             texts.update(self._texts(decoded))
-            if (
-                self._divergence is not None
-                and teacher_params is not None
-                and seen < self.config.num_divergence_examples
-            ):
-                sums.add("on_data", self._divergence(params, teacher_params, batch))
-                sampled = self._rollout(params, batch, key)
-                sums.add("on_samples", self._divergence(params, teacher_params, sampled))
-                sums.add("samples", self._output_metrics(sampled))
-            seen += batch.targets.shape[0]
+            if number * self.dataset.config.batch_size < self.config.num_divergence_examples:
+                self._add_objective(sums, params, teacher_params, batch, step)
         means = sums.means()
-        scores = {name: Score(value) for name, value in means.items() if "target_tokens" not in name}
+        scores = {
+            name: Score(value) for name, value in means.items() if "target_tokens" not in name
+        }
         predictions = [texts[index] for index in sorted(texts)]
         if jax.process_index() == 0:
-            scores = self._task_scores(predictions) | scores
+            scores = task_scores(self.dataset, predictions) | scores
             self._write_predictions(predictions, scores, step)
         return EvalResult(scores=scores, predictions=predictions)
+
+    def _add_objective(
+        self,
+        sums: runtime.MetricSums,
+        params: Params,
+        teacher_params: Params | None,
+        batch: Batch,
+        step: int,
+    ) -> None:
+        """Adds the objective on the data's outputs, and with a teacher on the student's own."""
+        if self._objective is None or (self._needs_teacher and teacher_params is None):
+            return
+        sums.add("on_data", self._objective(params, teacher_params, batch))
+        if self._needs_teacher:
+            key = make_key(self.experiment.seed, Purpose.EVALUATION_SAMPLES, step)
+            sampled = self._rollout(params, batch, key)
+            sums.add("samples", self._output_metrics(sampled))
+            sampled = runtime.without_log_probs(sampled)
+            sums.add("on_samples", self._objective(params, teacher_params, sampled))
 
     def _batches(self) -> Iterator[Batch]:
         partitioner = self.experiment.partitioner
@@ -127,20 +146,10 @@ class Evaluator:
             if index >= 0
         }
 
-    def _task_scores(self, predictions: list[str]) -> dict[str, Score]:
-        task = self.dataset.task
-        references = [list(self.dataset.raw(i).references) for i in range(len(predictions))]
-        parsed = [task.output_parser(prediction) for prediction in predictions]
-        scores: dict[str, Score] = {}
-        for metric in task.metrics:
-            scores.update(metric(references, parsed))
-        return scores
-
     def _write_predictions(
         self, predictions: list[str], scores: dict[str, Score], step: int
     ) -> None:
-        folder = epath.Path(self.experiment.model_dir) / "eval"
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         lines = []
         for index, prediction in enumerate(predictions):
             example = self.dataset.raw(index)
@@ -150,9 +159,26 @@ class Evaluator:
                 "references": list(example.references),
             }
             lines.append(json.dumps(row, ensure_ascii=False))
-        (folder / f"predictions_{step}.jsonl").write_text("\n".join(lines) + "\n")
+        (self._folder / f"predictions_{step}.jsonl").write_text("\n".join(lines) + "\n")
         details = {name: dataclasses.asdict(score) for name, score in scores.items()}
-        (folder / f"scores_{step}.json").write_text(json.dumps(details, indent=1) + "\n")
+        (self._folder / f"scores_{step}.json").write_text(json.dumps(details, indent=1) + "\n")
+
+
+def task_scores(dataset: Dataset, predictions: Sequence[str]) -> dict[str, Score]:
+    """The task's own metrics of predictions for the first so many examples of a data set."""
+    task = dataset.task
+    references = [list(dataset.raw(index).references) for index in range(len(predictions))]
+    parsed = [task.output_parser(prediction) for prediction in predictions]
+    scores: dict[str, Score] = {}
+    for metric in task.metrics:
+        scores.update(metric(references, parsed))
+    return scores
+
+
+def score_names(dataset: Dataset) -> list[str]:
+    """Names of the scores that the task's metrics give, found by scoring a few outputs."""
+    examples = range(min(2, dataset.num_examples))
+    return sorted(task_scores(dataset, [dataset.raw(index).targets for index in examples]))
 
 
 def evaluate(experiment: Experiment) -> EvalResult:
@@ -163,9 +189,11 @@ def evaluate(experiment: Experiment) -> EvalResult:
     """
     prepared = prepare.prepare(experiment, run_mode="eval")
     assert prepared.eval_data is not None
-    params, step = runtime.student_to_use(experiment)
+    student = runtime.student_to_use(experiment)
+    needs_teacher = experiment.objective.divergence.needs_teacher
+    teacher_params = runtime.load_teacher(experiment) if needs_teacher else None
     evaluator = Evaluator(experiment, prepared.eval_data)
-    result = evaluator(params, runtime.load_teacher(experiment), step=step)
+    result = evaluator(student.params, teacher_params, step=student.step)
     for name, score in result.scores.items():
         logging.info("eval/%s: %s", name, score)
     return result

@@ -47,16 +47,17 @@ class Evaluation:
       period: steps between evaluations; the first is before the first step, the last after the
         last.
       method: how outputs are decoded for the task's metrics.
-      num_divergence_examples: on how many examples the divergence to the teacher is measured,
-        on the data's outputs and on the student's own samples; 0 for neither.
+      num_divergence_examples: on how many examples the objective is measured (in whole batches),
+        on the data's outputs and, where there is a teacher, on the student's own samples too;
+        0 for neither.
     """
 
     data: DatasetConfig
     period: int = 1000
-    method: DecodingMethod = Greedy()
+    method: DecodingMethod = dataclasses.field(default_factory=Greedy)
     num_divergence_examples: int = 512
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_positive(self, "period")
         if self.num_divergence_examples < 0:
             raise ValueError(
@@ -82,7 +83,7 @@ class Checkpoints:
     best_metric: str | None = None
     best_mode: str = "max"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_positive(self, "period", "keep")
         if self.best_mode not in ("max", "min"):
             raise ValueError(
@@ -109,8 +110,9 @@ class Generation:
 
     Attributes:
       data: the prompts.
-      output: the JSON lines file to write: `inputs`, `targets` (the sampled text),
-        `references`, `log_prob`, `index`. A `JsonLines` source reads it back as training data.
+      output: the JSON lines file to write: `inputs` (the whole prompt), `targets` (the sampled
+        text), `references`, `log_prob`, `index`. The task `recipes.instruction` over a
+        `JsonLines` source reads it back as training data, prompts as they are.
       model: 'student' or 'teacher' (sequence-level distillation trains on the teacher's).
       method: how outputs are decoded.
       num_samples: outputs a prompt.
@@ -119,10 +121,10 @@ class Generation:
     data: DatasetConfig
     output: str
     model: str = "student"
-    method: DecodingMethod = Greedy()
+    method: DecodingMethod = dataclasses.field(default_factory=Greedy)
     num_samples: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_positive(self, "num_samples")
         if self.model not in ("student", "teacher"):
             raise ValueError(
@@ -169,17 +171,17 @@ class Experiment:
     num_steps: int
     model_dir: str
     teacher: Teacher | None = None
-    outputs: OutputMix = OutputMix()
-    rollout: Rollout = Rollout()
+    outputs: OutputMix = dataclasses.field(default_factory=OutputMix)
+    rollout: Rollout = dataclasses.field(default_factory=Rollout)
     evaluation: Evaluation | None = None
     generation: Generation | None = None
-    partitioner: Partitioner = Partitioner()
+    partitioner: Partitioner = dataclasses.field(default_factory=Partitioner)
     num_microbatches: int = 1
     use_dropout: bool = True
-    checkpoints: Checkpoints = Checkpoints()
-    alarms: Alarms = Alarms()
+    checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
+    alarms: Alarms = dataclasses.field(default_factory=Alarms)
     log_period: int = 100
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require_positive(self, "num_steps", "num_microbatches", "log_period")

@@ -44,23 +44,29 @@ def generate(experiment: Experiment) -> str:
     num_done = output.num_done()
     logging.info("generate: %d of %d prompts are done", num_done, dataset.num_examples)
 
+    vocabulary = dataset.config.vocabulary
     decode = runtime.jit_rollout(
         Rollout(method=generation.method, num_samples=generation.num_samples),
         model,
-        dataset.config.vocabulary,
         experiment.partitioner,
+        eos_ids=vocabulary.eos_ids,
+        pad_id=vocabulary.pad_id,
     )
     key = make_key(experiment.seed, Purpose.GENERATION)
     layout = experiment.partitioner.data_layout
     for number, (batch, _) in enumerate(
         dataset.eval_batches(process_index=layout.shard_id, process_count=layout.num_shards)
     ):
-        if (number + 1) * generation.data.batch_size <= num_done:
+        end = min((number + 1) * generation.data.batch_size, dataset.num_examples)
+        if end <= num_done:
             continue
         decoded = decode(params, experiment.partitioner.shard_batch(batch), key)
         rows = experiment.partitioner.fetch_to_host(decoded)
         if jax.process_index() == 0:
             output.append(_lines(rows, dataset, first=num_done))
+        logging.log_every_n_seconds(
+            logging.INFO, "generate: %d of %d prompts are done", 10, end, dataset.num_examples
+        )
     return generation.output
 
 
@@ -68,17 +74,12 @@ def _model_to_use(
     experiment: Experiment, generation: Generation
 ) -> tuple[LanguageModel, Params, str]:
     if generation.model == "student":
-        params, step = runtime.student_to_use(experiment)
-        return experiment.student.model, params, f"student step {step}"
-    teacher = experiment.teacher
-    if teacher is None:
-        raise ValueError(
-            "Generation.model = 'teacher' needs a teacher; got Experiment.teacher = None. "
-            "Set Experiment.teacher, or Generation.model to 'student'."
-        )
+        student = runtime.student_to_use(experiment)
+        return experiment.student.model, student.params, student.source
+    assert experiment.teacher is not None
     params = runtime.load_teacher(experiment)
     assert params is not None
-    return teacher.model, params, f"teacher {teacher.checkpoint}"
+    return experiment.teacher.model, params, experiment.teacher.checkpoint
 
 
 def _identity(generation: Generation, dataset: Dataset, source: str, seed: int) -> str:
@@ -132,12 +133,13 @@ class _OutputFile:
         """Counts prompts whose outputs are all there; what a crash left of others is removed."""
         if not self._path.exists():
             return 0
-        lines = self._path.read_text().splitlines(keepends=True)
-        complete = [line for line in lines if line.endswith("\n")]
+        # Bytes, since the last line may end within a character.
+        content = self._path.read_bytes()
+        complete = content.split(b"\n")[:-1]
         num_done = len(complete) // self._num_samples
-        whole = "".join(complete[: num_done * self._num_samples])
-        if len(whole) != sum(map(len, lines)) and jax.process_index() == 0:
-            self._path.write_text(whole)
+        whole = b"".join(line + b"\n" for line in complete[: num_done * self._num_samples])
+        if whole != content and jax.process_index() == 0:
+            self._path.write_bytes(whole)
         return num_done
 
     def append(self, lines: Iterator[str]) -> None:

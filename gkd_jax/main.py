@@ -11,7 +11,7 @@ import pathlib
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 # TensorFlow and gRPC, where a task needs them, tell much that nobody reads. They look at these
@@ -100,14 +100,16 @@ def _run(command: str) -> None:
 
         print(dry_run.dry_run(experiment, run_mode="train" if run_mode == "study" else run_mode))
         return
-    if run_mode in ("train", "study"):
+    if run_mode in ("train", "study") and not _ALLOW_CHANGED_CONFIG.value:
+        gin_utils.check_config(experiment.model_dir, config)
+
+    def save_config() -> None:
         import jax
 
-        if not _ALLOW_CHANGED_CONFIG.value:
-            gin_utils.check_config(experiment.model_dir, config)
         if jax.process_index() == 0:
             gin_utils.save_config(experiment.model_dir, config, command=command)
-    _report(_call(run_mode, experiment))
+
+    _report(_call(run_mode, experiment, before_start=save_config))
 
 
 def _choose_run_mode(*, binds_study: bool) -> str:
@@ -132,12 +134,17 @@ def _join_processes() -> None:
         )
 
 
-def _call(run_mode: str, experiment: Any) -> str:
-    """Runs the mode; returns what to print at the end."""
+def _call(run_mode: str, experiment: Any, *, before_start: Callable[[], None]) -> str:
+    """Runs the mode; returns what to print at the end.
+
+    Training calls `before_start` when all was checked: a configuration that cannot run is not
+    one that a corrected one would differ from.
+    """
     if run_mode == "study":
         from gkd_jax import study
 
-        return study.format_table(experiment, study.run_study(experiment))
+        rows = study.run_study(experiment, before_start=before_start)
+        return study.format_table(experiment, rows)
     if run_mode == "eval":
         from gkd_jax import evaluate
 
@@ -149,7 +156,7 @@ def _call(run_mode: str, experiment: Any) -> str:
         return f"written: {generate.generate(experiment)}"
     from gkd_jax import train
 
-    scores_at_end = train.train(experiment).scores
+    scores_at_end = train.train(experiment, before_start=before_start).scores
     return "\n".join(f"eval/{name}: {value:.6g}" for name, value in scores_at_end.items())
 
 

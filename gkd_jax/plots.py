@@ -12,7 +12,7 @@ def read_curve(model_dir: str, metric: str) -> tuple[list[int], list[float]]:
     path = epath.Path(model_dir) / "metrics.jsonl"
     if not path.exists():
         return [], []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().split("\n") if line]
     points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
     return [step for step, _ in points], [value for _, value in points]
 

@@ -3,14 +3,15 @@
 import contextlib
 import dataclasses
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 from etils import epath
 
+from gkd_jax import runtime
 from gkd_jax.checkpoints import load
 from gkd_jax.data.pipeline import Dataset, DatasetConfig
-from gkd_jax.data.vocabularies import check_same_vocabulary
+from gkd_jax.data.vocabularies import Vocabulary, check_same_vocabulary
 from gkd_jax.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
@@ -37,26 +38,40 @@ class Prepared:
     generation_data: Dataset | None = None
 
 
-class _Problems:
-    def __init__(self):
+class Problems:
+    """What is wrong, gathered instead of stopping at the first."""
+
+    def __init__(self) -> None:
         self.texts: list[str] = []
 
     @contextlib.contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Notes a user's error instead of stopping, so that the rest is checked as well."""
+    def collecting(self, where: str = "") -> Iterator[None]:
+        """Notes a user's error, after `where`, instead of stopping, so that the rest is checked."""
         try:
             yield
         except (ValueError, OSError) as error:
-            if str(error) not in self.texts:
-                self.texts.append(str(error))
+            texts = error.problems if isinstance(error, ConfigurationError) else [str(error)]
+            self.texts += [where + text for text in texts if where + text not in self.texts]
+
+    def raise_if_any(self) -> None:
+        """Raises a ConfigurationError that lists all that was noted."""
+        if self.texts:
+            raise ConfigurationError(self.texts)
 
 
-def prepare(experiment: Experiment, *, run_mode: str) -> Prepared:
-    """Opens the data and checks files, vocabularies, shapes and batch sizes.
+def prepare(
+    experiment: Experiment,
+    *,
+    run_mode: str,
+    made_before: Mapping[str, LanguageModel] | None = None,
+) -> Prepared:
+    """Opens the data and checks files, vocabularies, checkpoints, shapes and batch sizes.
 
     Args:
       experiment: what is to run.
       run_mode: 'train', 'eval' or 'generate': decides what is needed.
+      made_before: folders of checkpoints that other runs will have made by then, and the models
+        in them: they need not exist yet.
 
     Returns:
       The data sets that the run mode needs.
@@ -64,97 +79,179 @@ def prepare(experiment: Experiment, *, run_mode: str) -> Prepared:
     Raises:
       ConfigurationError: listing everything that is wrong, each with its remedy.
     """
-    problems = _Problems()
-    opened: dict[str, Dataset] = {}
+    check = _Check(experiment, made_before or {})
+    {"train": check.train, "eval": check.evaluate, "generate": check.generate}[run_mode]()
+    check.problems.raise_if_any()
+    return Prepared(**check.opened)
 
-    def open_data(name: str, config: DatasetConfig | None) -> None:
-        if config is not None:
-            with problems.collecting():
-                opened[name] = Dataset(config)
 
-    if run_mode == "train":
-        open_data("train_data", experiment.train_data)
-        with problems.collecting():
-            experiment.partitioner.check_batch_size(
-                experiment.train_data.batch_size, experiment.num_microbatches
+class _Check:
+    """The checks of one experiment by run mode; each notes what is wrong and goes on."""
+
+    def __init__(self, experiment: Experiment, made_before: Mapping[str, LanguageModel]):
+        self.problems = Problems()
+        self.opened: dict[str, Dataset] = {}
+        self._experiment = experiment
+        self._made_before = made_before
+
+    def train(self) -> None:
+        """Data, objective, both models, the evaluation, and where results go."""
+        experiment, collecting = self._experiment, self.problems.collecting
+        vocabulary = experiment.train_data.vocabulary
+        self._open("train_data", experiment.train_data, experiment.num_microbatches)
+        for check in (_check_objective, _check_best_metric):
+            with collecting():
+                check(experiment)
+        self._check_model_dir()
+        with collecting():
+            _check_vocab_size(experiment.student.model, vocabulary)
+        if experiment.student.initial_checkpoint is not None:
+            self._check_initial_checkpoint(vocabulary)
+        if experiment.objective.divergence.needs_teacher:
+            self._check_teacher(vocabulary)
+        if experiment.evaluation is not None:
+            self._open("eval_data", experiment.evaluation.data)
+            with collecting():
+                check_same_vocabulary(vocabulary, experiment.evaluation.data.vocabulary)
+
+    def evaluate(self) -> None:
+        """The evaluation, a trained student, and the teacher for the divergence if there is one."""
+        experiment = self._experiment
+        if experiment.evaluation is None:
+            self.problems.texts.append(
+                "--run_mode=eval measures Experiment.evaluation; got None. Set it."
             )
-        with problems.collecting():
-            _check_objective(experiment)
-        with problems.collecting():
-            _check_writable(experiment.model_dir)
-    if run_mode in ("train", "eval") and experiment.evaluation is not None:
-        open_data("eval_data", experiment.evaluation.data)
-        with problems.collecting():
-            experiment.partitioner.check_batch_size(experiment.evaluation.data.batch_size, 1)
-        with problems.collecting():
-            _check_same_data_vocabulary(experiment)
-    if run_mode == "eval" and experiment.evaluation is None:
-        problems.texts.append(
-            "--run_mode=eval measures Experiment.evaluation; got None. Set Experiment.evaluation."
-        )
-    if run_mode == "generate":
-        if experiment.generation is None:
-            problems.texts.append(
-                "--run_mode=generate writes what Experiment.generation says; got None. "
-                "Set Experiment.generation."
+            return
+        data = experiment.evaluation.data
+        self._open("eval_data", data)
+        self._check_model_dir()
+        self._check_student_to_use(data.vocabulary)
+        if experiment.objective.divergence.needs_teacher:
+            self._check_teacher(data.vocabulary)
+
+    def generate(self) -> None:
+        """The prompts, the model that answers them, and where its outputs go."""
+        experiment, collecting = self._experiment, self.problems.collecting
+        generation = experiment.generation
+        if generation is None:
+            self.problems.texts.append(
+                "--run_mode=generate writes what Experiment.generation says; got None. Set it."
+            )
+            return
+        self._open("generation_data", generation.data)
+        with collecting():
+            folder = epath.Path(generation.output).parent
+            _check_writable("Generation.output", folder, remedy="Set it to a file in")
+        if generation.model == "student":
+            self._check_student_to_use(generation.data.vocabulary)
+        elif experiment.teacher is None:
+            self.problems.texts.append(
+                "Generation.model = 'teacher' needs a teacher; got Experiment.teacher = None. Set "
+                "Experiment.teacher, or Generation.model to 'student'."
             )
         else:
-            open_data("generation_data", experiment.generation.data)
-            with problems.collecting():
-                experiment.partitioner.check_batch_size(experiment.generation.data.batch_size, 1)
-    _check_models(experiment, run_mode, problems)
-    if problems.texts:
-        raise ConfigurationError(problems.texts)
-    return Prepared(**opened)
+            self._check_teacher(generation.data.vocabulary)
 
+    def _open(self, name: str, config: DatasetConfig, num_microbatches: int = 1) -> None:
+        with self.problems.collecting():
+            self.opened[name] = Dataset(config)
+        with self.problems.collecting():
+            self._experiment.partitioner.check_batch_size(config.batch_size, num_microbatches)
 
-def _check_models(experiment: Experiment, run_mode: str, problems: _Problems) -> None:
-    student, teacher = experiment.student, experiment.teacher
-    with problems.collecting():
-        _check_vocab_size("student", student.model, experiment.train_data)
-    if student.initial_checkpoint is not None and run_mode == "train":
-        with problems.collecting():
-            _check_checkpoint(
-                "Student.initial_checkpoint", student.initial_checkpoint, student.model
+    def _check_model_dir(self) -> None:
+        with self.problems.collecting():
+            folder = epath.Path(self._experiment.model_dir)
+            _check_writable("Experiment.model_dir", folder, remedy="Set MODEL_DIR to")
+
+    def _check_student_to_use(self, vocabulary: Vocabulary) -> None:
+        experiment, collecting = self._experiment, self.problems.collecting
+        with collecting():
+            _check_vocab_size(experiment.student.model, vocabulary)
+        with collecting():
+            if runtime.newest_step(experiment.model_dir) is not None:
+                self._check_checkpoint(
+                    "Experiment.model_dir", experiment.model_dir, experiment.student.model,
+                    vocabulary,
+                )  # fmt: skip
+            elif experiment.student.initial_checkpoint is None:
+                raise ValueError(runtime.no_student(experiment))
+            else:
+                self._check_initial_checkpoint(vocabulary)
+
+    def _check_initial_checkpoint(self, vocabulary: Vocabulary) -> None:
+        student = self._experiment.student
+        assert student.initial_checkpoint is not None
+        with self.problems.collecting():
+            self._check_checkpoint(
+                "Student.initial_checkpoint", student.initial_checkpoint, student.model, vocabulary
             )
-    if teacher is None:
-        return
-    with problems.collecting():
-        _check_checkpoint("Teacher.checkpoint", teacher.checkpoint, teacher.model)
-    with problems.collecting():
-        if teacher.model.vocab_size != student.model.vocab_size:
+
+    def _check_teacher(self, vocabulary: Vocabulary) -> None:
+        student, teacher = self._experiment.student, self._experiment.teacher
+        if teacher is None:
+            return
+        collecting = self.problems.collecting
+        with collecting():
+            self._check_checkpoint(
+                "Teacher.checkpoint", teacher.checkpoint, teacher.model, vocabulary
+            )
+        with collecting():
+            if teacher.model.vocab_size != student.model.vocab_size:
+                raise ValueError(
+                    "the teacher's output layer must have the student's size; got "
+                    f"{teacher.model.vocab_size} (teacher) and {student.model.vocab_size} "
+                    "(student). Set vocab_size of both models to the same number."
+                )
+        with collecting():
+            if teacher.vocabulary is not None:
+                check_same_vocabulary(vocabulary, teacher.vocabulary)
+
+    def _check_checkpoint(
+        self, setting: str, path: str, model: LanguageModel, vocabulary: Vocabulary
+    ) -> None:
+        if path in self._made_before:
+            _check_same_shapes(setting, path, model, self._made_before[path])
+            return
+        try:
+            info = load.check_compatible(path, model.abstract_params())
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{setting}: {error}") from error
+        trained_with = info.host.get("vocabulary")
+        if trained_with is not None and trained_with["fingerprint"] != vocabulary.fingerprint:
             raise ValueError(
-                "the teacher's output layer must have the student's size; got "
-                f"{teacher.model.vocab_size} (teacher) and {student.model.vocab_size} (student). "
-                "Set vocab_size of both models to the same number."
+                f"{setting} {path} was trained with another vocabulary, so that its token ids "
+                f"mean other pieces; got {trained_with['name']} ({trained_with['size']} ids, "
+                f"{trained_with['fingerprint'][:12]}) there and {vocabulary.name} "
+                f"({vocabulary.size} ids, {vocabulary.fingerprint[:12]}) here. Set "
+                "DatasetConfig.vocabulary (VOCABULARY_PATH) to that one, or take another "
+                "checkpoint."
             )
-    with problems.collecting():
-        if teacher.vocabulary is not None:
-            check_same_vocabulary(experiment.train_data.vocabulary, teacher.vocabulary)
 
 
-def _check_vocab_size(name: str, model: LanguageModel, data: DatasetConfig) -> None:
-    vocabulary = data.vocabulary
-    if vocabulary is not None and model.vocab_size < vocabulary.size:
+def _check_same_shapes(
+    setting: str, path: str, model: LanguageModel, trained: LanguageModel
+) -> None:
+    shapes, trained_shapes = (
+        {
+            jax.tree_util.keystr(name, simple=True, separator="/"): leaf.shape
+            for name, leaf in jax.tree_util.tree_leaves_with_path(each.abstract_params())
+        }
+        for each in (model, trained)
+    )
+    if shapes != trained_shapes:
         raise ValueError(
-            f"the {name}'s vocab_size must be at least that of its vocabulary; got "
-            f"{model.vocab_size} and {vocabulary.size} ({vocabulary.name}). "
-            f"Set vocab_size of the {name}'s model to {vocabulary.size} or more."
+            f"{setting} {path} will hold a model of another shape; got {trained.config} there and "
+            f"{model.config} here. Give both runs a model of the same sizes."
         )
 
 
-def _check_checkpoint(setting: str, path: str, model: LanguageModel) -> None:
-    try:
-        load.check_compatible(path, model.abstract_params())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{setting}: {error}") from error
-
-
-def _check_same_data_vocabulary(experiment: Experiment) -> None:
-    assert experiment.evaluation is not None
-    check_same_vocabulary(
-        experiment.train_data.vocabulary, experiment.evaluation.data.vocabulary
-    )
+def _check_vocab_size(model: LanguageModel, vocabulary: Vocabulary) -> None:
+    if model.vocab_size < vocabulary.size:
+        raise ValueError(
+            "the student's vocab_size must be at least that of its vocabulary; got "
+            f"{model.vocab_size} and {vocabulary.size} ({vocabulary.name}). "
+            f"Set vocab_size of the student's model to {vocabulary.size} or more."
+        )
 
 
 def _check_objective(experiment: Experiment) -> None:
@@ -165,7 +262,8 @@ def _check_objective(experiment: Experiment) -> None:
             "Experiment.teacher = None. Set Experiment.teacher, or Objective.divergence to "
             "NegativeLogLikelihood() for fine-tuning."
         )
-    if isinstance(divergence, NegativeLogLikelihood) and experiment.outputs.student_data_fraction != 0:
+    is_sampled = experiment.outputs.student_data_fraction != 0
+    if isinstance(divergence, NegativeLogLikelihood) and is_sampled:
         # Cross-entropy on one's own samples teaches nothing but to repeat them.
         raise ValueError(
             "NegativeLogLikelihood on the student's own outputs is no objective; got "
@@ -174,17 +272,28 @@ def _check_objective(experiment: Experiment) -> None:
         )
 
 
-def _check_writable(model_dir: str) -> None:
-    folder = epath.Path(model_dir)
-    probe = folder / f".write_check_{jax.process_index()}_{uuid.uuid4().hex}"
+def _check_best_metric(experiment: Experiment) -> None:
+    name = experiment.checkpoints.best_metric
+    if name is not None and experiment.evaluation is None:
+        raise ValueError(
+            f"Checkpoints.best_metric is measured by an evaluation; got {name!r} and "
+            "Experiment.evaluation = None. Set Experiment.evaluation, or best_metric to None."
+        )
+
+
+def _check_writable(setting: str, folder: epath.Path, *, remedy: str) -> None:
+    """Writes a file on trial into a folder, or into what there is of its path; leaves nothing."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    probe = existing / f".write_check_{uuid.uuid4().hex}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except OSError as error:
         raise ValueError(
-            f"Experiment.model_dir is not writable: {model_dir} ({error.strerror or error}). "
-            "Set MODEL_DIR to a folder that this user may write to."
+            f"{setting} cannot be written: {folder} ({existing}: {error.strerror or error}). "
+            f"{remedy} a folder that this user may write to."
         ) from error
 
 
@@ -195,19 +304,32 @@ def num_params(model: LanguageModel) -> int:
 
 def describe_plan(experiment: Experiment, prepared: Prepared) -> str:
     """Describes in a few lines what will run."""
-    lines = [f"student: {num_params(experiment.student.model):,} parameters"]
-    if experiment.teacher is not None:
-        lines.append(f"teacher: {num_params(experiment.teacher.model):,} parameters")
+    student, teacher = experiment.student, experiment.teacher
+    start = student.initial_checkpoint or f"random parameters of seed {experiment.seed}"
+    lines = [f"student: {num_params(student.model):,} parameters, from {start}"]
+    if teacher is not None:
+        used = "" if experiment.objective.divergence.needs_teacher else " (not used in training)"
+        lines.append(
+            f"teacher: {num_params(teacher.model):,} parameters, from {teacher.checkpoint}{used}"
+        )
     lines.append(f"objective: {experiment.objective}")
-    lines.append(f"outputs: {experiment.outputs}, sampled with {experiment.rollout}")
-    lines.append(f"steps: {experiment.num_steps:,} of {experiment.train_data.batch_size} examples")
-    lines.append(f"mesh: {dict(experiment.partitioner.mesh.shape)}")
+    sampled = experiment.outputs.student_data_fraction != 0
+    lines.append(
+        f"outputs: {experiment.outputs}" + (f", sampled by {experiment.rollout}" if sampled else "")
+    )
+    lines.append(f"optimizer: {experiment.optimizer}")
+    lines.append(
+        f"steps: {experiment.num_steps:,} of {experiment.train_data.batch_size} examples in "
+        f"{experiment.num_microbatches} microbatches, on a mesh of "
+        f"{dict(experiment.partitioner.mesh.shape)}"
+    )
     if prepared.train_data is not None:
-        passes = experiment.num_steps * experiment.train_data.batch_size
-        passes /= prepared.train_data.num_examples
-        lines.append(f"training data: {prepared.train_data.num_examples:,} examples, "
-                     f"{passes:.2f} passes")
-        lines.append(prepared.train_data.describe())
-    if prepared.eval_data is not None:
-        lines.append(f"evaluation data: {prepared.eval_data.num_examples:,} examples")
+        num_rows = experiment.num_steps * experiment.train_data.batch_size
+        passes = num_rows / prepared.train_data.num_examples
+        lines.append(f"training data, {passes:.2f} passes: {prepared.train_data.describe()}")
+    if experiment.evaluation is not None and prepared.eval_data is not None:
+        lines.append(
+            f"evaluation: {prepared.eval_data.num_examples:,} examples every "
+            f"{experiment.evaluation.period:,} steps, {experiment.evaluation.method}"
+        )
     return "\n".join(lines)

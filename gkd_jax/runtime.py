@@ -3,11 +3,12 @@
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -18,8 +19,10 @@ from gkd_jax.checkpoints.store import CheckpointStore
 from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.objectives.objective import Objective
 from gkd_jax.partitioning import Partitioner
-from gkd_jax.rollout import Rollout, sample_outputs
+from gkd_jax.rollout import Rollout, rollout_metrics, sample_outputs
+from gkd_jax.train_step import make_eval_step
 
 
 class Purpose(enum.IntEnum):
@@ -30,6 +33,7 @@ class Purpose(enum.IntEnum):
     ROLLOUT = 2
     EVALUATION = 3
     GENERATION = 4
+    EVALUATION_SAMPLES = 5
 
 
 def make_key(seed: int, purpose: Purpose, step: int = 0) -> Key[Array, ""]:
@@ -78,47 +82,98 @@ def load_teacher(experiment: Experiment) -> Params | None:
     )
 
 
-def student_to_use(experiment: Experiment) -> tuple[Params, int]:
-    """The student's newest parameters in `model_dir`, or its initial ones, and their step.
+def newest_step(model_dir: str) -> int | None:
+    """The step of the newest complete checkpoint of a run; None if it has none.
+
+    Raises:
+      ValueError: there are checkpoints, but none is complete.
+    """
+    if not epath.Path(model_dir).is_dir():
+        return None
+    with CheckpointStore(model_dir, read_only=True) as store:
+        return store.latest_step()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedStudent:
+    """Parameters of a student, the step that they are of, and where they come from."""
+
+    params: Params
+    step: int
+    source: str
+
+
+def student_to_use(experiment: Experiment) -> TrainedStudent:
+    """The student's newest parameters in `model_dir`, or else its initial ones.
 
     Raises:
       ValueError: there are neither.
     """
-    student = experiment.student
-    abstract = sharded_abstract_params(experiment, student.model)
-    step = None
-    if epath.Path(experiment.model_dir).is_dir():
-        with CheckpointStore(experiment.model_dir, read_only=True) as store:
-            step = None if store.latest_step() is None else store.choose()
-    if step is not None:
-        logging.info("student: parameters of step %d in %s", step, experiment.model_dir)
-        return load.load_params(experiment.model_dir, abstract, step=step), step
-    if student.initial_checkpoint is None:
-        raise ValueError(
-            f"there is no checkpoint in Experiment.model_dir ({experiment.model_dir}), and "
-            "Student.initial_checkpoint is None. Set MODEL_DIR to a run's folder, or "
-            "Student.initial_checkpoint to a checkpoint."
-        )
-    return init_params(experiment), 0
+    if newest_step(experiment.model_dir) is None:
+        if experiment.student.initial_checkpoint is None:
+            raise ValueError(no_student(experiment))
+        return TrainedStudent(init_params(experiment), 0, experiment.student.initial_checkpoint)
+    with CheckpointStore(experiment.model_dir, read_only=True) as store:
+        step = store.choose()
+        source = str(store.folder(step))
+    logging.info("student: parameters from %s", source)
+    abstract = sharded_abstract_params(experiment, experiment.student.model)
+    return TrainedStudent(load.load_params(source, abstract), step, source)
 
 
+def no_student(experiment: Experiment) -> str:
+    """The message where neither the run nor the configuration has a student's parameters."""
+    return (
+        f"there is no checkpoint in Experiment.model_dir ({experiment.model_dir}), and "
+        "Student.initial_checkpoint is None. Set MODEL_DIR to a run's folder, or "
+        "Student.initial_checkpoint to a checkpoint."
+    )
+
+
+# The runs of a study share these functions, and with them what was compiled. Their arguments are
+# compared by value.
+@functools.cache
 def jit_rollout(
-    rollout: Rollout, model: LanguageModel, vocabulary: Vocabulary, partitioner: Partitioner
+    rollout: Rollout,
+    model: LanguageModel,
+    partitioner: Partitioner,
+    *,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
 ) -> Callable[[Params, Batch, Key[Array, ""]], Batch]:
     """Jits a rollout as `(params, batch, key)` to the batch with its outputs replaced."""
 
     def roll_out(params: Params, batch: Batch, key: Key[Array, ""]) -> Batch:
         return sample_outputs(
-            model,
-            params,
-            batch,
-            key=key,
-            rollout=rollout,
-            eos_ids=vocabulary.eos_ids,
-            pad_id=vocabulary.pad_id,
+            model, params, batch, key=key, rollout=rollout, eos_ids=eos_ids, pad_id=pad_id
         )
 
     return jax.jit(partitioner.annotate(roll_out), out_shardings=partitioner.batch_sharding)
+
+
+@functools.cache
+def jit_rollout_metrics(eos_ids: tuple[int, ...]) -> Callable[[Batch], Metrics]:
+    """Jits `rollout_metrics`."""
+    return jax.jit(functools.partial(rollout_metrics, eos_ids=eos_ids))
+
+
+@functools.cache
+def jit_eval_step(
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    objective: Objective,
+    partitioner: Partitioner,
+) -> Callable[[Params, Params | None, Batch], Metrics]:
+    """Jits `train_step.make_eval_step`."""
+    return jax.jit(partitioner.annotate(make_eval_step(student, teacher, objective)))
+
+
+def without_log_probs(batch: Batch) -> Batch:
+    """Drops what no objective reads, so that data and samples are batches of one type.
+
+    A jitted function of both then compiles once.
+    """
+    return dataclasses.replace(batch, sample_log_probs=None)
 
 
 @dataclasses.dataclass
@@ -132,17 +187,52 @@ class MetricSums:
         present = self.sums.get(group)
         self.sums[group] = metrics if present is None else _add(present, metrics)
 
-    def means(self) -> dict[str, float]:
-        """Sum over weight of every metric as 'group/name'; metrics of weight 0 are left out."""
-        host = jax.device_get(self.sums)
+    def to_host(self) -> dict[str, dict[str, list[float]]]:
+        """The sums as plain numbers, for a checkpoint; `from_host` gives the very same back."""
         return {
-            f"{group}/{name}" if group else name: float(total) / float(weight)
-            for group, metrics in host.items()
-            for name, (total, weight) in metrics.items()
-            if weight != 0
+            group: {
+                name: [float(total), float(weight)] for name, (total, weight) in metrics.items()
+            }
+            for group, metrics in jax.device_get(self.sums).items()
         }
 
+    @classmethod
+    def from_host(cls, host: Mapping[str, Mapping[str, Sequence[float]]]) -> "MetricSums":
+        """Goes on with sums that `to_host` gave."""
+        return cls(
+            {
+                group: {
+                    name: (np.float32(total), np.float32(weight))
+                    for name, (total, weight) in metrics.items()
+                }
+                for group, metrics in host.items()
+            }
+        )
 
-@functools.partial(jax.jit, donate_argnums=0)
+    def means(self) -> dict[str, float]:
+        """As the function `means`, of the sums until now."""
+        return means(self.to_host())
+
+
+def means(sums: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """Sum over weight of every metric as 'group/name'; metrics of weight 0 are left out."""
+    return {
+        f"{group}/{name}": total / weight
+        for group, metrics in sums.items()
+        for name, (total, weight) in metrics.items()
+        if weight != 0
+    }
+
+
+def describe_vocabulary(vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a checkpoint tells of the vocabulary that its model was trained with, as JSON."""
+    return {
+        "name": vocabulary.name,
+        "size": vocabulary.size,
+        "fingerprint": vocabulary.fingerprint,
+    }
+
+
+@jax.jit
 def _add(left: Metrics, right: Metrics) -> Metrics:
-    return jax.tree.map(lambda a, b: a + b, left, right)
+    return jax.tree.map(jnp.add, left, right)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import time
+from collections.abc import Callable
 
 import jax
 from absl import logging
@@ -12,6 +12,8 @@ from gkd_jax import evaluate, plots, prepare, runtime, train
 from gkd_jax.experiment import Evaluation, Experiment, Student
 from gkd_jax.metrics.score import Score
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
+from gkd_jax.objectives.objective import Objective
+from gkd_jax.teachers import Teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Cell:
 
     Attributes:
       name: its folder's name, and its row in the table.
-      experiment: what runs; its `model_dir` is set by the study.
+      experiment: what runs; the study sets its `model_dir`, and its seeds (also that of the
+        order of examples).
       student_from: an earlier cell, whose trained student this one starts from; None keeps the
         experiment's own `initial_checkpoint`.
       teacher_from: an earlier cell, whose trained student teaches; None keeps the experiment's
@@ -31,6 +34,13 @@ class Cell:
     experiment: Experiment
     student_from: str | None = None
     teacher_from: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.teacher_from is not None and self.experiment.teacher is not None:
+            raise ValueError(
+                f"cell {self.name!r} has two teachers; got Cell.teacher_from = "
+                f"{self.teacher_from!r} and an Experiment.teacher. Leave one of them out."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +61,7 @@ class Study:
     metric: str
     seeds: tuple[int, ...] = (0,)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "cells", tuple(self.cells))
         object.__setattr__(self, "seeds", tuple(self.seeds))
         names: list[str] = []
@@ -64,8 +74,10 @@ class Study:
                         f"and the earlier ones {names}. Correct the name or the order of "
                         "Study.cells."
                     )
-            if cell.name in names:
-                raise ValueError(f"Study.cells has two cells named {cell.name!r}; rename one.")
+            if cell.name in (*names, _TEACHER):
+                raise ValueError(
+                    f"Study.cells: the name {cell.name!r} is taken. Give the cell another."
+                )
             names.append(cell.name)
         if not names:
             raise ValueError("Study.cells is empty. Give at least one Cell.")
@@ -77,107 +89,150 @@ class Study:
         suffix = "" if len(self.seeds) == 1 else f"_seed{seed}"
         return str(epath.Path(self.model_dir) / f"{name}{suffix}")
 
-    def experiment_of(
-        self, cell: Cell, *, seed: int | None = None, before_running: bool = False
-    ) -> Experiment:
-        """The cell's experiment with its folder, its seed and what it builds on filled in.
+    def cell(self, name: str) -> Cell:
+        """The cell of this name."""
+        return next(cell for cell in self.cells if cell.name == name)
 
-        With `before_running`, what earlier cells will train is left out, since it is not there.
-        """
-        seed = self.seeds[0] if seed is None else seed
+    def experiment_of(self, cell: Cell, *, seed: int) -> Experiment:
+        """The cell's experiment with its folder, its seed and what it builds on filled in."""
         experiment = dataclasses.replace(
-            cell.experiment, model_dir=self.cell_dir(cell.name, seed), seed=seed
+            cell.experiment,
+            model_dir=self.cell_dir(cell.name, seed),
+            seed=seed,
+            train_data=dataclasses.replace(cell.experiment.train_data, seed=seed),
         )
         if cell.student_from is not None:
-            start = None if before_running else self.cell_dir(cell.student_from, seed)
+            start = self.cell_dir(cell.student_from, seed)
             student = dataclasses.replace(experiment.student, initial_checkpoint=start)
             experiment = dataclasses.replace(experiment, student=student)
-        if cell.teacher_from is not None and experiment.teacher is not None and not before_running:
-            teacher = dataclasses.replace(
-                experiment.teacher, checkpoint=self.cell_dir(cell.teacher_from, seed)
+        if cell.teacher_from is not None:
+            teacher = Teacher(
+                model=self.cell(cell.teacher_from).experiment.student.model,
+                checkpoint=self.cell_dir(cell.teacher_from, seed),
             )
             experiment = dataclasses.replace(experiment, teacher=teacher)
         return experiment
 
 
+# The row of a teacher that no cell has trained.
+_TEACHER = "teacher"
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a study's table."""
+    """One line of a study's table; `seconds` is what its training took, None where it is given."""
 
     name: str
     seed: int
     num_params: int
     score: Score
-    seconds: float
+    seconds: float | None
 
 
-def run_study(study: Study) -> list[Row]:
+def check_study(study: Study) -> str:
+    """Checks every cell and the test set as far as can be before anything has run.
+
+    Returns:
+      The plan of each cell as text.
+
+    Raises:
+      gkd_jax.prepare.ConfigurationError: something is wrong; the message lists all of it.
+    """
+    problems = prepare.Problems()
+    plans: list[str] = []
+    seed = study.seeds[0]
+    trained = {
+        study.cell_dir(cell.name, seed): cell.experiment.student.model for cell in study.cells
+    }
+    for cell in study.cells:
+        experiment = study.experiment_of(cell, seed=seed)
+        with problems.collecting(f"{cell.name}: "):
+            prepared = prepare.prepare(experiment, run_mode="train", made_before=trained)
+            plans.append(f"{cell.name}:\n{prepare.describe_plan(experiment, prepared)}")
+    with problems.collecting("Study.test: "):
+        experiment = _for_test(study, study.experiment_of(study.cells[0], seed=seed))
+        # The models have been checked above.
+        student = Student(experiment.student.model, study.cell_dir(study.cells[0].name, seed))
+        experiment = dataclasses.replace(
+            experiment, student=student, model_dir=str(epath.Path(study.model_dir) / "nowhere")
+        )
+        prepared = prepare.prepare(experiment, run_mode="eval", made_before=trained)
+        assert prepared.eval_data is not None
+        names = evaluate.score_names(prepared.eval_data)
+        if study.metric not in names:
+            raise ValueError(
+                f"Study.metric must be a score of the test set's task; got {study.metric!r}. Set "
+                f"it to one of {names}."
+            )
+    problems.raise_if_any()
+    return "\n\n".join(plans)
+
+
+def run_study(study: Study, *, before_start: Callable[[], None] | None = None) -> list[Row]:
     """Runs every cell, compares them on the test set and writes the table and the curves.
 
     Cells that an earlier run finished are not trained again.
 
+    Args:
+      study: what runs.
+      before_start: called when everything was checked and before anything is written.
+
     Returns:
       The table's rows; the table is also in `model_dir` as results.md and results.json, and the
       learning curves as curves.png.
+
+    Raises:
+      gkd_jax.prepare.ConfigurationError: something is wrong; the message lists all of it.
     """
+    check_study(study)
+    if before_start is not None:
+        before_start()
     rows: list[Row] = []
     for seed in study.seeds:
         for cell in study.cells:
             experiment = study.experiment_of(cell, seed=seed)
             teacher = experiment.teacher
-            if teacher is not None and cell.teacher_from is None and not _has(rows, "teacher"):
+            if teacher is not None and cell.teacher_from is None and not _has_teacher(rows):
                 as_student = dataclasses.replace(
                     experiment,
                     student=Student(teacher.model, teacher.checkpoint),
-                    model_dir=study.cell_dir("teacher", seed),
+                    model_dir=study.cell_dir(_TEACHER, seed),
                 )
-                rows.insert(0, _measure(study, "teacher", seed, as_student, seconds=0.0))
+                rows.insert(0, _measure(study, _TEACHER, as_student, seconds=None))
             logging.info("study: %s, seed %d", cell.name, seed)
-            start = time.monotonic()
-            train.train(experiment)
-            seconds = time.monotonic() - start
-            rows.append(_measure(study, cell.name, seed, experiment, seconds=seconds))
+            result = train.train(experiment)
+            rows.append(_measure(study, cell.name, experiment, seconds=result.seconds))
             _write_table(study, rows)
-    plots.plot_curves(
-        {
-            f"{cell.name} {seed}" if len(study.seeds) > 1 else cell.name: study.cell_dir(
-                cell.name, seed
-            )
-            for cell in study.cells
-            for seed in study.seeds
-        },
-        metric=f"eval/{study.metric}",
-        path=str(epath.Path(study.model_dir) / "curves.png"),
-    )
+    _plot(study)
     return rows
 
 
-def _has(rows: list[Row], name: str) -> bool:
-    return any(row.name == name for row in rows)
+def _has_teacher(rows: list[Row]) -> bool:
+    return any(row.name == _TEACHER for row in rows)
 
 
-def _measure(study: Study, name: str, seed: int, experiment: Experiment, *, seconds: float) -> Row:
-    """Scores the experiment's student on the study's test set."""
-    experiment = dataclasses.replace(
+def _for_test(study: Study, experiment: Experiment) -> Experiment:
+    """The experiment with the study's test as its evaluation, by itself."""
+    return dataclasses.replace(
         experiment,
-        evaluation=study.test,
+        evaluation=dataclasses.replace(study.test, num_divergence_examples=0),
         teacher=None,
-        objective=dataclasses.replace(
-            experiment.objective, divergence=NegativeLogLikelihood(), 
-        ),
-        seed=seed,
+        objective=Objective(NegativeLogLikelihood()),
     )
+
+
+def _measure(study: Study, name: str, experiment: Experiment, *, seconds: float | None) -> Row:
+    """Scores the experiment's student on the study's test set."""
+    experiment = _for_test(study, experiment)
     prepared = prepare.prepare(experiment, run_mode="eval")
     assert prepared.eval_data is not None
-    params, step = runtime.student_to_use(experiment)
-    result = evaluate.Evaluator(experiment, prepared.eval_data)(params, None, step=step)
-    if study.metric not in result.scores:
-        raise ValueError(
-            f"Study.metric {study.metric!r} is not among the scores of the test set: "
-            f"{sorted(result.scores)}. Set Study.metric to one of them."
-        )
+    student = runtime.student_to_use(experiment)
+    evaluator = evaluate.Evaluator(experiment, prepared.eval_data, folder="test")
+    result = evaluator(student.params, None, step=student.step)
+    # The scores of a task are known on the first process alone, which writes the table.
+    score = result.scores.get(study.metric, Score(float("nan")))
     num_params = prepare.num_params(experiment.student.model)
-    return Row(name, seed, num_params, result.scores[study.metric], seconds)
+    return Row(name, experiment.seed, num_params, score, seconds)
 
 
 def format_table(study: Study, rows: list[Row]) -> str:
@@ -190,7 +245,8 @@ def format_table(study: Study, rows: list[Row]) -> str:
         error = row.score.standard_error
         lines.append(
             f"| {row.name} | {row.seed} | {row.num_params:,} | {row.score.value:.4g} | "
-            f"{'' if error is None else f'{error:.2g}'} | {row.seconds:.0f} |"
+            f"{'' if error is None else f'{error:.2g}'} | "
+            f"{'' if row.seconds is None else f'{row.seconds:.0f}'} |"
         )
     return "\n".join(lines)
 
@@ -202,3 +258,17 @@ def _write_table(study: Study, rows: list[Row]) -> None:
     (folder / "results.md").write_text(format_table(study, rows) + "\n")
     results = [dataclasses.asdict(row) for row in rows]
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _plot(study: Study) -> None:
+    if jax.process_index() != 0:
+        return
+    runs = {
+        f"{cell.name} {seed}" if len(study.seeds) > 1 else cell.name: study.cell_dir(
+            cell.name, seed
+        )
+        for cell in study.cells
+        for seed in study.seeds
+    }
+    path = str(epath.Path(study.model_dir) / "curves.png")
+    plots.plot_curves(runs, metric=f"eval/{study.metric}", path=path)

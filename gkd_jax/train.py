@@ -5,15 +5,16 @@ one batch ahead.
 """
 
 import dataclasses
-import functools
 import math
 import time
+from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
-from gkd_jax import prepare, rollout, runtime, train_step, writers
-from gkd_jax.array_types import Metrics
+from gkd_jax import prepare, runtime, train_step, writers
+from gkd_jax.array_types import Array, Bool, Metrics, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.store import CheckpointStore
 from gkd_jax.data.pipeline import Dataset
@@ -30,10 +31,12 @@ class TrainResult:
     Attributes:
       state: parameters and optimizer state after the last step.
       scores: values of the last evaluation by name; empty without one.
+      seconds: time that the run took in all, over all its parts if it was stopped.
     """
 
     state: TrainState
     scores: dict[str, float]
+    seconds: float = 0.0
 
 
 class Trainer:
@@ -43,17 +46,12 @@ class Trainer:
         self.experiment = experiment
         self.dataset = dataset
         student, partitioner = experiment.student.model, experiment.partitioner
-        teacher = experiment.teacher
-        optimizer = experiment.optimizer.build()
-        self._optimizer = optimizer
-        self.teacher_params = runtime.load_teacher(experiment)
+        teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
+        self._optimizer = experiment.optimizer.build()
+        self.teacher_params = None if teacher is None else runtime.load_teacher(experiment)
 
-        param_shardings = partitioner.param_shardings(student)
-        abstract = jax.eval_shape(
-            lambda params: train_step.init_train_state(params, optimizer),
-            student.abstract_params(),
-        )
-        shardings = partitioner.state_shardings(abstract, param_shardings)
+        abstract = jax.eval_shape(self._new_state, student.abstract_params())
+        shardings = partitioner.state_shardings(abstract, partitioner.param_shardings(student))
         self.abstract_state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             abstract,
@@ -64,7 +62,7 @@ class Trainer:
             student,
             teacher.model if teacher else None,
             experiment.objective,
-            optimizer,
+            self._optimizer,
             num_microbatches=experiment.num_microbatches,
             use_dropout=experiment.use_dropout,
         )
@@ -73,23 +71,27 @@ class Trainer:
             donate_argnums=0,
             out_shardings=(shardings, partitioner.replicated),
         )
+        vocabulary = dataset.config.vocabulary
         self.rollout_fn = runtime.jit_rollout(
-            experiment.rollout, student, dataset.config.vocabulary, partitioner
+            experiment.rollout,
+            student,
+            partitioner,
+            eos_ids=vocabulary.eos_ids,
+            pad_id=vocabulary.pad_id,
         )
-        self.rollout_metrics_fn = jax.jit(
-            functools.partial(rollout.rollout_metrics, eos_ids=dataset.config.vocabulary.eos_ids)
-        )
+        self.rollout_metrics_fn = runtime.jit_rollout_metrics(vocabulary.eos_ids)
+
+    def _new_state(self, params: PyTree) -> TrainState:
+        return train_step.init_train_state(params, self._optimizer)
 
     def init_state(self) -> TrainState:
         """The state before the first step, made sharded."""
         params = runtime.init_params(self.experiment)
-        init = jax.jit(
-            lambda params: train_step.init_train_state(params, self._optimizer),
-            out_shardings=self._state_shardings,
-        )
-        return init(params)
+        return jax.jit(self._new_state, out_shardings=self._state_shardings)(params)
 
-    def step(self, state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict]:
+    def step(
+        self, state: TrainState, batch: Batch, step: int
+    ) -> tuple[TrainState, dict[str, Metrics]]:
         """Makes update number `step` (from 0); returns the state and metrics by group.
 
         The coin decides whether the outputs are the batch's own or the student's.
@@ -100,14 +102,19 @@ class Trainer:
         if on_policy:
             batch = self.rollout_fn(state.params, batch, make_key(seed, Purpose.ROLLOUT, step))
             groups["rollout"] = self.rollout_metrics_fn(batch)
+            batch = runtime.without_log_probs(batch)
         key = make_key(seed, Purpose.DROPOUT, step)
         state, metrics = self.step_fn(state, self.teacher_params, batch, key)
         groups["on_policy" if on_policy else "data"] = metrics
         return state, groups
 
 
-def train(experiment: Experiment) -> TrainResult:
+def train(experiment: Experiment, *, before_start: Callable[[], None] | None = None) -> TrainResult:
     """Trains, evaluates and saves until `num_steps`; goes on where an earlier run stopped.
+
+    Args:
+      experiment: what runs.
+      before_start: called when everything was checked and before anything is written.
 
     Raises:
       gkd_jax.prepare.ConfigurationError: something is wrong with the experiment; lists all.
@@ -115,6 +122,8 @@ def train(experiment: Experiment) -> TrainResult:
     """
     prepared = prepare.prepare(experiment, run_mode="train")
     assert prepared.train_data is not None
+    if before_start is not None:
+        before_start()
     plan = prepare.describe_plan(experiment, prepared)
     for line in plan.splitlines():
         logging.info("%s", line)
@@ -123,7 +132,7 @@ def train(experiment: Experiment) -> TrainResult:
     if prepared.eval_data is not None:
         evaluator = Evaluator(experiment, prepared.eval_data)
     loop = _Loop(experiment, trainer, evaluator)
-    loop.writer.write_text(0, "plan", plan)
+    loop.writer.write_text(loop.start_step, "plan", plan)
     try:
         return loop.run()
     finally:
@@ -142,7 +151,10 @@ class _Loop:
             keep=experiment.checkpoints.keep,
             best_mode=experiment.checkpoints.best_mode,
         )
+        self.sums = runtime.MetricSums()
         self.scores: dict[str, float] = {}
+        self.scored_step: int | None = None
+        self.seconds_before = 0.0
         self.state, self.start_step, position = self._start()
         layout = experiment.partitioner.data_layout
         self.iterator = trainer.dataset.train_iterator(
@@ -151,9 +163,8 @@ class _Loop:
         self.writer = writers.default_writer(
             experiment.model_dir, start_step=self.start_step, num_steps=experiment.num_steps
         )
-        self.sums = runtime.MetricSums()
         self.logged_step = self.start_step
-        self.logged_time = time.monotonic()
+        self.start_time = self.logged_time = time.monotonic()
 
     def _start(self) -> tuple[TrainState, int, int]:
         """Resumes this run, or loads given weights, or starts from scratch."""
@@ -163,6 +174,8 @@ class _Loop:
         self.trainer.dataset.check_fingerprint(host["data_fingerprint"])
         logging.info("resuming after step %d of %d", step, self.experiment.num_steps)
         self.scores = host["scores"]
+        self.sums = runtime.MetricSums.from_host(host["metric_sums"])
+        self.seconds_before = host["seconds"]
         return state, step, host["position"]
 
     def run(self) -> TrainResult:
@@ -181,26 +194,30 @@ class _Loop:
             if (step + 1) % self.experiment.log_period == 0 or step + 1 == num_steps:
                 self._log(step + 1)
         self.store.wait()
-        return TrainResult(state=self.state, scores=self.scores)
+        return TrainResult(state=self.state, scores=self.scores, seconds=self._seconds())
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.start_time
 
     def _log(self, step: int) -> None:
-        means = self.sums.means()
-        self.sums = runtime.MetricSums()
+        sums, self.sums = self.sums.to_host(), runtime.MetricSums()
+        means = runtime.means(sums)
         now = time.monotonic()
-        num_steps = max(step - self.logged_step, 1)
-        seconds = (now - self.logged_time) / num_steps
+        seconds = (now - self.logged_time) / (step - self.logged_step)
         self.logged_step, self.logged_time = step, now
         _check_finite(means, step)
-        tokens = [v for k, v in means.items() if k.endswith("/target_tokens")]
         means["seconds_per_step"] = seconds
-        if tokens:
-            means["target_tokens_per_second"] = sum(tokens) / len(tokens) / seconds
+        # Steps on the data and steps on samples are of different length and number.
+        tokens = [sums[group]["target_tokens"] for group in ("data", "on_policy") if group in sums]
+        tokens_per_step = sum(total for total, _ in tokens) / sum(weight for _, weight in tokens)
+        means["target_tokens_per_second"] = tokens_per_step / seconds
         self.writer.write(step, {f"train/{name}": value for name, value in means.items()})
         self._raise_alarms(means, "rollout", step)
 
-    def _raise_alarms(self, values: dict[str, float], group: str, step: int) -> None:
+    def _raise_alarms(self, values: Mapping[str, float], group: str, step: int) -> None:
         alarms = self.experiment.alarms
-        for name, limit in (("truncated_share", alarms.truncated_share), ("repetition", alarms.repetition)):
+        limits = {"truncated_share": alarms.truncated_share, "repetition": alarms.repetition}
+        for name, limit in limits.items():
             value = values.get(f"{group}/{name}", 0.0)
             if value > limit:
                 logging.warning(
@@ -216,45 +233,73 @@ class _Loop:
             return
         if step % evaluation.period and step != self.experiment.num_steps:
             return
+        # Steps that are still under way are training's time, all that follows is not.
+        jax.block_until_ready(self.state)
         start = time.monotonic()
         result = self.evaluator(self.state.params, self.trainer.teacher_params, step=step)
-        self.scores = result.values()
+        self.scores, self.scored_step = result.values(), step
         self.scores["seconds"] = time.monotonic() - start
         self.writer.write(step, {f"eval/{name}": value for name, value in self.scores.items()})
+        self._check_best_metric()
         self._raise_alarms(self.scores, "outputs", step)
-        # Time spent here is not a training step's.
         self.logged_time += time.monotonic() - start
+
+    def _check_best_metric(self) -> None:
+        name = self.experiment.checkpoints.best_metric
+        if name is not None and name not in self.scores and jax.process_index() == 0:
+            raise ValueError(
+                f"Checkpoints.best_metric is not among the scores of the evaluation; got {name!r}. "
+                f"Set it to one of {sorted(self.scores)}."
+            )
 
     def _save_if_due(self, step: int) -> None:
         checkpoints = self.experiment.checkpoints
         due = step > 0 and step % checkpoints.period == 0
         if not due and step != self.experiment.num_steps:
             return
-        _check_finite(self.sums.means(), step)
-        best = None
-        if checkpoints.best_metric is not None:
-            best = self.scores.get(checkpoints.best_metric)
+        sums = self.sums.to_host()
+        # What was summed before the last line of metrics was checked there.
+        _check_finite(runtime.means(sums), step)
+        if not _is_finite(self.state):
+            raise FloatingPointError(_not_finite("the parameters or the optimizer's state", step))
+        metric = None
+        if checkpoints.best_metric is not None and self.scored_step == step:
+            metric = self.scores.get(checkpoints.best_metric)
         self.store.save(
             step,
             self.state,
             {
                 "position": self.iterator.position,
                 "data_fingerprint": self.trainer.dataset.fingerprint,
+                "vocabulary": runtime.describe_vocabulary(self.trainer.dataset.config.vocabulary),
                 "scores": self.scores,
+                "metric_sums": sums,
+                "seconds": self._seconds(),
             },
-            metric=best,
+            metric=metric,
         )
 
     def close(self) -> None:
         self.writer.close()
+        self.iterator.close()
         self.store.close()
 
 
-def _check_finite(means: dict[str, float], step: int) -> None:
+@jax.jit
+def _is_finite(tree: PyTree) -> Bool[Array, ""]:
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves))
+
+
+def _check_finite(means: Mapping[str, float], step: int) -> None:
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     if bad:
-        raise FloatingPointError(
-            f"training stopped at step {step}: {', '.join(bad)} not finite. The checkpoints saved "
-            "before are intact. Lower the learning rate, or set max_grad_norm; an infinite "
-            "divergence means that one model gives probability 0 where the other does not."
-        )
+        raise FloatingPointError(_not_finite(", ".join(bad), step))
+
+
+def _not_finite(what: str, step: int) -> str:
+    return (
+        f"training stopped at step {step}: {what} not finite. The checkpoints saved before are "
+        "intact. Lower the learning rate, or set max_grad_norm; an infinite divergence means that "
+        "one model gives probability 0 where the other does not."
+    )

@@ -4,6 +4,7 @@ The step cannot tell where the batch's targets came from, so supervised and on-p
 distillation, and plain fine-tuning, are this one function.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,9 @@ class TrainState:
 
 def init_train_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Makes the state before the first step."""
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params)
+    )
 
 
 def make_loss_fn(
@@ -65,18 +68,24 @@ def make_loss_fn(
             "teacher. Set Experiment.teacher, or train with NegativeLogLikelihood."
         )
 
-    def loss_fn(student_params, teacher_params, batch, weights, dropout_key=None):
+    def loss_fn(
+        student_params: Params,
+        teacher_params: Params | None,
+        batch: Batch,
+        weights: Float[Array, "B T"],
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
         student_hidden = student.hidden_states(student_params, batch, dropout_key=dropout_key)
         teacher_hidden = teacher_unembed = None
         if needs_teacher:
             assert teacher is not None
             teacher_params = jax.lax.stop_gradient(teacher_params)
             teacher_hidden = teacher.hidden_states(teacher_params, batch)
-            teacher_unembed = lambda hidden: teacher.unembed(teacher_params, hidden)
+            teacher_unembed = functools.partial(teacher.unembed, teacher_params)
         return weighted_loss(
             objective,
             student_hidden=student_hidden,
-            student_unembed=lambda hidden: student.unembed(student_params, hidden),
+            student_unembed=functools.partial(student.unembed, student_params),
             teacher_hidden=teacher_hidden,
             teacher_unembed=teacher_unembed,
             targets=batch.targets,
@@ -116,7 +125,7 @@ def split_microbatches(tree: Any, num_microbatches: int) -> Any:
     blocks over devices, each device keeps its own rows, and nothing is sent.
     """
 
-    def split(leaf):
+    def split(leaf: Array) -> Array:
         rows = leaf.reshape(leaf.shape[0] // num_microbatches, num_microbatches, *leaf.shape[1:])
         return jnp.swapaxes(rows, 0, 1)
 
@@ -144,8 +153,14 @@ def make_train_step(
     """
     grad_fn = jax.value_and_grad(make_loss_fn(student, teacher, objective), has_aux=True)
 
-    def gradients(params, teacher_params, batch, weights, key):
-        def of_microbatch(index, batch, weights):
+    def gradients(
+        params: Params,
+        teacher_params: Params | None,
+        batch: Batch,
+        weights: Float[Array, "B T"],
+        key: Key[Array, ""],
+    ) -> tuple[Params, Metrics]:
+        def of_microbatch(index: Any, batch: Batch, weights: Array) -> Any:
             dropout_key = jax.random.fold_in(key, index) if use_dropout else None
             return grad_fn(params, teacher_params, batch, weights, dropout_key)
 
@@ -153,13 +168,16 @@ def make_train_step(
             (_, per_token), grads = of_microbatch(0, batch, weights)
             return grads, loss_metrics(per_token, batch, weights)
 
-        def accumulate(carry, part):
+        def accumulate(carry: Params, part: Any) -> tuple[Params, Array]:
             index, batch_part, weights_part = part
             (_, per_token), grads = of_microbatch(index, batch_part, weights_part)
             return jax.tree.map(jnp.add, carry, grads), per_token
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        parts = (jnp.arange(num_microbatches), *split_microbatches((batch, weights), num_microbatches))
+        parts = (
+            jnp.arange(num_microbatches),
+            *split_microbatches((batch, weights), num_microbatches),
+        )
         grads, per_token = jax.lax.scan(accumulate, zeros, parts)
         per_token = jnp.swapaxes(per_token, 0, 1).reshape(batch.targets.shape)
         return grads, loss_metrics(per_token, batch, weights)
@@ -183,7 +201,7 @@ def make_eval_step(
     """Makes `(student_params, teacher_params, batch)` to the objective's metrics, no dropout."""
     loss_fn = make_loss_fn(student, teacher, objective)
 
-    def eval_step(student_params, teacher_params, batch):
+    def eval_step(student_params: Params, teacher_params: Params | None, batch: Batch) -> Metrics:
         weights = final_weights(batch.loss_weights, reduction=objective.reduction)
         _, per_token = loss_fn(student_params, teacher_params, batch, weights)
         return loss_metrics(per_token, batch, weights)

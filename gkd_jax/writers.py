@@ -101,7 +101,9 @@ class JsonLinesWriter:
     def _drop_after(self, start_step: int) -> None:
         """Keeps the lines up to `start_step`; a last line that was cut short is dropped too."""
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        text = self._path.read_text(encoding="utf-8", errors="replace")
+        # Not splitlines: a text may hold other characters that it takes for the end of a line.
+        for line in text.split("\n")[:-1]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

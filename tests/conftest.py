@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -11,6 +12,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import jax
 import pytest
+
+# Helpers that several files of tests share: `import small_runs`.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of a test's time is compilation: what was compiled once is kept between tests and runs.
@@ -27,3 +31,16 @@ def external_data() -> pathlib.Path:
     path = pathlib.Path(folder)
     assert path.is_dir(), f"GKD_JAX_DATA names no folder: {folder}"
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> pathlib.Path:
+    """A run of five steps of fine-tuning: the teacher of tiny runs, and what they start from."""
+    import small_runs
+    from gkd_jax.experiment import Student
+    from gkd_jax.train import train
+
+    model_dir = tmp_path_factory.mktemp("tiny_teacher") / "run"
+    student = Student(small_runs.model(small_runs.TEACHER_WIDTH))
+    train(small_runs.sft(model_dir, student=student))
+    return model_dir

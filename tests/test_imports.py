@@ -42,6 +42,7 @@ _FLOORS = {
     "partitioning": 1,
     "optimizers": 1,
     "writers": 1,
+    "pretrained": 1,
     # Contracts and words that others share.
     "metrics.score": 1,
     "models.base": 0,

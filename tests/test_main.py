@@ -67,8 +67,10 @@ def run(tmp_path, monkeypatch, capsys):
     calls = []
 
     def record(name, result):
-        def call(experiment, **kwargs):
+        def call(experiment, *, before_start=None, **kwargs):
             calls.append((name, experiment, kwargs))
+            if before_start is not None:
+                before_start()
             return result
 
         return call
@@ -217,7 +219,7 @@ def test_errors_of_a_run(run, tmp_path, monkeypatch):
     """What a user can mend is a message; what may be a fault of the code keeps its traceback."""
     flag = _model_dir_flag(tmp_path)
 
-    def missing_file(experiment):
+    def missing_file(experiment, **kwargs):
         pathlib.Path(tmp_path / "absent").read_text()
 
     monkeypatch.setattr(train, "train", missing_file)
@@ -227,14 +229,14 @@ def test_errors_of_a_run(run, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         run(flag, "--traceback")
 
-    def not_finite(experiment):
+    def not_finite(experiment, **kwargs):
         raise FloatingPointError("training stopped at step 3: loss not finite.")
 
     monkeypatch.setattr(train, "train", not_finite)
     status, _, err, _ = run(flag)
     assert (status, err) == (1, "error: training stopped at step 3: loss not finite.\n")
 
-    def fault(experiment):
+    def fault(experiment, **kwargs):
         raise ValueError("raised outside of the package")
 
     monkeypatch.setattr(train, "train", fault)
@@ -260,7 +262,8 @@ import jax
 from gkd_jax import main, train
 from gkd_jax.train import TrainResult
 
-def report(experiment):
+def report(experiment, before_start):
+    before_start()
     count = len(jax.devices())
     print("process", jax.process_index(), "of", jax.process_count(), "devices", count, flush=True)
     return TrainResult(None, {"bleu": 1.0})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,12 +30,14 @@ class CheckpointInfo:
       folder: the checkpoint itself.
       step: number of updates made, where known.
       shapes: name of each parameter, such as 'decoder/norm/scale', to shape and dtype.
+      host: what its writer kept beside the arrays; empty for T5X's.
     """
 
     kind: str
     folder: str
     step: int | None
     shapes: layout.Shapes
+    host: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_params(
@@ -97,11 +100,14 @@ def describe_checkpoint(path: epath.PathLike) -> CheckpointInfo:
     verify_manifest(folder, digests=False)
     header = layout.read_header(folder)
     kind = header.kind if kind != "run" else kind
-    return CheckpointInfo(kind, str(folder), header.step, _params_only(header.shapes))
+    shapes = _params_only(header.shapes)
+    return CheckpointInfo(kind, str(folder), header.step, shapes, header.host)
 
 
-def check_compatible(path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct]) -> None:
-    """Checks, quickly, that a checkpoint has the parameters wanted.
+def check_compatible(
+    path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct]
+) -> CheckpointInfo:
+    """Checks, quickly, that a checkpoint has the parameters wanted; tells what else it holds.
 
     Raises:
       As `load_params`; a ValueError for shapes names the first few parameters that differ.
@@ -109,6 +115,7 @@ def check_compatible(path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtyp
     info = describe_checkpoint(path)
     wanted = layout.shapes_of(abstract_params)
     layout.check_shapes(info.shapes, wanted, folder=epath.Path(info.folder))
+    return info
 
 
 def _existing(path: epath.PathLike) -> epath.Path:

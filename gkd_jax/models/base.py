@@ -24,6 +24,10 @@ class LanguageModel(Protocol):
         """The frozen dataclass of sizes that defines this model."""
         ...
 
+    def __hash__(self) -> int:
+        """Models are values: what was jitted for one serves its equal too."""
+        ...
+
     @property
     def vocab_size(self) -> int:
         """Rows of the output layer, padding of the vocabulary included."""

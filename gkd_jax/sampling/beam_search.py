@@ -12,6 +12,8 @@ from gkd_jax.array_types import Array, Bool, Float, Int, Params, PyTree
 from gkd_jax.models.base import DecodeState, LanguageModel
 from gkd_jax.sampling.outputs import check_output_ids, is_any_of, repeat_rows
 
+_BLOCK_SIZE = 128  # the lanes of a TPU's vector register
+
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearch:
@@ -67,8 +69,7 @@ class Beams:
     steps_run: Int[Array, ""]
 
 
-@flax.struct.dataclass
-class _Hypotheses:
+class _Hypotheses(flax.struct.PyTreeNode):
     """Prefixes or ended outputs, best first. An empty place has the score -inf."""
 
     tokens: Int[Array, "B N T"]
@@ -77,8 +78,7 @@ class _Hypotheses:
     scores: Float[Array, "B N"]
 
 
-@flax.struct.dataclass
-class _Search:
+class _Search(flax.struct.PyTreeNode):
     """The state of the loop: `live` goes on, `ended` has reached its end."""
 
     index: Int[Array, ""]  # the output position that comes next
@@ -192,7 +192,7 @@ def _extend(search: _Search, logits: Float[Array, "BN V"], rules: _Rules) -> _Se
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     log_probs = log_probs.reshape(batch_size, num_beams, vocab_size)
     totals = (search.live.scores[:, :, None] + log_probs).reshape(batch_size, -1)
-    totals, places = lax.top_k(totals, rules.num_candidates)
+    totals, places = _top_few(totals, rules.num_candidates)
     parents, tokens = places // vocab_size, places % vocab_size
     token_log_probs = jnp.take_along_axis(log_probs.reshape(batch_size, -1), places, axis=1)
 
@@ -204,7 +204,7 @@ def _extend(search: _Search, logits: Float[Array, "BN V"], rules: _Rules) -> _Se
         scores=totals,
     )
     ends = is_any_of(tokens, rules.eos_ids)
-    live_scores, order = lax.top_k(jnp.where(ends, -jnp.inf, totals), num_beams)
+    live_scores, order = _top_few(jnp.where(ends, -jnp.inf, totals), num_beams)
     live = _gather(candidates, order).replace(scores=live_scores)
 
     scores = jnp.where(ends, totals / rules.penalty(search.index + 1), -jnp.inf)
@@ -213,7 +213,7 @@ def _extend(search: _Search, logits: Float[Array, "BN V"], rules: _Rules) -> _Se
         search.ended,
         candidates.replace(scores=scores),
     )
-    ended = _gather(pool, lax.top_k(pool.scores, num_beams)[1])
+    ended = _gather(pool, _top_few(pool.scores, num_beams)[1])
     return search.replace(
         index=search.index + 1,
         live=live,
@@ -241,6 +241,49 @@ def _collect(search: _Search, filler: Bool[Array, " B"], pad_id: int) -> Beams:
         finished=real & any_ended[:, None],
         steps_run=search.index,
     )
+
+
+def _top_few(
+    values: Float[Array, "B n"], count: int
+) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """Does what lax.top_k does (the lower of equal places first), for a few of very many.
+
+    lax.top_k over a batch that is sharded over devices gathers all of it to each of them; this
+    moves nothing. The k best entries lie in the k blocks with the best maxima.
+    """
+    size = values.shape[1]
+    ids = lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    if size > count * _BLOCK_SIZE:
+        padding = ((0, 0), (0, -size % _BLOCK_SIZE))
+        blocks = jnp.pad(values, padding, constant_values=-jnp.inf)
+        blocks = blocks.reshape(values.shape[0], -1, _BLOCK_SIZE)
+        maxima = jnp.max(blocks, axis=2)
+        _, best = _top_by_turns(maxima, ids[:, : maxima.shape[1]], count)
+        values = _gather(blocks, best).reshape(values.shape[0], -1)
+        ids = best[:, :, None] * _BLOCK_SIZE + ids[:, None, :_BLOCK_SIZE]
+        ids = ids.reshape(values.shape)
+    best_values, places = _top_by_turns(values, ids, count)
+    # Only NaNs, which are never the largest, could lead beyond the row.
+    return best_values, jnp.minimum(places, size - 1)
+
+
+def _top_by_turns(
+    values: Float[Array, "B n"], ids: Int[Array, "B n"], count: int
+) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """Takes the largest value (of equal ones the lowest id) `count` times."""
+    beyond = jnp.iinfo(jnp.int32).max
+
+    def next_best(last: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], tuple]:
+        last_value, last_id = last
+        comes_later = (values < last_value) | ((values == last_value) & (ids > last_id))
+        value = jnp.max(jnp.where(comes_later, values, -jnp.inf), axis=1, keepdims=True)
+        is_it = comes_later & (values == value)
+        place = jnp.min(jnp.where(is_it, ids, beyond), axis=1, keepdims=True)
+        return (value, place), (value[:, 0], place[:, 0])
+
+    first = (jnp.full_like(values[:, :1], jnp.inf), jnp.full_like(ids[:, :1], -1))
+    _, (best, places) = lax.scan(next_best, first, None, length=count)
+    return best.T, places.T
 
 
 def _gather(tree: Any, beams: Int[Array, "B M"]) -> Any:

@@ -2,11 +2,15 @@
 
     python tests/faults/run.py [NUMBER ...]
 
-`NN_name.patch` is the fault of pitfall NN: a small diff against the tree. The tests that carry
-`@pytest.mark.pitfall(NN)` must pass without it and fail with it. Ends with a table, and with
-status 1 if a fault went unnoticed or its patch no longer applies.
+`NN_name.patch` is a fault of pitfall NN: what is wrong in words, then a small diff of `gkd_jax`;
+a pitfall may have several. The tests that carry `@pytest.mark.pitfall(NN)` must notice it: one
+that fails with it must pass without it. Prints a line for each fault, and ends with status 1 if
+one went unnoticed or its patch no longer applies.
 """
 
+import ast
+import collections
+import contextlib
 import os
 import pathlib
 import re
@@ -14,71 +18,147 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable, Iterator
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 COPIED = ("gkd_jax", "tests", "gin_configs", "examples", "pyproject.toml")
+NOT_COPIED = shutil.ignore_patterns("__pycache__", ".jax_cache", "faults")
+TIME_LIMIT_SECONDS = 900
 
 
-def tests_of(number: int) -> list[str]:
-    """Finds the ids of the tests that carry the pitfall's marker, by reading the sources."""
-    marker = re.compile(
-        rf"@pytest\.mark\.pitfall\([^)]*\b{number}\b[^)]*\)(?:\s*@[^\n]*)*\s*def (test_\w+)"
-    )
-    found = []
+def patches() -> list[pathlib.Path]:
+    """The faults in the order of their numbers."""
+    return sorted(HERE.glob("*.patch"))
+
+
+def number_of(patch: pathlib.Path) -> int:
+    """The pitfall that a fault is of."""
+    return int(patch.name.partition("_")[0])
+
+
+def marked_tests() -> dict[int, list[str]]:
+    """Pitfall number to the ids of the tests that carry its marker; reads the sources only."""
+    found = collections.defaultdict(list)
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        names = marker.findall(path.read_text())
-        found += [f"{path.relative_to(ROOT)}::{name}" for name in names]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            for decorator in node.decorator_list:
+                match = re.fullmatch(r"pytest\.mark\.pitfall\((\d+)\)", ast.unparse(decorator))
+                if match:
+                    found[int(match[1])].append(f"{path.relative_to(ROOT)}::{node.name}")
     return found
 
 
-def run_with_fault(patch: pathlib.Path, tests: list[str]) -> tuple[bool, list[str]]:
-    """Returns whether the patch applied, and the tests that failed under it."""
+def touched_files(patch: pathlib.Path) -> list[str]:
+    """The files that a patch changes."""
+    return re.findall(r"^\+\+\+ b/(\S+)", patch.read_text(), flags=re.MULTILINE)
+
+
+@contextlib.contextmanager
+def copy_of_project() -> Iterator[pathlib.Path]:
+    """A copy to spoil. It shares the cache of compiled programs, which are found by content."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for name in COPIED:
             source = ROOT / name
             if source.is_dir():
-                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(source, copy / name, ignore=NOT_COPIED)
             elif source.exists():
                 shutil.copy(source, copy / name)
-        applied = subprocess.run(
-            ["git", "apply", "--recount", str(patch)], cwd=copy, capture_output=True, text=True
-        )
-        if applied.returncode != 0:
-            return False, [applied.stderr.strip()]
-        environment = dict(os.environ, PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
+        cache = ROOT / "tests" / ".jax_cache"
+        cache.mkdir(exist_ok=True)
+        (copy / "tests" / ".jax_cache").symlink_to(cache, target_is_directory=True)
+        yield copy
+
+
+def apply(patch: pathlib.Path, copy: pathlib.Path, *options: str) -> str:
+    """Applies a patch; returns git's complaint, empty if it applied."""
+    # Were the copy inside some repository, git would leave out what lies outside of it.
+    environment = dict(os.environ, GIT_CEILING_DIRECTORIES=str(copy.parent))
+    command = ["git", "apply", "--recount", *options, str(patch)]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    return done.stderr.strip() if done.returncode else ""
+
+
+def run_tests(copy: pathlib.Path, tests: Iterable[str], *options: str) -> tuple[list[str], str]:
+    """Runs tests in a copy; returns the ids of those that failed, and what pytest printed."""
+    environment = dict(os.environ, PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
+    # pyproject.toml adds one -q, which leaves the summary that is read here.
+    command = [sys.executable, "-m", "pytest", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+    try:
         result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
+            [*command, *options, *tests],
             cwd=copy,
             env=environment,
             capture_output=True,
             text=True,
+            timeout=TIME_LIMIT_SECONDS,
         )
-        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, flags=re.MULTILINE)
-        return True, failed
+    except subprocess.TimeoutExpired:
+        return [], f"no end within {TIME_LIMIT_SECONDS} seconds"
+    # A module that does not even import has no '::': that is a broken patch, not a failed test.
+    failed = re.findall(
+        r"^(?:FAILED|ERROR) (\S+?::.+?)(?: - .*)?$", result.stdout, flags=re.MULTILINE
+    )
+    return failed, result.stdout + result.stderr
+
+
+def try_fault(patch: pathlib.Path, tests: list[str]) -> tuple[str | None, str]:
+    """Returns the test that failed, or None, and a verdict in words."""
+    if not tests:
+        return None, f"NO TEST carries pitfall({number_of(patch)})"
+    if not all(name.startswith("gkd_jax/") for name in touched_files(patch)):
+        return None, "THE PATCH CHANGES MORE THAN gkd_jax"
+    with copy_of_project() as copy:
+        complaint = apply(patch, copy)
+        if complaint:
+            return None, f"PATCH DOES NOT APPLY: {complaint.splitlines()[0]}"
+        failed, printed = run_tests(copy, tests, "-x")
+    if failed:
+        return failed[0], failed[0]
+    last = (printed.strip().splitlines() or ["pytest printed nothing"])[-1]
+    return None, f"UNNOTICED by {len(tests)} tests ({last})"
+
+
+def failing_without_fault(tests: list[str]) -> list[str]:
+    """Those of the tests that fail in the project as it is, and so show nothing."""
+    if not tests:
+        return []
+    with copy_of_project() as copy:
+        failed, printed = run_tests(copy, tests)
+        if not failed and " passed" not in printed:
+            print(printed)
+            return tests
+        return failed
 
 
 def main(arguments: list[str]) -> int:
+    """Tries the faults of these pitfalls, or all; returns the exit status."""
     wanted = {int(argument) for argument in arguments}
-    rows, unnoticed = [], 0
-    for patch in sorted(HERE.glob("*.patch")):
-        number = int(patch.name.split("_")[0])
-        if wanted and number not in wanted:
-            continue
-        tests = tests_of(number)
-        applied, failed = run_with_fault(patch, tests) if tests else (True, [])
-        if not applied:
-            verdict = f"PATCH DOES NOT APPLY: {failed[0]}"
-        elif not failed:
-            verdict = f"UNNOTICED by {len(tests)} tests"
-        else:
-            verdict = failed[0]
-        unnoticed += not (applied and failed)
-        rows.append(f"{patch.stem}: {verdict}")
-        print(rows[-1], flush=True)
-    print(f"{len(rows) - unnoticed} of {len(rows)} faults made a test fail")
-    return 1 if unnoticed or not rows else 0
+    chosen = [patch for patch in patches() if not wanted or number_of(patch) in wanted]
+    missing = sorted(wanted - {number_of(patch) for patch in chosen})
+    if missing:
+        print(f"there is no fault of pitfall {', '.join(map(str, missing))} in {HERE}")
+    tests = marked_tests()
+    width = max((len(patch.stem) for patch in chosen), default=0)
+    noticed_by: dict[str, str] = {}
+    for patch in chosen:
+        start = time.monotonic()
+        test, verdict = try_fault(patch, tests[number_of(patch)])
+        if test is not None:
+            noticed_by[patch.stem] = test
+        print(f"{patch.stem:<{width}}  {time.monotonic() - start:5.1f} s  {verdict}", flush=True)
+    for test in failing_without_fault(sorted(set(noticed_by.values()))):
+        faults = [name for name, by in noticed_by.items() if by == test]
+        noticed_by = {name: by for name, by in noticed_by.items() if by != test}
+        print(f"FAILS WITHOUT ANY FAULT: {test}, which should show {', '.join(faults)}")
+    print(
+        f"{len(noticed_by)} of {len(chosen)} faults made a test fail that passes without the fault"
+    )
+    return 0 if chosen and not missing and len(noticed_by) == len(chosen) else 1
 
 
 if __name__ == "__main__":

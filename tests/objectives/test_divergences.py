@@ -272,6 +272,7 @@ def test_jsd_limits_are_the_pure_kls(small):
 
 
 @pytest.mark.pitfall(2)
+@pytest.mark.pitfall(3)
 @pytest.mark.parametrize(
     ("beta", "remedy"), [(0.0, "ForwardKL"), (1, "ReverseKL"), (-0.1, "between 0 and 1"), (1.5, "")]
 )

@@ -279,6 +279,7 @@ def test_tokens_count_by_their_weight_whatever_their_id(token):
 
 
 @pytest.mark.pitfall(14)
+@pytest.mark.pitfall(51)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_hidden_state_of_a_position_changes_its_own_token_alone(divergence):
     objective = Objective(divergence)

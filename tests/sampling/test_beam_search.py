@@ -10,7 +10,7 @@ import pytest
 from toy import HistoryModel, ScriptedModel, prompts, random_batch
 
 from gkd_jax.batch import Batch
-from gkd_jax.sampling.beam_search import BeamSearch, beam_search
+from gkd_jax.sampling.beam_search import BeamSearch, _top_few, beam_search
 from gkd_jax.sampling.decode import decode
 from gkd_jax.sampling.methods import Greedy
 
@@ -167,6 +167,19 @@ def test_pad_equals_eos_keeps_final_eos():
     beams = search(ScriptedModel(12), peaked_script(5), one, mask, max_length=5, pad_id=EOS)
     assert beams.weights[0, :2].tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
     assert beams.tokens[0, 1].tolist() == [2, EOS, EOS, EOS, EOS]
+
+
+@pytest.mark.parametrize("size", [12, 50, 1000, 4096])
+def test_top_few_equals_top_k(size):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, size // 8, (6, size)).astype(np.float32)
+    values[0] = -np.inf
+    values[1, 3:] = -np.inf
+    values[2, :-2] = -np.inf
+    values[3] = 1.0
+    found = jax.jit(_top_few, static_argnums=1)(values, 7)
+    for one, other in zip(found, jax.lax.top_k(values, 7), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_one_position():

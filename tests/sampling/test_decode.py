@@ -286,6 +286,29 @@ def test_keys_differ_by_call_example_sample_and_position():
     )
 
 
+@pytest.mark.parametrize("method", [Sample(top_p=0.9), BeamSearch(2)], ids=str)
+def test_sharded_rows_stay_on_their_devices(history, method):
+    model, params = history
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch = random_batch(jax.random.key(1), batch_size=8, source=5, target=6, vocab_size=23)
+    rows = jax.device_put(
+        batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    )
+    decode_fn = jax.jit(
+        functools.partial(decode, model, method=method, max_length=6, eos_ids=(EOS,), pad_id=0)
+    )
+    key = jax.random.key(0)
+    compiled = decode_fn.lower(params, rows.inputs, rows.inputs_mask, key=key).compile()
+    # Devices only tell each other whether all outputs have ended.
+    program = compiled.as_text()
+    assert "all-reduce" in program
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert f"{collective}(" not in program
+    plain = decode_fn(params, batch.inputs, batch.inputs_mask, key=key)
+    sharded = decode_fn(params, rows.inputs, rows.inputs_mask, key=key)
+    np.testing.assert_array_equal(plain.tokens, sharded.tokens)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -1,0 +1,510 @@
+"""The train loop: exact resumption, what stops a run, what is written, what compiles how often."""
+
+import collections
+import dataclasses
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_runs
+
+from gkd_jax import runtime, train
+from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.data.recipes import arithmetic
+from gkd_jax.experiment import Alarms, Checkpoints, Evaluation, Student
+from gkd_jax.objectives.divergences import (
+    ForwardKL,
+    GeneralizedJSD,
+    NegativeLogLikelihood,
+    ReverseKL,
+)
+from gkd_jax.objectives.mixing import OutputMix
+from gkd_jax.objectives.objective import Objective
+from gkd_jax.optimizers import Adafactor, AdamW, Constant
+from gkd_jax.prepare import ConfigurationError
+from gkd_jax.rollout import Rollout
+from gkd_jax.sampling.methods import Sample
+from gkd_jax.teachers import Teacher
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+def stop_at(monkeypatch, wanted: int) -> None:
+    """Ends the run just before update number `wanted`."""
+    original = train.Trainer.step
+
+    def step(self, state, batch, step):
+        if step == wanted:
+            raise Stopped
+        return original(self, state, batch, step)
+
+    monkeypatch.setattr(train.Trainer, "step", step)
+
+
+def host_part(model_dir, step: int) -> dict:
+    with CheckpointStore(model_dir, read_only=True) as store:
+        return small_runs.json.loads((store.folder(step) / "host.json").read_text())["host"]
+
+
+@pytest.fixture(scope="module")
+def gkd_run(tiny_teacher, tmp_path_factory):
+    """A run of 12 steps that nothing interrupts."""
+    model_dir = tmp_path_factory.mktemp("gkd") / "run"
+    return model_dir, train.train(small_runs.gkd(model_dir, tiny_teacher))
+
+
+OPTIMIZERS = {
+    "adamw": AdamW(Constant(1e-2)),
+    "adafactor": Adafactor(Constant(1e-2), min_dim_size_to_factor=8),
+}
+
+
+@pytest.mark.pitfall(43)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    optimizer, tiny_teacher, gkd_run, tmp_path, monkeypatch
+):
+    """Stopped at step 8, after the save at 5, the log at 4 and the evaluation at 6."""
+    changes = {"optimizer": OPTIMIZERS[optimizer]}
+    if optimizer == "adamw":
+        whole_dir, whole = gkd_run
+    else:
+        whole_dir = tmp_path / "whole"
+        whole = train.train(small_runs.gkd(whole_dir, tiny_teacher, **changes))
+    experiment = small_runs.gkd(tmp_path / "parts", tiny_teacher, **changes)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        with pytest.raises(Stopped):
+            train.train(experiment)
+    assert runtime.newest_step(experiment.model_dir) == 5
+    resumed = train.train(experiment)
+
+    assert int(resumed.state.step) == 12
+    small_runs.assert_equal_bits(resumed.state, whole.state)
+    written = small_runs.metrics(whole_dir)
+    assert small_runs.metrics(tmp_path / "parts") == written
+    # The coin fell on both sides within what was resumed.
+    groups = {name.split("/")[1] for row in written if row["step"] > 5 for name in row if "/" in name}
+    assert {"data", "on_policy", "rollout"} <= groups
+    for step in (6, 12):
+        name = f"eval/predictions_{step}.jsonl"
+        assert (tmp_path / "parts" / name).read_bytes() == (whole_dir / name).read_bytes()
+    one, other = (host_part(folder, 12) for folder in (whole_dir, tmp_path / "parts"))
+    assert one["position"] == other["position"] == 12 * small_runs.BATCH_SIZE
+    assert one["metric_sums"] == other["metric_sums"]
+
+
+@pytest.mark.pitfall(43)
+def test_the_data_of_a_resumed_run_go_on(tiny_teacher, gkd_run, tmp_path, monkeypatch):
+    """The saved position is that of the batches used: none is left out, none comes twice."""
+    seen = []
+    original = train.Trainer.step
+
+    def step(self, state, batch, step):
+        seen.append((step, np.asarray(batch.example_id).tolist()))
+        if step == 7:
+            raise Stopped
+        return original(self, state, batch, step)
+
+    experiment = small_runs.gkd(tmp_path / "run", tiny_teacher)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", step)
+        with pytest.raises(Stopped):
+            train.train(experiment)
+        with pytest.raises(Stopped):
+            train.train(experiment)
+    size = small_runs.BATCH_SIZE
+    assert [number for number, _ in seen] == [*range(8), 5, 6, 7]
+    assert all(ids == list(range(step * size, step * size + size)) for step, ids in seen)
+
+
+@pytest.mark.pitfall(44)
+def test_an_iterator_of_other_data_is_refused(tiny_teacher, gkd_run):
+    model_dir, _ = gkd_run
+    experiment = small_runs.gkd(model_dir, tiny_teacher, num_steps=14)
+    other_task = arithmetic(num_train=401, num_heldout=10, min_steps=1, max_steps=1)
+    for changed, named in (
+        ({"task": other_task}, "num_examples"),
+        ({"seed": 1}, "seed"),
+        ({"feature_lengths": {"inputs": 40, "targets": 24}}, "feature_lengths"),
+    ):
+        other = dataclasses.replace(experiment, train_data=small_runs.data(**changed))
+        with pytest.raises(ValueError, match="position in the training data cannot") as error:
+            train.train(other)
+        assert f"{named}: " in str(error.value)
+
+
+def test_a_finished_run_is_not_trained_again(tiny_teacher, gkd_run, monkeypatch):
+    model_dir, result = gkd_run
+    stop_at(monkeypatch, 12)
+    again = train.train(small_runs.gkd(model_dir, tiny_teacher))
+    small_runs.assert_equal_bits(again.state, result.state)
+    assert again.scores == result.scores
+    assert again.seconds >= host_part(model_dir, 12)["seconds"] > 0
+
+
+@pytest.mark.pitfall(35)
+def test_each_jitted_function_compiles_once(tiny_teacher, tmp_path, caplog):
+    """Over steps on data and on samples, two evaluations, and a last batch with fillers."""
+    for cached in (runtime.jit_rollout, runtime.jit_rollout_metrics, runtime.jit_eval_step):
+        cached.cache_clear()
+    experiment = small_runs.gkd(tmp_path, tiny_teacher)
+    # Another method than the rollout's, so that the two decoders differ.
+    evaluation = dataclasses.replace(experiment.evaluation, method=Sample(temperature=0.5))
+    experiment = dataclasses.replace(experiment, evaluation=evaluation)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        train.train(experiment)
+    messages = [record.getMessage().split() for record in caplog.records]
+    compiled = collections.Counter(words[1] for words in messages if words[0] == "Compiling")
+    names = {name: compiled[f"jit({name})"] + compiled[name] for name in
+             ("train_step", "roll_out", "rollout_metrics", "eval_step")}  # fmt: skip
+    assert names == {"train_step": 1, "roll_out": 2, "rollout_metrics": 1, "eval_step": 1}
+
+
+@pytest.mark.pitfall(45)
+def test_a_failing_rollout_stops_the_run(tiny_teacher, tmp_path, monkeypatch):
+    """It never goes on with the data's outputs."""
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        raise RuntimeError("no sampler today")
+
+    runtime.jit_rollout.cache_clear()
+    monkeypatch.setattr(runtime, "sample_outputs", fail)
+    experiment = small_runs.gkd(tmp_path, tiny_teacher, evaluation=None, outputs=OutputMix(1.0))
+    with pytest.raises(RuntimeError, match="no sampler today"):
+        train.train(experiment)
+    assert len(calls) == 1
+    assert runtime.newest_step(str(tmp_path)) is None
+    runtime.jit_rollout.cache_clear()
+
+
+def train_losses(tiny_teacher, tmp_path, name, **changes) -> float:
+    """The loss of one step whose batch, parameters and samples are always the same."""
+    experiment = small_runs.gkd(
+        tmp_path / name, tiny_teacher, evaluation=None, num_steps=1, log_period=1,
+        outputs=OutputMix(changes.pop("student_data_fraction", 0.0)), **changes,
+    )  # fmt: skip
+    train.train(experiment)
+    row = small_runs.metrics(tmp_path / name)[-1]
+    return row.get("train/data/loss", row.get("train/on_policy/loss")), row
+
+
+@pytest.mark.pitfall(40)
+def test_every_field_of_the_objective_reaches_the_loss(tiny_teacher, tmp_path):
+    base = Objective(GeneralizedJSD(beta=0.5))
+    variants = {
+        "base": base,
+        "beta": Objective(GeneralizedJSD(beta=0.1)),
+        "forward": Objective(ForwardKL()),
+        "reverse": Objective(ReverseKL()),
+        "nll": Objective(NegativeLogLikelihood()),
+        "student_temperature": dataclasses.replace(base, student_temperature=2.0),
+        "teacher_temperature": dataclasses.replace(base, teacher_temperature=0.1),
+    }
+    losses = {
+        name: train_losses(tiny_teacher, tmp_path, name, objective=objective)[0]
+        for name, objective in variants.items()
+    }
+    assert len({f"{loss:.6f}" for loss in losses.values()}) == len(losses), losses
+    # These change the gradient or the mean, not the reported divergence per sequence.
+    norm = small_runs.metrics(tmp_path / "base")[-1]["train/data/grad_norm"]
+    for name, objective in {
+        "reduction": dataclasses.replace(base, reduction="per_token"),
+        "z_loss": dataclasses.replace(base, z_loss=1e-2),
+    }.items():
+        _, row = train_losses(tiny_teacher, tmp_path, name, objective=objective)
+        assert abs(row["train/data/grad_norm"] / norm - 1) > 1e-5, name
+
+
+@pytest.mark.pitfall(40)
+def test_the_configured_teacher_is_used(tiny_teacher, tmp_path):
+    """Another teacher gives another loss; the student as its own teacher gives none."""
+    plain = {"student": Student(small_runs.model(small_runs.TEACHER_WIDTH)), "num_microbatches": 1}
+    other_dir = tmp_path / "other_teacher"
+    train.train(small_runs.sft(other_dir, num_steps=1, seed=5))
+    own = Teacher(small_runs.model(), str(other_dir))
+    losses = {}
+    for name, changes in {
+        "fixture": plain,
+        "other": plain | {"teacher": own},
+        "itself": {
+            "student": Student(small_runs.model(), str(other_dir)),
+            "teacher": own,
+            "num_microbatches": 1,
+        },
+    }.items():
+        losses[name], _ = train_losses(tiny_teacher, tmp_path, name, **changes)
+    assert abs(losses["fixture"] - losses["other"]) > 1e-4
+    assert losses["itself"] == 0.0
+
+
+@pytest.mark.pitfall(40)
+def test_rollout_settings_reach_the_samples(tiny_teacher, tmp_path):
+    """Two samples a prompt double the rows; a shorter target length cuts them."""
+    _, row = train_losses(
+        tiny_teacher, tmp_path, "rollout", student_data_fraction=1.0,
+        rollout=Rollout(num_samples=2, target_length=8),
+    )  # fmt: skip
+    assert row["train/rollout/output_length"] <= 8
+    assert row["train/on_policy/target_tokens"] > 8 * small_runs.BATCH_SIZE
+
+
+@pytest.mark.pitfall(42)
+def test_dropout_is_on_in_the_student_and_off_in_the_teacher(tiny_teacher, tmp_path):
+    def loss(name, *, student_rate, teacher_rate=0.0, **changes):
+        teacher = small_runs.model(small_runs.TEACHER_WIDTH, dropout_rate=teacher_rate)
+        return train_losses(
+            tiny_teacher, tmp_path, name,
+            student=Student(small_runs.model(dropout_rate=student_rate)),
+            teacher=Teacher(teacher, str(tiny_teacher)), **changes,
+        )[0]  # fmt: skip
+
+    without = loss("without", student_rate=0.0)
+    assert loss("teacher", student_rate=0.0, teacher_rate=0.5) == without
+    assert abs(loss("student", student_rate=0.3) - without) > 1e-4
+    assert loss("off", student_rate=0.3, use_dropout=False) == without
+    # Dropout is of training alone: the rollout and the evaluation never drop out.
+    both = {
+        name: train_losses(
+            tiny_teacher, tmp_path, name, student=Student(small_runs.model(dropout_rate=rate)),
+            student_data_fraction=1.0,
+        )[1]["train/rollout/output_length"]
+        for name, rate in (("sampled", 0.0), ("sampled_dropout", 0.3))
+    }  # fmt: skip
+    assert both["sampled"] == both["sampled_dropout"]
+
+
+@pytest.mark.pitfall(50)
+def test_steps_at_the_same_prompt_draw_other_noise(tiny_teacher, tmp_path, monkeypatch):
+    """And the same step, made again after a resume, draws the same."""
+    samples = {}
+    original = runtime.sample_outputs
+
+    experiment = small_runs.gkd(
+        tmp_path / "run",
+        tiny_teacher,
+        outputs=OutputMix(1.0),
+        evaluation=None,
+        # One prompt over and over, and a student that stays as it is.
+        train_data=small_runs.data(num_examples=1),
+        optimizer=AdamW(Constant(0.0)),
+        num_steps=8,
+    )
+    assert original is runtime.sample_outputs
+    original_step = train.Trainer.step
+    record = samples
+
+    def step(self, state, batch, step):
+        rollout_fn = self.rollout_fn
+
+        def remember(*args):
+            sampled = rollout_fn(*args)
+            record.setdefault(step, []).append(np.asarray(sampled.targets))
+            return sampled
+
+        self.rollout_fn = remember
+        try:
+            return original_step(self, state, batch, step)
+        finally:
+            self.rollout_fn = rollout_fn
+            if step == 6 and len(record[6]) == 1:
+                raise Stopped
+
+    monkeypatch.setattr(train.Trainer, "step", step)
+    with pytest.raises(Stopped):
+        train.train(experiment)
+    train.train(experiment)
+    rows = np.concatenate([samples[step][0] for step in range(8)])
+    assert len(np.unique(rows, axis=0)) == len(rows) == 8 * small_runs.BATCH_SIZE
+    for step in (5, 6):
+        first, again = samples[step]
+        np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.pitfall(52)
+def test_every_metric_that_is_computed_is_written(gkd_run):
+    model_dir, result = gkd_run
+    written = {}
+    for row in small_runs.rows(model_dir / "metrics.jsonl"):
+        written |= row
+    step_metrics = ("loss", "loss_per_token", "target_tokens", "grad_norm")
+    outputs = ("output_length", "truncated_share", "repetition")
+    expected = {
+        *(f"train/{group}/{name}" for group in ("data", "on_policy") for name in step_metrics),
+        *(f"train/rollout/{name}" for name in outputs),
+        *(f"eval/{group}/{name}" for group in ("outputs", "samples") for name in outputs),
+        *(f"eval/{name}" for name in result.scores),
+        "train/seconds_per_step",
+        "train/target_tokens_per_second",
+        "plan",
+    }
+    assert expected <= set(written)
+    assert all(math.isfinite(value) for value in written.values() if isinstance(value, float))
+    assert list((model_dir / "tensorboard").iterdir())
+
+
+def test_metrics_are_means_over_the_steps_since_the_last_line(tiny_teacher, tmp_path):
+    """Lines of four steps are the weighted means of lines of one."""
+    kept = {}
+    for period in (1, 4):
+        folder = tmp_path / str(period)
+        changes = {"log_period": period, "num_steps": 4, "evaluation": None}
+        train.train(small_runs.gkd(folder, tiny_teacher, **changes))
+        kept[period] = small_runs.metrics(folder)
+    (row,) = kept[4]
+    for group in ("data", "on_policy"):
+        for name in ("loss", "grad_norm", "target_tokens"):
+            name = f"train/{group}/{name}"
+            values = [line[name] for line in kept[1] if name in line]
+            assert row[name] == pytest.approx(np.mean(values), rel=1e-6)
+
+
+@pytest.mark.pitfall(39)
+@pytest.mark.pitfall(47)
+def test_alarms_on_outputs_that_collapse_or_never_end(tiny_teacher, tmp_path, caplog):
+    """An untrained student's samples do not end; greedy, it repeats itself."""
+    changes = {"num_steps": 1, "log_period": 1, "outputs": OutputMix(1.0)}
+    alarms = Alarms(truncated_share=0.5, repetition=0.5)
+    train.train(small_runs.gkd(tmp_path / "loud", tiny_teacher, alarms=alarms, **changes))
+    messages = [record.getMessage() for record in caplog.records if "ALARM" in record.getMessage()]
+    for name, group in (
+        ("truncated_share", "rollout"),
+        ("truncated_share", "outputs"),
+    ):
+        assert any(f"{name} of {group} outputs" in message for message in messages), messages
+    collapsed = jnp.full((2, 24), 70)
+    assert collapsed.shape == (2, 24)
+
+    caplog.clear()
+    quiet = Alarms(truncated_share=1.0, repetition=1.0)
+    train.train(small_runs.gkd(tmp_path / "quiet", tiny_teacher, alarms=quiet, **changes))
+    assert not any("ALARM" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.pitfall(22)
+def test_cross_entropy_on_own_samples_is_refused(tiny_teacher, tmp_path):
+    for fraction in (0.5, 1.0):
+        experiment = small_runs.gkd(
+            tmp_path,
+            tiny_teacher,
+            objective=Objective(NegativeLogLikelihood()),
+            outputs=OutputMix(fraction),
+        )
+        with pytest.raises(ConfigurationError, match="student_data_fraction to 0"):
+            train.train(experiment)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fine_tuning_reads_no_teacher(tiny_teacher, tmp_path, monkeypatch):
+    """One that is configured is not loaded, and the plan says so."""
+    monkeypatch.setattr(runtime, "load_teacher", lambda experiment: pytest.fail("loaded"))
+    teacher = Teacher(small_runs.model(small_runs.TEACHER_WIDTH), str(tiny_teacher))
+    train.train(small_runs.sft(tmp_path, teacher=teacher, num_steps=1))
+    assert "not used in training" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def poison_at(monkeypatch, wanted: int, change) -> None:
+    """Changes the state and metrics of one update."""
+    original = train.Trainer.step
+
+    def step(self, state, batch, step):
+        state, groups = original(self, state, batch, step)
+        return change(state, groups) if step == wanted else (state, groups)
+
+    monkeypatch.setattr(train.Trainer, "step", step)
+
+
+def nan_parameters(state, groups):
+    params = jax.tree.map(lambda leaf: leaf * np.float32("nan"), state.params)
+    return dataclasses.replace(state, params=params), groups
+
+
+def nan_loss(state, groups):
+    for metrics in groups.values():
+        metrics["loss"] = (metrics["loss"][0] * np.float32("nan"), metrics["loss"][1])
+    return state, groups
+
+
+@pytest.mark.parametrize("change", [nan_parameters, nan_loss])
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [
+        (2, None),  # Before the first save, at 5; logged at 4.
+        (4, None),  # Between the line of metrics at 4 and the save at 5.
+        (9, 5),  # The last step before a save.
+        (11, 10),  # The last of all.
+    ],
+)
+def test_nothing_bad_is_saved(tiny_teacher, tmp_path, monkeypatch, change, wanted, kept):
+    poison_at(monkeypatch, wanted, change)
+    experiment = small_runs.gkd(tmp_path, tiny_teacher, evaluation=None)
+    with pytest.raises(FloatingPointError, match=r"training stopped at step \d+: .* not finite"):
+        train.train(experiment)
+    assert runtime.newest_step(str(tmp_path)) == kept
+
+
+def test_an_exploding_run_stops_with_its_remedy(tiny_teacher, tmp_path):
+    """A learning rate at which float32 overflows."""
+    experiment = small_runs.sft(
+        tmp_path, optimizer=AdamW(Constant(1e38)), checkpoints=Checkpoints(period=1)
+    )
+    with pytest.raises(FloatingPointError, match="Lower the learning rate"):
+        train.train(experiment)
+    assert runtime.newest_step(str(tmp_path)) is None
+
+
+def test_the_best_checkpoint_is_kept_by_its_own_score(tiny_teacher, tmp_path, monkeypatch):
+    """The best is of a step that was evaluated and saved; a score never goes to a later step."""
+    scores = iter([0.0, 9.0, 1.0, 2.0])
+    original = train.Evaluator.__call__
+
+    def call(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        score = dataclasses.replace(result.scores["gsm8k_accuracy"], value=next(scores))
+        return dataclasses.replace(result, scores=result.scores | {"gsm8k_accuracy": score})
+
+    monkeypatch.setattr(train.Evaluator, "__call__", call)
+    experiment = small_runs.sft(
+        tmp_path,
+        num_steps=6,
+        evaluation=Evaluation(small_runs.data("validation"), period=2),
+        checkpoints=Checkpoints(period=1, keep=1, best_metric="gsm8k_accuracy"),
+    )
+    train.train(experiment)
+    with CheckpointStore(tmp_path, read_only=True) as store:
+        assert store.best_step() == 2
+        assert store.all_steps() == [2, 6]
+        metrics = {
+            step: small_runs.json.loads((store.folder(step) / "host.json").read_text())["metric"]
+            for step in (2, 6)
+        }
+    assert metrics == {2: 9.0, 6: 2.0}
+
+
+def test_a_best_metric_that_is_not_measured_is_refused(tiny_teacher, tmp_path):
+    checkpoints = Checkpoints(best_metric="blue")
+    with pytest.raises(ConfigurationError, match=r"Experiment\.evaluation = None"):
+        train.train(small_runs.sft(tmp_path, checkpoints=checkpoints))
+    evaluation = Evaluation(small_runs.data("validation"))
+    with pytest.raises(ValueError, match="got 'blue'. Set it to one of .*'gsm8k_accuracy'"):
+        train.train(small_runs.sft(tmp_path, checkpoints=checkpoints, evaluation=evaluation))
+    assert runtime.newest_step(str(tmp_path)) is None
+
+
+def test_what_was_learnt_is_what_is_saved(tiny_teacher, gkd_run):
+    """The last checkpoint holds the state that was returned; the student did move."""
+    model_dir, result = gkd_run
+    experiment = small_runs.gkd(model_dir, tiny_teacher)
+    student = runtime.student_to_use(experiment)
+    assert (student.step, student.source) == (12, str(model_dir / "checkpoint_12"))
+    small_runs.assert_equal_bits(student.params, result.state.params)
+    start = runtime.init_params(experiment)
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), start, student.params)
+    assert min(jax.tree.leaves(moved)) > 0
