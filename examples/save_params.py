@@ -1,6 +1,6 @@
 """Saves the parameters of a run's newest checkpoint alone, in bfloat16: small, and a teacher's.
 
-    python examples/save_params.py runs/teacher weights/teacher 'BLEU 33.1 on test_2016_flickr'
+python examples/save_params.py runs/teacher weights/teacher 'BLEU 33.1 on test_2016_flickr'
 """
 
 import sys

@@ -96,6 +96,35 @@ def test_replaces_outputs_and_weights_them_up_to_their_end(policy):
     assert (outputs[:, 0] != outputs[:, 1]).any()
 
 
+@pytest.mark.pitfall(16)
+@pytest.mark.parametrize("method", [Greedy(), Sample()], ids=str)
+def test_outputs_do_not_depend_on_how_long_the_other_prompts_are(policy, method):
+    """A row with its prompt unpadded and alone gives what it gives among longer ones."""
+    model, params = policy
+    rollout_fn = make_rollout_fn(model, Rollout(method=method))
+    key, batch = jax.random.key(0), make_batch()
+    lengths = np.asarray(batch.inputs_mask).sum(axis=1)
+    together = rollout_fn(params, batch, key=key)
+    for row in (0, 3, 6):
+        length = int(lengths[row])
+        alone = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], batch)
+        alone = alone.replace(
+            inputs=alone.inputs[:, :length], inputs_mask=alone.inputs_mask[:, :length]
+        )
+        alone = rollout_fn(params, alone, key=key)
+        assert alone.inputs_mask.all()
+        for name in ("targets", "loss_weights", "example_id"):
+            one, other = getattr(alone, name)[0], getattr(together, name)[row]
+            np.testing.assert_array_equal(one, other, err_msg=name)
+        np.testing.assert_allclose(
+            alone.sample_log_probs[0], together.sample_log_probs[row], atol=1e-5
+        )
+        # All of the output counts, and the prompt has no place in it.
+        assert alone.loss_weights[0].sum() == first_end(alone.targets[0].tolist())
+        assert alone.targets.shape == (1, LENGTH)
+    assert {int(lengths[row]) for row in (0, 3, 6)} == {1, 4, 7}
+
+
 def test_log_probs_equal_scoring_without_dropout(policy):
     model, params = policy
     out = make_rollout_fn(model, Rollout(num_samples=3))(

@@ -89,7 +89,9 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     written = small_runs.metrics(whole_dir)
     assert small_runs.metrics(tmp_path / "parts") == written
     # The coin fell on both sides within what was resumed.
-    groups = {name.split("/")[1] for row in written if row["step"] > 5 for name in row if "/" in name}
+    groups = {
+        name.split("/")[1] for row in written if row["step"] > 5 for name in row if "/" in name
+    }
     assert {"data", "on_policy", "rollout"} <= groups
     for step in (6, 12):
         name = f"eval/predictions_{step}.jsonl"

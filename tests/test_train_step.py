@@ -18,6 +18,7 @@ from gkd_jax.optimizers import Adafactor, AdamW, Constant
 from gkd_jax.partitioning import Partitioner
 
 LEARNING_RATE = 1e-2
+OBJECTIVE = Objective(GeneralizedJSD(beta=0.5))
 
 
 def make_model(**sizes) -> T5:
@@ -53,7 +54,7 @@ OPTIMIZERS = {
 
 def run_steps(
     *, optimizer, num_microbatches=1, partitioner=None, num_steps=5, batch_size=8,
-    objective=Objective(GeneralizedJSD(beta=0.5)), student=STUDENT, use_dropout=False,
+    objective=OBJECTIVE, student=STUDENT, use_dropout=False,
 ):  # fmt: skip
     """Trains a few steps; returns losses, gradient norms and the final parameters on the host."""
     partitioner = partitioner or Partitioner(data_parallelism=1, devices=(jax.devices()[0],))
@@ -62,16 +63,20 @@ def run_steps(
     params = jax.jit(student.init, out_shardings=shardings)(jax.random.key(0))
     abstract = jax.eval_shape(lambda p: train_step.init_train_state(p, tx), params)
     state_shardings = partitioner.state_shardings(abstract, shardings)
-    state = jax.jit(
-        lambda p: train_step.init_train_state(p, tx), out_shardings=state_shardings
-    )(params)
+    state = jax.jit(lambda p: train_step.init_train_state(p, tx), out_shardings=state_shardings)(
+        params
+    )
     teacher_params = jax.device_put(TEACHER_PARAMS, partitioner.param_shardings(TEACHER))
     step = jax.jit(
         partitioner.annotate(
             train_step.make_train_step(
-                student, TEACHER, objective, tx,
-                num_microbatches=num_microbatches, use_dropout=use_dropout,
-            )  # fmt: skip
+                student,
+                TEACHER,
+                objective,
+                tx,
+                num_microbatches=num_microbatches,
+                use_dropout=use_dropout,
+            )
         ),
         out_shardings=(state_shardings, partitioner.replicated),
     )
@@ -176,7 +181,10 @@ def test_the_teacher_is_used():
     params = STUDENT.init(jax.random.key(0))
     loss = jax.jit(train_step.make_loss_fn(STUDENT, TEACHER, Objective(ForwardKL())))
     other = jax.tree.map(lambda leaf: leaf * 1.1, TEACHER_PARAMS)
-    one, two = loss(params, TEACHER_PARAMS, batch, weights)[0], loss(params, other, batch, weights)[0]
+    one, two = (
+        loss(params, TEACHER_PARAMS, batch, weights)[0],
+        loss(params, other, batch, weights)[0],
+    )
     assert abs(float(one) - float(two)) > 1e-3
 
 
