@@ -8,21 +8,18 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import small_runs
 
-from gkd_jax import runtime, train
+from gkd_jax import runtime, train, train_step
 from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.recipes import arithmetic
 from gkd_jax.experiment import Alarms, Checkpoints, Evaluation, Student
-from gkd_jax.objectives.divergences import (
-    ForwardKL,
-    GeneralizedJSD,
-    NegativeLogLikelihood,
-    ReverseKL,
-)
+from gkd_jax.objectives.divergences import NegativeLogLikelihood, ReverseKL
 from gkd_jax.objectives.mixing import OutputMix
-from gkd_jax.objectives.objective import Objective
+from gkd_jax.objectives.objective import Objective, final_weights
 from gkd_jax.optimizers import Adafactor, AdamW, Constant
 from gkd_jax.prepare import ConfigurationError
 from gkd_jax.rollout import Rollout
@@ -187,146 +184,124 @@ def test_a_failing_rollout_stops_the_run(tiny_teacher, tmp_path, monkeypatch):
     runtime.jit_rollout.cache_clear()
 
 
-def train_losses(tiny_teacher, tmp_path, name, **changes) -> float:
-    """The loss of one step whose batch, parameters and samples are always the same."""
+@pytest.mark.pitfall(40)
+def test_the_configured_objective_is_what_a_run_minimises(tiny_teacher, tmp_path):
+    """Loss and gradient of a run's first step, all fields set, against the bare loss function."""
+    objective = Objective(
+        ReverseKL(),
+        student_temperature=2.0,
+        teacher_temperature=0.5,
+        reduction="per_token",
+        z_loss=1e-2,
+    )
     experiment = small_runs.gkd(
-        tmp_path / name, tiny_teacher, evaluation=None, num_steps=1, log_period=1,
-        outputs=OutputMix(changes.pop("student_data_fraction", 0.0)), **changes,
-    )  # fmt: skip
+        tmp_path,
+        tiny_teacher,
+        objective=objective,
+        outputs=OutputMix(0.0),
+        use_dropout=False,
+        evaluation=None,
+        num_steps=1,
+    )
     train.train(experiment)
-    row = small_runs.metrics(tmp_path / name)[-1]
-    return row.get("train/data/loss", row.get("train/on_policy/loss")), row
+    (row,) = small_runs.metrics(tmp_path)
+
+    student, teacher = experiment.student.model, experiment.teacher.model
+    params = runtime.init_params(experiment)
+    batch = next(Dataset(experiment.train_data).train_iterator())
+    weights = final_weights(jnp.asarray(batch.loss_weights), reduction="per_token")
+    loss_fn = train_step.make_loss_fn(student, teacher, objective)
+    (_, per_token), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
+        params, runtime.load_teacher(experiment), batch, weights
+    )
+    assert row["train/data/loss"] == pytest.approx(float(jnp.sum(weights * per_token)), rel=1e-5)
+    assert row["train/data/grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
 
 
 @pytest.mark.pitfall(40)
-def test_every_field_of_the_objective_reaches_the_loss(tiny_teacher, tmp_path):
-    base = Objective(GeneralizedJSD(beta=0.5))
-    variants = {
-        "base": base,
-        "beta": Objective(GeneralizedJSD(beta=0.1)),
-        "forward": Objective(ForwardKL()),
-        "reverse": Objective(ReverseKL()),
-        "nll": Objective(NegativeLogLikelihood()),
-        "student_temperature": dataclasses.replace(base, student_temperature=2.0),
-        "teacher_temperature": dataclasses.replace(base, teacher_temperature=0.1),
-    }
-    losses = {
-        name: train_losses(tiny_teacher, tmp_path, name, objective=objective)[0]
-        for name, objective in variants.items()
-    }
-    assert len({f"{loss:.6f}" for loss in losses.values()}) == len(losses), losses
-    # These change the gradient or the mean, not the reported divergence per sequence.
-    norm = small_runs.metrics(tmp_path / "base")[-1]["train/data/grad_norm"]
-    for name, objective in {
-        "reduction": dataclasses.replace(base, reduction="per_token"),
-        "z_loss": dataclasses.replace(base, z_loss=1e-2),
-    }.items():
-        _, row = train_losses(tiny_teacher, tmp_path, name, objective=objective)
-        assert abs(row["train/data/grad_norm"] / norm - 1) > 1e-5, name
-
-
-@pytest.mark.pitfall(40)
-def test_the_configured_teacher_is_used(tiny_teacher, tmp_path):
-    """Another teacher gives another loss; the student as its own teacher gives none."""
-    plain = {"student": Student(small_runs.model(small_runs.TEACHER_WIDTH)), "num_microbatches": 1}
-    other_dir = tmp_path / "other_teacher"
-    train.train(small_runs.sft(other_dir, num_steps=1, seed=5))
-    own = Teacher(small_runs.model(), str(other_dir))
-    losses = {}
-    for name, changes in {
-        "fixture": plain,
-        "other": plain | {"teacher": own},
-        "itself": {
-            "student": Student(small_runs.model(), str(other_dir)),
-            "teacher": own,
-            "num_microbatches": 1,
-        },
-    }.items():
-        losses[name], _ = train_losses(tiny_teacher, tmp_path, name, **changes)
-    assert abs(losses["fixture"] - losses["other"]) > 1e-4
-    assert losses["itself"] == 0.0
+def test_the_configured_teacher_is_used(tiny_teacher, gkd_run, tmp_path):
+    other = tmp_path / "other_teacher"
+    student = Student(small_runs.model(small_runs.TEACHER_WIDTH))
+    train.train(small_runs.sft(other, student=student, seed=5))
+    train.train(small_runs.gkd(tmp_path / "run", other))
+    first, second = (small_runs.metrics(folder) for folder in (gkd_run[0], tmp_path / "run"))
+    names = ("eval/on_data/loss", "train/data/loss", "train/on_policy/loss")
+    for rows in zip(first, second, strict=True):
+        for name in names:
+            if name in rows[0]:
+                assert abs(rows[0][name] / rows[1][name] - 1) > 1e-3
+    # At step 0 the students are the same, and so are their outputs.
+    assert first[0]["eval/outputs/output_length"] == second[0]["eval/outputs/output_length"]
 
 
 @pytest.mark.pitfall(40)
 def test_rollout_settings_reach_the_samples(tiny_teacher, tmp_path):
     """Two samples a prompt double the rows; a shorter target length cuts them."""
-    _, row = train_losses(
-        tiny_teacher, tmp_path, "rollout", student_data_fraction=1.0,
-        rollout=Rollout(num_samples=2, target_length=8),
-    )  # fmt: skip
-    assert row["train/rollout/output_length"] <= 8
-    assert row["train/on_policy/target_tokens"] > 8 * small_runs.BATCH_SIZE
+    rollout = Rollout(num_samples=2, target_length=8)
+    experiment = small_runs.gkd(tmp_path, tiny_teacher, rollout=rollout)
+    dataset = Dataset(experiment.train_data)
+    trainer = train.Trainer(experiment, dataset)
+    batch = experiment.partitioner.shard_batch(next(dataset.train_iterator()))
+    sampled = trainer.rollout_fn(runtime.init_params(experiment), batch, jax.random.key(0))
+    assert sampled.targets.shape == (2 * small_runs.BATCH_SIZE, 8)
 
 
 @pytest.mark.pitfall(42)
-def test_dropout_is_on_in_the_student_and_off_in_the_teacher(tiny_teacher, tmp_path):
-    def loss(name, *, student_rate, teacher_rate=0.0, **changes):
-        teacher = small_runs.model(small_runs.TEACHER_WIDTH, dropout_rate=teacher_rate)
-        return train_losses(
-            tiny_teacher, tmp_path, name,
-            student=Student(small_runs.model(dropout_rate=student_rate)),
-            teacher=Teacher(teacher, str(tiny_teacher)), **changes,
-        )[0]  # fmt: skip
+def test_dropout_is_on_in_the_student_and_off_in_the_teacher(tiny_teacher, gkd_run, tmp_path):
+    """A teacher configured with dropout trains as one without; switched off, it changes steps."""
+    whole_dir, whole = gkd_run
+    teacher = Teacher(
+        small_runs.model(small_runs.TEACHER_WIDTH, dropout_rate=0.5), str(tiny_teacher)
+    )
+    same = train.train(small_runs.gkd(tmp_path / "same", tiny_teacher, teacher=teacher))
+    small_runs.assert_equal_bits(same.state, whole.state)
+    assert small_runs.metrics(tmp_path / "same") == small_runs.metrics(whole_dir)
 
-    without = loss("without", student_rate=0.0)
-    assert loss("teacher", student_rate=0.0, teacher_rate=0.5) == without
-    assert abs(loss("student", student_rate=0.3) - without) > 1e-4
-    assert loss("off", student_rate=0.3, use_dropout=False) == without
-    # Dropout is of training alone: the rollout and the evaluation never drop out.
-    both = {
-        name: train_losses(
-            tiny_teacher, tmp_path, name, student=Student(small_runs.model(dropout_rate=rate)),
-            student_data_fraction=1.0,
-        )[1]["train/rollout/output_length"]
-        for name, rate in (("sampled", 0.0), ("sampled_dropout", 0.3))
-    }  # fmt: skip
-    assert both["sampled"] == both["sampled_dropout"]
+    train.train(small_runs.gkd(tmp_path / "off", tiny_teacher, use_dropout=False))
+    with_dropout, without = (small_runs.metrics(path) for path in (whole_dir, tmp_path / "off"))
+    # Evaluation and rollout never drop out: before the first step nothing differs.
+    assert with_dropout[0] == without[0]
+    line = next(index for index, row in enumerate(without) if row["step"] == 4)
+    for name in ("train/data/loss", "train/on_policy/loss"):
+        if name in without[line]:
+            assert abs(with_dropout[line][name] / without[line][name] - 1) > 1e-4
 
 
 @pytest.mark.pitfall(50)
 def test_steps_at_the_same_prompt_draw_other_noise(tiny_teacher, tmp_path, monkeypatch):
     """And the same step, made again after a resume, draws the same."""
-    samples = {}
-    original = runtime.sample_outputs
+    samples = collections.defaultdict(list)
+    original = train.Trainer.step
 
+    def step(self, state, batch, step):
+        # The student stays as it is: only the noise of the samples differs.
+        def keep(state, teacher_params, batch, key):
+            samples[step].append(np.asarray(batch.targets))
+            return state, {"target_tokens": (1.0, 1.0)}
+
+        self.step_fn = keep
+        result = original(self, state, batch, step)
+        if step == 6 and len(samples[6]) == 1:
+            raise Stopped
+        return result
+
+    monkeypatch.setattr(train.Trainer, "step", step)
+    # One prompt over and over, whose number in the order of examples always differs.
     experiment = small_runs.gkd(
-        tmp_path / "run",
+        tmp_path,
         tiny_teacher,
         outputs=OutputMix(1.0),
         evaluation=None,
-        # One prompt over and over, and a student that stays as it is.
         train_data=small_runs.data(num_examples=1),
-        optimizer=AdamW(Constant(0.0)),
         num_steps=8,
     )
-    assert original is runtime.sample_outputs
-    original_step = train.Trainer.step
-    record = samples
-
-    def step(self, state, batch, step):
-        rollout_fn = self.rollout_fn
-
-        def remember(*args):
-            sampled = rollout_fn(*args)
-            record.setdefault(step, []).append(np.asarray(sampled.targets))
-            return sampled
-
-        self.rollout_fn = remember
-        try:
-            return original_step(self, state, batch, step)
-        finally:
-            self.rollout_fn = rollout_fn
-            if step == 6 and len(record[6]) == 1:
-                raise Stopped
-
-    monkeypatch.setattr(train.Trainer, "step", step)
     with pytest.raises(Stopped):
         train.train(experiment)
     train.train(experiment)
-    rows = np.concatenate([samples[step][0] for step in range(8)])
+    rows = np.concatenate([samples[number][0] for number in range(8)])
     assert len(np.unique(rows, axis=0)) == len(rows) == 8 * small_runs.BATCH_SIZE
-    for step in (5, 6):
-        first, again = samples[step]
+    for number in (5, 6):
+        first, again = samples[number]
         np.testing.assert_array_equal(first, again)
 
 
@@ -371,19 +346,18 @@ def test_metrics_are_means_over_the_steps_since_the_last_line(tiny_teacher, tmp_
 @pytest.mark.pitfall(39)
 @pytest.mark.pitfall(47)
 def test_alarms_on_outputs_that_collapse_or_never_end(tiny_teacher, tmp_path, caplog):
-    """An untrained student's samples do not end; greedy, it repeats itself."""
-    changes = {"num_steps": 1, "log_period": 1, "outputs": OutputMix(1.0)}
+    """An untrained student's samples do not end; decoded greedily, they repeat themselves."""
+    evaluation = Evaluation(small_runs.data("validation"), num_divergence_examples=0)
+    changes = {"num_steps": 1, "outputs": OutputMix(1.0), "evaluation": evaluation}
     alarms = Alarms(truncated_share=0.5, repetition=0.5)
     train.train(small_runs.gkd(tmp_path / "loud", tiny_teacher, alarms=alarms, **changes))
     messages = [record.getMessage() for record in caplog.records if "ALARM" in record.getMessage()]
     for name, group in (
         ("truncated_share", "rollout"),
         ("truncated_share", "outputs"),
+        ("repetition", "outputs"),
     ):
         assert any(f"{name} of {group} outputs" in message for message in messages), messages
-    collapsed = jnp.full((2, 24), 70)
-    assert collapsed.shape == (2, 24)
-
     caplog.clear()
     quiet = Alarms(truncated_share=1.0, repetition=1.0)
     train.train(small_runs.gkd(tmp_path / "quiet", tiny_teacher, alarms=quiet, **changes))
@@ -434,14 +408,13 @@ def nan_loss(state, groups):
     return state, groups
 
 
-@pytest.mark.parametrize("change", [nan_parameters, nan_loss])
 @pytest.mark.parametrize(
-    ("wanted", "kept"),
+    ("change", "wanted", "kept"),
     [
-        (2, None),  # Before the first save, at 5; logged at 4.
-        (4, None),  # Between the line of metrics at 4 and the save at 5.
-        (9, 5),  # The last step before a save.
-        (11, 10),  # The last of all.
+        (nan_loss, 2, None),  # Before the first save, at 5; logged at 4.
+        (nan_loss, 4, None),  # Between the line of metrics at 4 and the save at 5.
+        (nan_parameters, 9, 5),  # The last step before a save: no loss has seen them yet.
+        (nan_parameters, 11, 10),  # The last of all.
     ],
 )
 def test_nothing_bad_is_saved(tiny_teacher, tmp_path, monkeypatch, change, wanted, kept):
@@ -452,6 +425,7 @@ def test_nothing_bad_is_saved(tiny_teacher, tmp_path, monkeypatch, change, wante
     assert runtime.newest_step(str(tmp_path)) == kept
 
 
+@pytest.mark.slow
 def test_an_exploding_run_stops_with_its_remedy(tiny_teacher, tmp_path):
     """A learning rate at which float32 overflows."""
     experiment = small_runs.sft(
@@ -476,7 +450,9 @@ def test_the_best_checkpoint_is_kept_by_its_own_score(tiny_teacher, tmp_path, mo
     experiment = small_runs.sft(
         tmp_path,
         num_steps=6,
-        evaluation=Evaluation(small_runs.data("validation"), period=2),
+        evaluation=Evaluation(
+            small_runs.data("validation"), period=2, method=Sample(), num_divergence_examples=0
+        ),
         checkpoints=Checkpoints(period=1, keep=1, best_metric="gsm8k_accuracy"),
     )
     train.train(experiment)
@@ -494,7 +470,9 @@ def test_a_best_metric_that_is_not_measured_is_refused(tiny_teacher, tmp_path):
     checkpoints = Checkpoints(best_metric="blue")
     with pytest.raises(ConfigurationError, match=r"Experiment\.evaluation = None"):
         train.train(small_runs.sft(tmp_path, checkpoints=checkpoints))
-    evaluation = Evaluation(small_runs.data("validation"))
+    evaluation = Evaluation(
+        small_runs.data("validation"), method=Sample(), num_divergence_examples=0
+    )
     with pytest.raises(ValueError, match="got 'blue'. Set it to one of .*'gsm8k_accuracy'"):
         train.train(small_runs.sft(tmp_path, checkpoints=checkpoints, evaluation=evaluation))
     assert runtime.newest_step(str(tmp_path)) is None

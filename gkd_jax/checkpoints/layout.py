@@ -9,6 +9,7 @@ checkpoint_1000/
 
 import dataclasses
 import json
+import os
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -76,6 +77,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic) or (hasattr(value, "item") and np.ndim(value) == 0):
         return value.item()
     raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Makes a local path absolute, as Orbax wants it; a bucket's is already."""
+    folder = epath.Path(path)
+    return folder if "://" in os.fspath(path) else folder.absolute()
 
 
 def check_writable(directory: epath.Path) -> None:

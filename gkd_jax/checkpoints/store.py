@@ -62,7 +62,7 @@ class CheckpointStore:
                 f"CheckpointStore.best_mode must be 'max' or 'min'; got {best_mode!r}. Set it to "
                 "'min' for a loss."
             )
-        self.directory = epath.Path(directory)
+        self.directory = layout.absolute(directory)
         self._keep, self._keep_every = keep, keep_every
         self._sign = 1.0 if best_mode == "max" else -1.0
         self._read_only = read_only
@@ -372,7 +372,7 @@ def save_params(
     Raises:
       ValueError: `path` is not empty or not writable, or `metadata` is not JSON.
     """
-    folder = epath.Path(path)
+    folder = layout.absolute(path)
     tree = {"params": params}
     header = layout.Header(
         kind="params",

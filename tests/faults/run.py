@@ -41,8 +41,10 @@ def number_of(patch: pathlib.Path) -> int:
 def marked_tests() -> dict[int, list[str]]:
     """Pitfall number to the ids of the tests that carry its marker; reads the sources only."""
     found = collections.defaultdict(list)
-    for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+    # Tests of whole runs come last: they take the longest.
+    texts = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+    for path in sorted(texts, key=lambda path: "import small_runs" in texts[path]):
+        for node in ast.walk(ast.parse(texts[path])):
             if not isinstance(node, ast.FunctionDef):
                 continue
             for decorator in node.decorator_list:

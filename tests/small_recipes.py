@@ -1,0 +1,201 @@
+"""The recipes' gin files on tiny models and tiny files, run by the command line's own function."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import random
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from unittest import mock
+
+import jax
+from absl import flags
+from absl.testing import flagsaver
+
+from gkd_jax import main
+from gkd_jax.checkpoints.store import save_params
+from gkd_jax.data.train_vocabulary import train_sentencepiece
+from gkd_jax.models.config import T5Config
+from gkd_jax.models.t5 import T5
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+_NOUNS = {"man": "mann", "dog": "hund", "bird": "vogel", "boy": "junge", "baker": "baecker"}
+_VERBS = {"sees": "sieht", "hears": "hoert", "finds": "findet", "likes": "mag"}
+
+
+def translations(number: int, *, seed: int = 0) -> list[tuple[str, str]]:
+    """Sentences of four or five words and their word-by-word translations."""
+    draw = random.Random(seed)
+    pairs = []
+    for _ in range(number):
+        one, other = draw.choice(list(_NOUNS)), draw.choice(list(_NOUNS))
+        verb = draw.choice(list(_VERBS))
+        pairs.append(
+            (
+                f"the {one} {verb} the {other}",
+                f"der {_NOUNS[one]} {_VERBS[verb]} den {_NOUNS[other]}",
+            )
+        )
+    return pairs
+
+
+def write_lines(path: pathlib.Path, lines: Iterable[str]) -> str:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def _wmt_files(folder: pathlib.Path) -> dict[str, str]:
+    files = {}
+    for name, number, seed in (("TRAIN", 64, 0), ("VALIDATION", 10, 1)):
+        pairs = translations(number, seed=seed)
+        for side, column in (("INPUTS", 0), ("TARGETS", 1)):
+            path = folder / f"{name.lower()}.{side.lower()}"
+            files[f"{name}_{side}"] = write_lines(path, (pair[column] for pair in pairs))
+    return files
+
+
+def _xsum_files(folder: pathlib.Path) -> dict[str, str]:
+    def lines(number: int, seed: int) -> Iterable[str]:
+        pairs = translations(3 * number, seed=seed)
+        for index in range(number):
+            document = ". ".join(pair[0] for pair in pairs[3 * index : 3 * index + 3])
+            yield json.dumps({"document": document, "summary": pairs[3 * index][1], "id": index})
+
+    return {
+        "TRAIN_PATH": write_lines(folder / "train.jsonl", lines(40, 0)),
+        "VALIDATION_PATH": write_lines(folder / "validation.jsonl", lines(10, 1)),
+    }
+
+
+def _gsm8k_files(folder: pathlib.Path) -> dict[str, str]:
+    def lines(number: int, seed: int) -> Iterable[str]:
+        draw = random.Random(seed)
+        for _ in range(number):
+            a, b = draw.randrange(2, 20), draw.randrange(2, 20)
+            question = f"Tom has {a} pens and buys {b}. How many?"
+            answer = f"He has {a}+{b}=<<{a}+{b}={a + b}>>{a + b} pens.\n#### {a + b}"
+            yield json.dumps({"question": question, "answer": answer})
+
+    return {
+        "TRAIN_PATH": write_lines(folder / "train.jsonl", lines(40, 0)),
+        "TEST_PATH": write_lines(folder / "test.jsonl", lines(10, 1)),
+    }
+
+
+def _flan_files(folder: pathlib.Path) -> dict[str, str]:
+    def lines(number: int, seed: int) -> Iterable[str]:
+        draw = random.Random(seed)
+        for _ in range(number):
+            noun = draw.choice(list(_NOUNS))
+            yes = draw.choice(["yes", "no"])
+            yield f"Is this a {noun}?\\nOptions: yes, no\t{yes}\tIt is {yes} a {noun}."
+
+    return {
+        "TRAIN_PATH": write_lines(folder / "train.tsv", lines(40, 0)),
+        "VALIDATION_PATH": write_lines(folder / "validation.tsv", lines(10, 1)),
+    }
+
+
+WRITE_FILES: Mapping[str, Callable[[pathlib.Path], dict[str, str]]] = {
+    "wmt_ende": _wmt_files,
+    "xsum": _xsum_files,
+    "gsm8k": _gsm8k_files,
+    "flan2021": _flan_files,
+}
+
+HEAD_DIM, NUM_HEADS = 8, 2
+STUDENT_WIDTH, TEACHER_WIDTH = 16, 24
+
+
+def t5(width: int, vocab_size: int) -> T5:
+    """The model that `Recipe.flags` configures."""
+    sizes = dict(emb_dim=width, mlp_dim=2 * width, num_encoder_layers=1, num_decoder_layers=1)
+    return T5(
+        T5Config(
+            vocab_size=vocab_size, num_heads=NUM_HEADS, head_dim=HEAD_DIM, dtype="float32", **sizes
+        )
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A recipe with its small overrides, its files, and checkpoints to start from."""
+
+    name: str
+    settings: Mapping[str, str]
+
+    def flags(self, model_dir: pathlib.Path, **changes: object) -> list[str]:
+        """Flags of a run; a change of None leaves the setting out."""
+        settings = {"MODEL_DIR": str(model_dir), **self.settings, **changes}
+        files = [f"gin_configs/{self.name}.gin", f"gin_configs/small/{self.name}.gin"]
+        return [
+            *(f"--gin_file={file}" for file in files),
+            *(f"--gin.{key}={value!r}" for key, value in settings.items() if value is not None),
+        ]
+
+
+def make_recipe(
+    name: str,
+    folder: pathlib.Path,
+    *,
+    files: Mapping[str, str] | None = None,
+    vocab_size: int = 100,
+    lengths: tuple[int, int] = (32, 16),
+) -> Recipe:
+    """Writes data, a vocabulary of it and random checkpoints of both models."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = dict(files or WRITE_FILES[name](folder))
+    texts = (
+        line for path in files.values() for line in pathlib.Path(path).read_text().split("\n")[:400]
+    )
+    vocabulary = train_sentencepiece(
+        texts, folder / "spm", vocab_size=vocab_size, model_type="bpe", byte_fallback=False
+    )
+    checkpoints = {}
+    for key, width in (("student", STUDENT_WIDTH), ("teacher", TEACHER_WIDTH)):
+        checkpoints[key] = str(folder / key)
+        save_params(checkpoints[key], t5(width, vocab_size).init(jax.random.key(width)))
+    settings: dict[str, object] = {
+        **files,
+        "INITIAL_CHECKPOINT_PATH": checkpoints["student"],
+        "TEACHER_CHECKPOINT_PATH": checkpoints["teacher"],
+        "VOCABULARY_PATH": str(vocabulary),
+        "VOCAB_SIZE": vocab_size,
+        "TASK_FEATURE_LENGTHS": {"inputs": lengths[0], "targets": lengths[1]},
+        "STUDENT_DIM": STUDENT_WIDTH,
+        "STUDENT_MLP_DIM": 2 * STUDENT_WIDTH,
+        "STUDENT_LAYERS": 1,
+        "TEACHER_DIM": TEACHER_WIDTH,
+        "TEACHER_MLP_DIM": 2 * TEACHER_WIDTH,
+        "TEACHER_LAYERS": 1,
+        "T5Config.num_heads": NUM_HEADS,
+        "T5Config.head_dim": HEAD_DIM,
+        "BATCH_SIZE": 4,
+        "TRAIN_STEPS": 4,
+        "WARMUP_STEPS": 2,
+        "LEARNING_RATE": 1e-3,
+        "EVAL_PERIOD": 10,
+        "CHECKPOINT_PERIOD": 10,
+        "Partitioner.data_parallelism": 1,
+    }
+    return Recipe(name, settings)
+
+
+def run_main(*arguments: str) -> tuple[int, str, str]:
+    """Runs the command line in this process; returns exit status, standard output and error."""
+    argv = ["main", *arguments]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", argv),
+        flagsaver.flagsaver(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main.main(flags.FLAGS(main.rewrite_gin_flags(argv)))
+        except SystemExit as error:
+            status = int(error.code or 0)
+    return status, out.getvalue(), err.getvalue()
