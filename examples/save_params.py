@@ -21,7 +21,10 @@ def main(run_dir: str, output: str, note: str = "") -> None:
         }
     )
     params = load.load_params(run_dir, abstract)
-    store.save_params(output, params, {"step": info.step, "note": note})
+    metadata = {"step": info.step, "note": note}
+    if "vocabulary" in info.host:  # So that another vocabulary is refused.
+        metadata["vocabulary"] = info.host["vocabulary"]
+    store.save_params(output, params, metadata)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(f"{output}: step {info.step}, {size / 1e6:.2f} MB of weights")
 

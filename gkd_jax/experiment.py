@@ -72,19 +72,19 @@ class Checkpoints:
 
     Attributes:
       period: steps between saves; the last step is always saved.
-      keep: how many recent checkpoints to keep.
+      keep: how many recent checkpoints to keep; None keeps all.
       best_metric: the evaluation metric whose best checkpoint is kept too, e.g. 'bleu'; None
         keeps no best.
       best_mode: 'max' or 'min'.
     """
 
     period: int = 1000
-    keep: int = 2
+    keep: int | None = 2
     best_metric: str | None = None
     best_mode: str = "max"
 
     def __post_init__(self) -> None:
-        _require_positive(self, "period", "keep")
+        _require_positive(self, "period", *(() if self.keep is None else ("keep",)))
         if self.best_mode not in ("max", "min"):
             raise ValueError(
                 f"Checkpoints.best_mode must be 'max' or 'min'; got {self.best_mode!r}."
@@ -185,3 +185,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_steps", "num_microbatches", "log_period")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(
+                f"Experiment.seed must be from 0 to 2**32 - 1; got {self.seed}. Set another."
+            )

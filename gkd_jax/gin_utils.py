@@ -183,6 +183,8 @@ MAY_CHANGE = (
     "Evaluation.period",
     "Checkpoints.period",
     "Checkpoints.keep",
+    "DatasetConfig.cache_bytes",
+    "DatasetConfig.read_threads",
     "Alarms.*",
     "Study.model_dir",
 )

@@ -95,13 +95,13 @@ def _run(command: str) -> None:
     # Before anything asks for devices.
     _join_processes()
     experiment = config.build()
+    if run_mode in ("train", "study") and not _ALLOW_CHANGED_CONFIG.value:
+        gin_utils.check_config(experiment.model_dir, config)
     if _DRY_RUN.value:
         from gkd_jax import dry_run
 
         print(dry_run.dry_run(experiment, run_mode="train" if run_mode == "study" else run_mode))
         return
-    if run_mode in ("train", "study") and not _ALLOW_CHANGED_CONFIG.value:
-        gin_utils.check_config(experiment.model_dir, config)
 
     def save_config() -> None:
         import jax

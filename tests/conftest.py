@@ -37,6 +37,7 @@ def external_data() -> pathlib.Path:
 def tiny_teacher(tmp_path_factory) -> pathlib.Path:
     """A run of five steps of fine-tuning: the teacher of tiny runs, and what they start from."""
     import small_runs
+
     from gkd_jax.experiment import Student
     from gkd_jax.train import train
 

@@ -106,6 +106,14 @@ WRITE_FILES: Mapping[str, Callable[[pathlib.Path], dict[str, str]]] = {
     "flan2021": _flan_files,
 }
 
+
+class Gin(str):
+    """A value in gin's own words, e.g. a reference, where others are Python's."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 HEAD_DIM, NUM_HEADS = 8, 2
 STUDENT_WIDTH, TEACHER_WIDTH = 16, 24
 

@@ -11,9 +11,9 @@ import jax
 import pytest
 import small_recipes
 import small_runs
-from small_recipes import run_main
+from small_recipes import Gin, run_main
 
-from gkd_jax import train
+from gkd_jax import runtime, train
 from gkd_jax.checkpoints.store import save_params
 from gkd_jax.data.train_vocabulary import train_sentencepiece
 from gkd_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
@@ -90,7 +90,7 @@ _SETTINGS = {
     ),
     "student of another shape": (
         "wmt_ende", {"STUDENT_DIM": 32},
-        ("Student.initial_checkpoint", "does not fit", "[100, 16], wanted [100, 32]", "Set the"),
+        ("Student.initial_checkpoint", "does not fit", "[16], wanted [32]", "Set the"),
     ),
     "teacher of another shape": (
         "wmt_ende", {"TEACHER_LAYERS": 2},
@@ -142,7 +142,7 @@ _SETTINGS = {
     ),
     "unknown split": ("wmt_ende", {"EVAL_SPLIT": "dev"}, ("'dev'", "'validation'")),
     "cross-entropy on samples": (
-        "wmt_ende", {"DIVERGENCE": None, "Objective.divergence": "@NegativeLogLikelihood()"},
+        "wmt_ende", {"DIVERGENCE": Gin("@divergences.NegativeLogLikelihood()")},
         ("student_data_fraction to 0",),
     ),
     "more data than there is": (
@@ -157,12 +157,248 @@ _SETTINGS = {
 @pytest.mark.parametrize("case", _SETTINGS)
 def test_wrong_settings(case, recipes, tmp_path):
     name, changes, wanted = _SETTINGS[case]
-    arguments = recipes[name].flags(tmp_path / "run", **changes)
-    if "Objective.divergence" in changes:
-        arguments[-1] = "--gin.Objective.divergence=@divergences.NegativeLogLikelihood()"
-        arguments = [argument for argument in arguments if "BETA" not in argument]
-        arguments.append("--gin.DIVERGENCE=@divergences.NegativeLogLikelihood()")
-        arguments.pop(-2)
-    refused(arguments, *wanted)
+    refused(recipes[name].flags(tmp_path / "run", **changes), *wanted)
     # Nothing is left behind: the corrected command is not another configuration.
     assert not (tmp_path / "run").exists()
+
+
+# Recipe, the setting that names a file, what the file holds, and parts of the message.
+_FILES = {
+    "empty file": ("wmt_ende", "TRAIN_INPUTS", "", ("ParallelText.inputs_path names an empty file", "Give a file")),
+    "no example": ("gsm8k", "TRAIN_PATH", "\n\n", ("JsonLines.path", "empty data set", "Give")),
+    "line counts": (
+        "wmt_ende", "TRAIN_TARGETS", "der hund\n" * 63,
+        ("ParallelText wants as many lines", "64 (", "63 (", "no line was lost"),
+    ),
+    "broken JSON": (
+        "gsm8k", "TRAIN_PATH",
+        '{"question": "1+1?", "answer": "#### 2"}\n' * 2 + '{"question": "1+2?", "answer": \n',
+        ("JsonLines.path", "broken JSON line", "line 3", "Correct or remove"),
+    ),
+    "no JSON object": (
+        "gsm8k", "TEST_PATH", '{"question": "1+1?", "answer": "#### 2"}\n[1, 2]\n',
+        ("JsonLines.path", "line 2", "list", "Correct or remove"),
+    ),
+    "missing TSV column": (
+        "flan2021", "TRAIN_PATH", "a question\tan answer\ta reason\na question\tan answer\n",
+        ("Tsv.path", "line 2 has 2 columns where 3 are wanted", "input, answer, rationale"),
+    ),
+    "no vocabulary": (
+        "wmt_ende", "VOCABULARY_PATH", "these are words, not a model",
+        ("SentencePieceVocabulary.path", "not a SentencePiece model", "train_vocabulary"),
+    ),
+    "no UTF-8": ("wmt_ende", "TRAIN_INPUTS", b"caf\xe9\n" * 64, ("ParallelText", "UTF-8")),
+    "no checkpoint": (
+        "wmt_ende", "TEACHER_CHECKPOINT_PATH", "weights",
+        ("Teacher.checkpoint", "is not a checkpoint"),
+    ),
+    "MODEL_DIR is a file": (
+        "wmt_ende", "MODEL_DIR", "in the way", ("model_dir", "cannot be written", "Set MODEL_DIR")
+    ),
+    "MODEL_DIR below a file": (
+        "wmt_ende", "MODEL_DIR", "in the way", ("model_dir", "cannot be written", "Set MODEL_DIR")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", _FILES)
+def test_wrong_files(case, recipes, tmp_path, other_file):
+    name, setting, content, wanted = _FILES[case]
+    path = other_file(content) + ("/run" if "below" in case else "")
+    recipe = recipes[name]
+    if setting == "MODEL_DIR":
+        refused(recipe.flags(pathlib.Path(path)), *wanted)
+    else:
+        refused(recipe.flags(tmp_path / "run", **{setting: path}), *wanted)
+        assert not (tmp_path / "run").exists()
+
+
+def test_missing_gin_file(recipes, tmp_path):
+    arguments = ["--gin_file=gin_configs/wmt_ened.gin", *recipes["wmt_ende"].flags(tmp_path)]
+    refused(arguments, "there is no gin file 'gin_configs/wmt_ened.gin'")
+
+
+def test_all_that_is_wrong_is_said_at_once(recipes, tmp_path):
+    arguments = recipes["wmt_ende"].flags(
+        tmp_path / "run",
+        TRAIN_INPUTS="/nowhere/train.en",
+        VALIDATION_INPUTS="/nowhere/val.en",
+        TEACHER_CHECKPOINT_PATH="/nowhere/teacher",
+        STUDENT_DIM=32,
+        BATCH_SIZE=6,
+        NUM_MICROBATCHES=4,
+    )
+    wanted = (
+        "5 things are wrong", "/nowhere/train.en", "/nowhere/val.en", "/nowhere/teacher",
+        "does not fit", "6 and 1 * 4",
+    )  # fmt: skip
+    refused(arguments, *wanted)
+    refused([*arguments, "--dry_run"], *wanted)
+
+
+def damage_truncate(path: pathlib.Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def damage_flip(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(bytes(content))
+
+
+_DAMAGE = {"truncated": (damage_truncate, "bytes"), "flipped bit": (damage_flip, "SHA-256")}
+
+
+def largest_file(folder: pathlib.Path) -> pathlib.Path:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", _DAMAGE)
+@pytest.mark.parametrize("setting", ["INITIAL_CHECKPOINT_PATH", "TEACHER_CHECKPOINT_PATH"])
+def test_damaged_checkpoints(damage, setting, recipes, tmp_path):
+    recipe = recipes["wmt_ende"]
+    copy = tmp_path / "copy"
+    shutil.copytree(recipe.settings[setting], copy)
+    change, named = _DAMAGE[damage]
+    change(largest_file(copy / "arrays"))
+    arguments = recipe.flags(tmp_path / "run", **{setting: str(copy)})
+    refused(arguments, str(copy), named)
+
+
+@pytest.mark.parametrize("damage", _DAMAGE)
+def test_a_damaged_checkpoint_of_the_run_itself(damage, tiny_teacher, tmp_path):
+    """The only one: there is none to fall back to."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_teacher, run)
+    change, named = _DAMAGE[damage]
+    change(largest_file(run / "checkpoint_5" / "arrays"))
+    student = small_runs.Student(small_runs.model(small_runs.TEACHER_WIDTH))
+    experiment = small_runs.sft(run, student=student, num_steps=6)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be used") as error:
+        train.train(experiment)
+    assert named in str(error.value)
+    assert "set MODEL_DIR to a new directory" in str(error.value)
+
+
+def test_a_run_of_other_shapes_in_model_dir(tiny_teacher, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_teacher, run)
+    with pytest.raises(ValueError, match=r"does not fit: .* wanted .* Set the model"):
+        train.train(small_runs.sft(run, num_steps=6))
+
+
+def test_a_vocabulary_that_is_not_the_teachers(recipes, tmp_path):
+    """Of the same size, by name, and by what the teacher's own checkpoint tells."""
+    recipe = recipes["wmt_ende"]
+    texts = [f"other words {word} {number}" for number in range(200) for word in ("xyz", "qux")]
+    vocab_size = recipe.settings["VOCAB_SIZE"]
+    other = train_sentencepiece(
+        texts, tmp_path / "other", vocab_size=vocab_size, model_type="bpe",
+        byte_fallback=False,
+    )  # fmt: skip
+    wanted = (
+        "Student and teacher must share one vocabulary",
+        f"{recipe.settings['VOCABULARY_PATH']}",
+        f"{other}",
+        "Give the student the teacher's vocabulary",
+    )
+    teachers = tmp_path / "teachers.gin"
+    teachers.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from gkd_jax import teachers\n"
+        "from gkd_jax.data import vocabularies\n"
+        "teachers.Teacher.vocabulary = @teacher/vocabularies.SentencePieceVocabulary()\n"
+        f"teacher/vocabularies.SentencePieceVocabulary.path = {str(other)!r}\n"
+    )
+    refused([*recipe.flags(tmp_path / "run"), f"--gin_file={teachers}"], *wanted)
+
+    vocabulary = SentencePieceVocabulary(str(other))
+    trained = tmp_path / "trained_teacher"
+    params = small_recipes.t5(small_recipes.TEACHER_WIDTH, vocab_size).init(jax.random.key(0))
+    save_params(trained, params, {"vocabulary": runtime.describe_vocabulary(vocabulary)})
+    refused(
+        recipe.flags(tmp_path / "run", TEACHER_CHECKPOINT_PATH=str(trained)),
+        "Teacher.checkpoint", "was trained with another vocabulary", str(other),
+        str(recipe.settings["VOCABULARY_PATH"]), "VOCABULARY_PATH",
+    )  # fmt: skip
+
+
+def test_a_run_records_its_vocabulary(tiny_teacher, tmp_path):
+    """So that the check above works for every teacher that gkd_jax trained."""
+
+    @dataclasses.dataclass(frozen=True)
+    class ShiftedBytes(ByteVocabulary):
+        fingerprint = "0123456789abcdef"
+        name = "ShiftedBytes()"
+
+    experiment = small_runs.gkd(tmp_path, tiny_teacher, evaluation=None)
+    data = dataclasses.replace(experiment.train_data, vocabulary=ShiftedBytes())
+    with pytest.raises(ConfigurationError) as error:
+        train.train(dataclasses.replace(experiment, train_data=data))
+    (problem,) = error.value.problems
+    assert "ByteVocabulary()" in problem
+    assert "ShiftedBytes()" in problem
+
+
+def test_teacher_with_another_output_layer(tiny_teacher, tmp_path):
+    teacher = Teacher(small_runs.model(small_runs.TEACHER_WIDTH, vocab_size=300), "/nowhere")
+    with pytest.raises(ConfigurationError, match=r"got 300 \(teacher\) and 259 \(student\)"):
+        experiment = small_runs.gkd(tmp_path, tiny_teacher)
+        train.train(dataclasses.replace(experiment, teacher=teacher))
+
+
+def test_evaluation_with_another_vocabulary_or_batch(tiny_teacher, tmp_path):
+    evaluation = Evaluation(small_runs.data("validation", batch_size=6))
+    partitioner = dataclasses.replace(small_runs.one_device(), data_parallelism=4, devices=None)
+    experiment = small_runs.gkd(
+        tmp_path, tiny_teacher, evaluation=evaluation, partitioner=partitioner, num_microbatches=1
+    )
+    with pytest.raises(ConfigurationError, match="got 6 and 4"):
+        train.train(experiment)
+
+
+def test_another_configuration_in_model_dir(recipes, tmp_path, monkeypatch):
+    """Refused with the difference; what stopped before its start has left no configuration."""
+    recipe = recipes["wmt_ende"]
+    run = tmp_path / "run"
+    refused(recipe.flags(run, TRAIN_INPUTS="/nowhere/train.en"), "/nowhere/train.en")
+    monkeypatch.setattr(train, "Trainer", None)
+    with pytest.raises(TypeError):  # As far as the first thing that a run makes.
+        run_main(*recipe.flags(run))
+    refused(
+        recipe.flags(run, BETA=0.9, SEED=3),
+        "holds a run of another configuration", "-objective.divergence.beta = 0.1",
+        "+objective.divergence.beta = 0.9", "+seed = 3", "--allow_changed_config",
+    )  # fmt: skip
+
+
+def test_checkpoints_settings():
+    for wrong, named in (
+        ({"period": 0}, "Checkpoints.period"),
+        ({"keep": 0}, "Checkpoints.keep"),
+        ({"best_mode": "most"}, "Checkpoints.best_mode"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            Checkpoints(**wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{"BETTA": 1}, {"TRAIN_INPUTS": "/nowhere/train.en"}, {"STUDENT_DIM": 32}]
+)
+def test_exit_status_of_the_command_itself(changes, recipes, tmp_path):
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "gkd_jax.main"),
+            *recipes["wmt_ende"].flags(tmp_path / "run", **changes),
+        ],
+        cwd=small_recipes.ROOT,
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    assert process.stderr.count("error: ") == 1
+    assert "Traceback" not in process.stderr

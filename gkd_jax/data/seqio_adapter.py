@@ -21,7 +21,7 @@ from typing import Any
 from gkd_jax.data.seqio_description import describe
 from gkd_jax.data.seqio_metrics import SeqioMetric, encode_reference
 from gkd_jax.data.seqio_vocabulary import wrap_vocabulary
-from gkd_jax.data.task import Source, Task, TextExample
+from gkd_jax.data.task import Source, Task, TextExample, import_task_module
 from gkd_jax.data.token_files import TokenFiles, TokensToText, write_token_files
 from gkd_jax.data.vocabularies import Vocabulary
 
@@ -47,15 +47,7 @@ def seqio_names() -> list[str]:
 def _find(name: str, module: str | None = None) -> Any:
     """A registered seqio task or mixture, after importing the module that registers it."""
     if module is not None:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # The module is there; something that it imports is not.
-            raise ValueError(
-                f"MIXTURE_OR_TASK_MODULE {module!r} cannot be imported: {error}. Give a module's "
-                "dotted name and put its folder on PYTHONPATH."
-            ) from error
+        import_task_module(module)
     names = seqio_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)

@@ -156,7 +156,7 @@ def get_task(name: str, *, module: str | None = None) -> Task:
       ValueError: no task has this name (names the nearest), or there is no such module.
     """
     if module is not None:
-        _import_task_module(module)
+        import_task_module(module)
     if name not in _registry:
         importlib.import_module("gkd_jax.data.recipes")  # Registers gkd_jax's own tasks.
     if name in _registry:
@@ -177,7 +177,12 @@ def get_task(name: str, *, module: str | None = None) -> Task:
     )
 
 
-def _import_task_module(module: str) -> None:
+def import_task_module(module: str) -> None:
+    """Imports the module that registers a user's tasks.
+
+    Raises:
+      ValueError: there is no such module.
+    """
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:

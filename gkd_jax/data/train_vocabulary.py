@@ -18,6 +18,7 @@ from absl import app, flags
 
 from gkd_jax.data.task import Task, get_task
 from gkd_jax.data.text_files import TextLines
+from gkd_jax.data.vocabularies import import_sentencepiece
 
 _MAX_SENTENCE_BYTES = 1 << 16
 
@@ -51,10 +52,9 @@ def train_sentencepiece(
       Path of the model file.
 
     Raises:
-      ValueError: there is no text, or too little for so many pieces.
+      ValueError: there is no text, or too little for so many pieces, or no sentencepiece.
     """
-    import sentencepiece
-
+    sentencepiece = import_sentencepiece()
     sentences = (text for text in texts if text.strip())
     first = next(sentences, None)
     if first is None:

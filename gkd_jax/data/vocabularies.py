@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import hashlib
+import importlib
 import os
 import struct
 import threading
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Any, Protocol
 
 from gkd_jax.data.text_files import blocks
@@ -198,14 +200,28 @@ class SentencePieceVocabulary:
         self.__dict__.update(state)
 
 
+def import_sentencepiece() -> ModuleType:
+    """The optional package sentencepiece.
+
+    Raises:
+      ValueError: it is not installed; says how to get it.
+    """
+    try:
+        return importlib.import_module("sentencepiece")
+    except ImportError as error:
+        raise ValueError(
+            "a SentencePiece vocabulary needs the package sentencepiece, which cannot be imported "
+            f"({error}). Install it with: pip install 'gkd_jax[text]'"
+        ) from error
+
+
 _load_lock = threading.Lock()
 
 
 def _load_sentencepiece(path: str, extra_ids: int) -> Any:
     setting = "SentencePieceVocabulary.path"
     model = b"".join(blocks(path, setting=setting))
-    import sentencepiece
-
+    sentencepiece = import_sentencepiece()
     try:
         # An empty model would be taken for one that is to be loaded later.
         if not model:

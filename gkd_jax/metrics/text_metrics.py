@@ -163,5 +163,5 @@ def _require(module: str, metric: str, package: str) -> ModuleType:
     except ImportError as error:
         raise ValueError(
             f"the metric {metric} needs the package {package}, which is not installed "
-            f"({error}). Install it with: pip install 'gkd_jax[data]'"
+            f"({error}). Install it with: pip install 'gkd_jax[text]'"
         ) from error
