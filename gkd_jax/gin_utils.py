@@ -178,6 +178,7 @@ def _check(statements: Sequence[Binding], roots: Sequence[Callable[..., Any]]) -
 MAY_CHANGE = (
     "Experiment.model_dir",
     "Experiment.num_steps",
+    "Experiment.partitioner",
     "Experiment.log_period",
     "Experiment.generation",
     "Evaluation.period",

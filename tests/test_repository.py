@@ -23,6 +23,9 @@ def _is_included_only(name: str) -> bool:
     return folder == "base" or (folder == "small" and rest not in _GIN_FILES)
 
 
+# Files that are given after a recipe, and one that they fit; small/X.gin is given after X.gin.
+_AFTER = {"generate.gin": "wmt_ende.gin", "methods/seqkd.gin": "sft/wmt_ende.gin"}
+
 # Given to what a gin file requires (`%gin.REQUIRED`), by the end of its name; a path otherwise.
 _PLACEHOLDERS = {
     "TASK_FEATURE_LENGTHS": "{'inputs': 64, 'targets': 64}",
@@ -51,8 +54,9 @@ def _parse_with_placeholders(names: list[str]) -> gin_utils.GinConfig:
 
 @pytest.mark.parametrize("name", [name for name in _GIN_FILES if not _is_included_only(name)])
 def test_gin_file_builds_all_that_it_names(name):
-    """By itself; a file in small/ after the one that it makes small."""
-    config = _parse_with_placeholders([name.removeprefix("small/"), name])
+    """By itself, or after the file that it is meant to follow."""
+    before = _AFTER.get(name, name.removeprefix("small/"))
+    config = _parse_with_placeholders([before, name])
     experiment = config.build()
     assert isinstance(experiment, Study | Experiment)
     again = gin_utils.parse_text(config.text, roots=(config.root,), name="config.gin")

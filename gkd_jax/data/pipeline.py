@@ -124,6 +124,7 @@ class Dataset:
         self.config = config
         task = config.task
         self.task = task if isinstance(task, Task) else get_task(task, module=config.task_module)
+        self._check_vocabulary()
         self._source = self.task.source_config(config.split).open()
         self.num_examples = self._count()
         self._encoder = Encoder(
@@ -139,6 +140,15 @@ class Dataset:
         order = grain.MapDataset.range(self.num_examples)
         self._order = (order.shuffle(config.seed) if config.shuffle else order).repeat()
         self._check_prompts_differ()
+
+    def _check_vocabulary(self) -> None:
+        wanted = self.task.vocabulary_fingerprint
+        if wanted is not None and wanted != self.config.vocabulary.fingerprint:
+            raise ValueError(
+                f"DatasetConfig.vocabulary must be the one that made the tokens of task "
+                f"{self.task.name!r}; got {self.config.vocabulary.name}, whose ids mean other "
+                "pieces. For a seqio task take gkd_jax.data.seqio_adapter.seqio_vocabulary."
+            )
 
     def _count(self) -> int:
         available = len(self._source)

@@ -110,6 +110,7 @@ def seqio_task(
         to_text=TokensToText(),
         metrics=tuple(_metrics(provider)),
         inputs_eos=bool(provider.output_features["inputs"].add_eos),
+        vocabulary_fingerprint=seqio_vocabulary(name, module=module).fingerprint,
     )
 
 

@@ -91,6 +91,8 @@ class Task:
       output_parser: applied to each decoded prediction before the metrics; `to_text` gives
         references that are in this form already.
       inputs_eos: whether the prompt ends with the end-of-sequence token (T5: it does).
+      vocabulary_fingerprint: of the vocabulary that made the tokens, where the sources hold
+        tokens; a `DatasetConfig` with another vocabulary is then refused.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Task:
     metrics: tuple[MetricFn, ...] = ()
     output_parser: Callable[[str], str] = as_it_is
     inputs_eos: bool = True
+    vocabulary_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -73,8 +73,15 @@ def check_same_vocabulary(student: Vocabulary, teacher: Vocabulary) -> None:
     """Refuses a teacher whose ids mean other pieces than the student's, equal sizes or not.
 
     Raises:
-      ValueError: the fingerprints differ; names both vocabularies.
+      ValueError: the pieces, the padding id or the ends of sequence differ; names both.
     """
+    special = [(one.pad_id, one.eos_ids) for one in (student, teacher)]
+    if student.fingerprint == teacher.fingerprint and special[0] != special[1]:
+        raise ValueError(
+            "Student and teacher must pad and end outputs alike; got padding and end-of-sequence "
+            f"ids {special[0]} (student, {student.name}) and {special[1]} (teacher, "
+            f"{teacher.name}). Give both the same vocabulary."
+        )
     if student.fingerprint != teacher.fingerprint:
         raise ValueError(
             "Student and teacher must share one vocabulary: a token id must mean the same piece "

@@ -199,10 +199,13 @@ class Attention(nn.Module):
         x: Float[Array, "B Q D"],
         keys: Float[Array, "B H L K"],
         values: Float[Array, "B H L K"],
-        bias: Float[Array, "#B #H #Q L"],
+        *biases: Float[Array, "#B #H #Q L"],
     ) -> Float[Array, "B Q D"]:
         queries = self._split_heads(self.query(x))
         logits = jnp.einsum("bhqk,bhlk->bhql", queries, keys, preferred_element_type=jnp.float32)
+        # Biases of different axes come apart: their sum would be as large as the logits, and is
+        # made only where it is added.
+        bias = functools.reduce(operator.add, biases)
         weights = jax.nn.softmax(logits + bias, axis=-1).astype(self.dtype)
         weights = self.dropout(weights)
         context = jnp.einsum("bhql,bhlk->bhqk", weights, values)

@@ -75,10 +75,12 @@ class EncoderLayer(nn.Module):
         self.mlp = _mlp(self.config)
         self.dropout = _dropout(self.config)
 
-    def __call__(self, x: Array, bias: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "B S D"], relpos: Float[Array, "1 H S S"], mask: Bool[Array, "B 1 S S"]
+    ) -> Float[Array, "B S D"]:
         y = self.pre_attention_layer_norm(x)
         keys, values = self.attention.keys_values(y)
-        y = self.attention(y, keys, values, bias)
+        y = self.attention(y, keys, values, relpos, layers.mask_to_bias(mask))
         x = x + self.dropout(y)
         y = self.mlp(self.pre_mlp_layer_norm(x))
         return x + self.dropout(y)
@@ -106,10 +108,10 @@ class Encoder(nn.Module):
         length = x.shape[1]
         # Padded queries see nothing, so that their (unused) outputs are T5X's as well.
         mask = inputs_mask[:, None, :, None] & inputs_mask[:, None, None, :]
-        bias = self.relpos_bias(length, length) + layers.mask_to_bias(mask)
+        relpos = self.relpos_bias(length, length)
         x = self.dropout(x)
         for layer in self.layers:
-            x = layer(x, bias)
+            x = layer(x, relpos, mask)
         return self.final_dropout(self.encoder_norm(x))
 
 
