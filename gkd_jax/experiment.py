@@ -71,7 +71,8 @@ class Checkpoints:
     """When states are saved and which are kept.
 
     Attributes:
-      period: steps between saves; the last step is always saved.
+      period: steps between saves; the last step is always saved, and with `best_metric` every
+        step that is evaluated.
       keep: how many recent checkpoints to keep; None keeps all.
       best_metric: the evaluation metric whose best checkpoint is kept too, e.g. 'bleu'; None
         keeps no best.

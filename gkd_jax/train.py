@@ -87,7 +87,8 @@ class Trainer:
     def init_state(self) -> TrainState:
         """The state before the first step, made sharded."""
         params = runtime.init_params(self.experiment)
-        return jax.jit(self._new_state, out_shardings=self._state_shardings)(params)
+        init = jax.jit(self._new_state, donate_argnums=0, out_shardings=self._state_shardings)
+        return init(params)
 
     def step(
         self, state: TrainState, batch: Batch, step: int
@@ -173,6 +174,8 @@ class _Loop:
         state, host, step = self.store.restore(self.trainer.abstract_state)
         self.trainer.dataset.check_fingerprint(host["data_fingerprint"])
         logging.info("resuming after step %d of %d", step, self.experiment.num_steps)
+        if step >= self.experiment.num_steps:
+            logging.info("nothing to do: set TRAIN_STEPS above %d to train on", step)
         self.scores = host["scores"]
         self.sums = runtime.MetricSums.from_host(host["metric_sums"])
         self.seconds_before = host["seconds"]
@@ -207,6 +210,7 @@ class _Loop:
         self.logged_step, self.logged_time = step, now
         _check_finite(means, step)
         means["seconds_per_step"] = seconds
+        means["learning_rate"] = float(self.experiment.optimizer.schedule(step - 1))
         # Steps on the data and steps on samples are of different length and number.
         tokens = [sums[group]["target_tokens"] for group in ("data", "on_policy") if group in sums]
         tokens_per_step = sum(total for total, _ in tokens) / sum(weight for _, weight in tokens)
@@ -255,7 +259,9 @@ class _Loop:
     def _save_if_due(self, step: int) -> None:
         checkpoints = self.experiment.checkpoints
         due = step > 0 and step % checkpoints.period == 0
-        if not due and step != self.experiment.num_steps:
+        # The best checkpoint can only be kept where it was saved.
+        scored = checkpoints.best_metric is not None and step > 0 and self.scored_step == step
+        if not (due or scored or step == self.experiment.num_steps):
             return
         sums = self.sums.to_host()
         # What was summed before the last line of metrics was checked there.

@@ -164,7 +164,10 @@ def test_wrong_settings(case, recipes, tmp_path):
 
 # Recipe, the setting that names a file, what the file holds, and parts of the message.
 _FILES = {
-    "empty file": ("wmt_ende", "TRAIN_INPUTS", "", ("ParallelText.inputs_path names an empty file", "Give a file")),
+    "empty file": (
+        "wmt_ende", "TRAIN_INPUTS", "",
+        ("ParallelText.inputs_path names an empty file", "Give a file"),
+    ),
     "no example": ("gsm8k", "TRAIN_PATH", "\n\n", ("JsonLines.path", "empty data set", "Give")),
     "line counts": (
         "wmt_ende", "TRAIN_TARGETS", "der hund\n" * 63,
@@ -344,8 +347,8 @@ def test_a_run_records_its_vocabulary(tiny_teacher, tmp_path):
 
 def test_teacher_with_another_output_layer(tiny_teacher, tmp_path):
     teacher = Teacher(small_runs.model(small_runs.TEACHER_WIDTH, vocab_size=300), "/nowhere")
+    experiment = small_runs.gkd(tmp_path, tiny_teacher)
     with pytest.raises(ConfigurationError, match=r"got 300 \(teacher\) and 259 \(student\)"):
-        experiment = small_runs.gkd(tmp_path, tiny_teacher)
         train.train(dataclasses.replace(experiment, teacher=teacher))
 
 

@@ -114,7 +114,7 @@ def test_another_generation_refuses_the_old_file(whole, tiny_teacher, tmp_path):
         {"num_samples": 1},
         {"student": str(other_student)},
     ):
-        with pytest.raises(ValueError, match="was written by another generation .* new file"):
+        with pytest.raises(ValueError, match=r"was written by another generation .* new file"):
             generate.generate(experiment_of(tmp_path, tiny_teacher, **changes))
     with pytest.raises(ValueError, match="was written by another generation"):
         generate.generate(dataclasses.replace(experiment, seed=1))
@@ -125,7 +125,7 @@ def test_a_file_of_the_users_own_is_left_alone(tiny_teacher, tmp_path):
     experiment = experiment_of(tmp_path, tiny_teacher)
     path = pathlib.Path(experiment.generation.output)
     path.write_text("mine\n")
-    with pytest.raises(ValueError, match="Set Generation.output to a new file"):
+    with pytest.raises(ValueError, match=r"Set Generation\.output to a new file"):
         generate.generate(experiment)
     assert path.read_text() == "mine\n"
 

@@ -90,7 +90,7 @@ def test_the_test_set_is_another_than_the_evaluations(finished):
 
 
 def test_a_finished_study_is_not_trained_again(finished, monkeypatch):
-    made, rows, folder = finished
+    made, rows, _ = finished
 
     def step(*args):
         raise AssertionError("trained again")
@@ -185,7 +185,7 @@ def test_wrong_studies_are_refused(tmp_path, tiny_teacher):
     ):
         with pytest.raises(ValueError, match=message):
             make_study(tmp_path, cells=cells)
-    with pytest.raises(ValueError, match="Study.seeds is empty"):
+    with pytest.raises(ValueError, match=r"Study\.seeds is empty"):
         make_study(tmp_path, seeds=())
     with pytest.raises(ValueError, match="cell 'two' has two teachers"):
         Cell("two", small_runs.gkd(tmp_path, tiny_teacher), teacher_from="big")

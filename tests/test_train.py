@@ -184,9 +184,13 @@ def test_a_failing_rollout_stops_the_run(tiny_teacher, tmp_path, monkeypatch):
     runtime.jit_rollout.cache_clear()
 
 
+@pytest.mark.pitfall(7)
 @pytest.mark.pitfall(40)
 def test_the_configured_objective_is_what_a_run_minimises(tiny_teacher, tmp_path):
-    """Loss and gradient of a run's first step, all fields set, against the bare loss function."""
+    """Loss and gradient of a run's first step, all fields set, against the bare loss function.
+
+    The temperature at which outputs would be sampled is another one, and is not in them.
+    """
     objective = Objective(
         ReverseKL(),
         student_temperature=2.0,
@@ -199,6 +203,7 @@ def test_the_configured_objective_is_what_a_run_minimises(tiny_teacher, tmp_path
         tiny_teacher,
         objective=objective,
         outputs=OutputMix(0.0),
+        rollout=Rollout(method=Sample(temperature=0.5)),
         use_dropout=False,
         evaluation=None,
         num_steps=1,

@@ -1,0 +1,180 @@
+"""The recipes' gin files, small, on local files: train on samples, evaluate, stop, go on.
+
+Synthetic files of the same shape everywhere; real data too where GKD_JAX_DATA names them.
+"""
+
+import gzip
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import small_recipes
+import small_runs
+from small_recipes import run_main
+
+METRICS = {
+    "wmt_ende": {"eval/bleu"},
+    "xsum": {"eval/rouge1", "eval/rouge2", "eval/rougeLsum"},
+    "gsm8k": {"eval/gsm8k_accuracy", "eval/gsm8k_accuracy_se"},
+    "flan2021": {"eval/exact_match", "eval/exact_match_se"},
+}
+ON_POLICY = {"STUDENT_DATA_FRACTION": 1.0, "EVAL_PERIOD": 20, "CHECKPOINT_PERIOD": 10}
+
+
+def run_twice(recipe: small_recipes.Recipe, model_dir: pathlib.Path, **changes: object) -> None:
+    """Ten steps, then ten more of the same run; checks what they wrote."""
+    changes = ON_POLICY | changes
+    log = []
+    for steps in (10, 20):
+        status, out, err = run_main(*recipe.flags(model_dir, TRAIN_STEPS=steps, **changes))
+        assert status == 0, err
+        log.append(err)
+        for name in METRICS[recipe.name]:
+            assert any(line.startswith(f"{name}: ") for line in out.splitlines()), out
+    assert "step 20/20" in log[1]
+    assert "step 10/" not in log[1]  # Nothing of the first ten steps was made again.
+    rows = small_runs.metrics(model_dir)
+    evaluated = [row["step"] for row in rows if "eval/outputs/output_length" in row]
+    assert evaluated == [0, 10, 20]
+    assert METRICS[recipe.name] <= set(rows[-1])
+    assert {"eval/on_data/loss", "eval/on_samples/loss"} <= set(rows[-1])
+    losses = [name for row in rows for name in row if name.endswith("/loss") and "train" in name]
+    assert set(losses) == {"train/on_policy/loss"}
+    saved = sorted(path.name for path in model_dir.glob("checkpoint_*"))
+    assert saved == ["checkpoint_10", "checkpoint_20"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["xsum", *(pytest.param(n, marks=pytest.mark.slow) for n in ("wmt_ende", "gsm8k", "flan2021"))],
+)
+def test_small_recipe(name, tmp_path):
+    changes = {"gsm8k.num_exemplars": 0} if name == "gsm8k" else {}
+    recipe = small_recipes.make_recipe(name, tmp_path / "data", lengths=(48, 24))
+    run_twice(recipe, tmp_path / "run", **changes)
+
+
+def first_lines(path: pathlib.Path, number: int) -> list[str]:
+    """The first lines of a file, plain or gzip."""
+    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
+    with opened as file:
+        return [line.rstrip("\n") for line in itertools.islice(file, number)]
+
+
+def real_files(name: str, data: pathlib.Path, folder: pathlib.Path) -> dict[str, str]:
+    """A few hundred real examples of a recipe, as files of its own kind."""
+    folder.mkdir()
+    sources = {
+        "wmt_ende": {
+            "TRAIN_INPUTS": "multi30k/train.en.gz",
+            "TRAIN_TARGETS": "multi30k/train.de.gz",
+            "VALIDATION_INPUTS": "multi30k/val.en.gz",
+            "VALIDATION_TARGETS": "multi30k/val.de.gz",
+        },
+        "gsm8k": {"TRAIN_PATH": "gsm8k/train.jsonl", "TEST_PATH": "gsm8k/test.jsonl"},
+        "flan2021": {
+            "TRAIN_PATH": "flan_cot/cot_data/strategyqa_train.tsv",
+            "VALIDATION_PATH": "flan_cot/cot_data/creak_train.tsv",
+        },
+    }[name]
+    return {
+        setting: small_recipes.write_lines(
+            folder / setting.lower(), first_lines(data / path, 300 if "TRAIN" in setting else 10)
+        )
+        for setting, path in sources.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wmt_ende", "gsm8k", "flan2021"])
+def test_small_recipe_on_real_data(name, external_data, tmp_path):
+    files = real_files(name, external_data, tmp_path / "files")
+    recipe = small_recipes.make_recipe(
+        name, tmp_path / "data", files=files, vocab_size=500, lengths=(64, 32)
+    )
+    changes = {"gsm8k.num_exemplars": 0} if name == "gsm8k" else {}
+    run_twice(recipe, tmp_path / "run", **changes)
+
+
+_TASKS = """
+    import functools
+    import seqio
+    import tensorflow as tf
+
+    VOCABULARY = seqio.SentencePieceVocabulary({vocabulary!r}, extra_ids=0)
+    FEATURES = {{
+        "inputs": seqio.Feature(VOCABULARY, add_eos=True),
+        "targets": seqio.Feature(VOCABULARY, add_eos=True),
+    }}
+
+    def count_right(targets, predictions):
+        right = sum(target == prediction for target, prediction in zip(targets, predictions))
+        return {{"right": 100.0 * right / len(targets)}}
+
+    def to_text(example):
+        return {{"inputs": example["en"], "targets": example["de"]}}
+
+    def lines(split, shuffle_files=False):
+        paths = {paths!r}[split]
+        pair = tuple(tf.data.TextLineDataset(path) for path in paths)
+        return tf.data.Dataset.zip(pair).map(lambda en, de: {{"en": en, "de": de}})
+
+    seqio.TaskRegistry.add(
+        "users_translation",
+        source=seqio.FunctionDataSource(lines, splits=("train", "validation")),
+        preprocessors=[
+            functools.partial(seqio.map_over_dataset, )(to_text),
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos_after_trim,
+        ],
+        output_features=FEATURES,
+        metric_fns=[count_right],
+    )
+"""
+
+
+@pytest.mark.slow
+def test_seqio_task_of_a_users_module(tmp_path):
+    """Named by MIXTURE_OR_TASK_NAME and MIXTURE_OR_TASK_MODULE, in a process of its own."""
+    pytest.importorskip("seqio")
+    recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "data")
+    files = {
+        key: recipe.settings[key] for key in recipe.settings if "INPUTS" in key or "TARGETS" in key
+    }
+    paths = {
+        split: (files[f"{split.upper()}_INPUTS"], files[f"{split.upper()}_TARGETS"])
+        for split in ("train", "validation")
+    }
+    source = _TASKS.format(vocabulary=recipe.settings["VOCABULARY_PATH"], paths=paths)
+    (tmp_path / "users_tasks.py").write_text(textwrap.dedent(source))
+    changes = {key: None for key in files} | {
+        "MIXTURE_OR_TASK_NAME": "users_translation",
+        "MIXTURE_OR_TASK_MODULE": "users_tasks",
+        "Checkpoints.best_metric": "right",
+        **ON_POLICY,
+    }
+    model_dir = tmp_path / "run"
+    for steps in (10, 20):
+        process = subprocess.run(
+            [
+                *(sys.executable, "-m", "gkd_jax.main"),
+                *recipe.flags(model_dir, TRAIN_STEPS=steps, **changes),
+            ],
+            cwd=small_recipes.ROOT,
+            env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        assert "eval/right: " in process.stdout
+    assert "resuming after step 10 of 20" in process.stderr
+    rows = small_runs.metrics(model_dir)
+    assert rows[-1]["step"] == 20
+    assert "eval/right" in rows[-1]
+    scores = json.loads((model_dir / "eval" / "scores_20.json").read_text())
+    assert scores["right"]["value"] == rows[-1]["eval/right"]
