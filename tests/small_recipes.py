@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gzip
 import io
 import json
 import pathlib
@@ -105,6 +106,41 @@ WRITE_FILES: Mapping[str, Callable[[pathlib.Path], dict[str, str]]] = {
     "gsm8k": _gsm8k_files,
     "flan2021": _flan_files,
 }
+
+
+def first_lines(path: pathlib.Path, number: int) -> list[str]:
+    """The first lines of a file, plain or gzip."""
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    return content.decode().split("\n")[:number]
+
+
+_REAL_FILES = {
+    "wmt_ende": {
+        "TRAIN_INPUTS": "multi30k/train.en.gz",
+        "TRAIN_TARGETS": "multi30k/train.de.gz",
+        "VALIDATION_INPUTS": "multi30k/val.en.gz",
+        "VALIDATION_TARGETS": "multi30k/val.de.gz",
+    },
+    "gsm8k": {"TRAIN_PATH": "gsm8k/train.jsonl", "TEST_PATH": "gsm8k/test.jsonl"},
+    "flan2021": {
+        "TRAIN_PATH": "flan_cot/cot_data/strategyqa_train.tsv",
+        "VALIDATION_PATH": "flan_cot/cot_data/creak_train.tsv",
+    },
+}
+
+
+def make_real_recipe(name: str, data: pathlib.Path, folder: pathlib.Path) -> "Recipe":
+    """As `make_recipe`, of 300 real examples to train on and 10 to evaluate."""
+    folder.mkdir(parents=True)
+    files = {
+        setting: write_lines(
+            folder / setting.lower(), first_lines(data / path, 300 if "TRAIN" in setting else 10)
+        )
+        for setting, path in _REAL_FILES[name].items()
+    }
+    return make_recipe(name, folder, files=files, vocab_size=500, lengths=(64, 32))
 
 
 class Gin(str):

@@ -3,8 +3,6 @@
 Synthetic files of the same shape everywhere; real data too where GKD_JAX_DATA names them.
 """
 
-import gzip
-import itertools
 import json
 import os
 import pathlib
@@ -59,50 +57,15 @@ def test_small_recipe(name, tmp_path):
     run_twice(recipe, tmp_path / "run", **changes)
 
 
-def first_lines(path: pathlib.Path, number: int) -> list[str]:
-    """The first lines of a file, plain or gzip."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        return [line.rstrip("\n") for line in itertools.islice(file, number)]
-
-
-def real_files(name: str, data: pathlib.Path, folder: pathlib.Path) -> dict[str, str]:
-    """A few hundred real examples of a recipe, as files of its own kind."""
-    folder.mkdir()
-    sources = {
-        "wmt_ende": {
-            "TRAIN_INPUTS": "multi30k/train.en.gz",
-            "TRAIN_TARGETS": "multi30k/train.de.gz",
-            "VALIDATION_INPUTS": "multi30k/val.en.gz",
-            "VALIDATION_TARGETS": "multi30k/val.de.gz",
-        },
-        "gsm8k": {"TRAIN_PATH": "gsm8k/train.jsonl", "TEST_PATH": "gsm8k/test.jsonl"},
-        "flan2021": {
-            "TRAIN_PATH": "flan_cot/cot_data/strategyqa_train.tsv",
-            "VALIDATION_PATH": "flan_cot/cot_data/creak_train.tsv",
-        },
-    }[name]
-    return {
-        setting: small_recipes.write_lines(
-            folder / setting.lower(), first_lines(data / path, 300 if "TRAIN" in setting else 10)
-        )
-        for setting, path in sources.items()
-    }
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wmt_ende", "gsm8k", "flan2021"])
 def test_small_recipe_on_real_data(name, external_data, tmp_path):
-    files = real_files(name, external_data, tmp_path / "files")
-    recipe = small_recipes.make_recipe(
-        name, tmp_path / "data", files=files, vocab_size=500, lengths=(64, 32)
-    )
+    recipe = small_recipes.make_real_recipe(name, external_data, tmp_path / "data")
     changes = {"gsm8k.num_exemplars": 0} if name == "gsm8k" else {}
     run_twice(recipe, tmp_path / "run", **changes)
 
 
 _TASKS = """
-    import functools
     import seqio
     import tensorflow as tf
 
@@ -128,7 +91,7 @@ _TASKS = """
         "users_translation",
         source=seqio.FunctionDataSource(lines, splits=("train", "validation")),
         preprocessors=[
-            functools.partial(seqio.map_over_dataset, )(to_text),
+            seqio.map_over_dataset(to_text),
             seqio.preprocessors.tokenize,
             seqio.preprocessors.append_eos_after_trim,
         ],
@@ -152,7 +115,7 @@ def test_seqio_task_of_a_users_module(tmp_path):
     }
     source = _TASKS.format(vocabulary=recipe.settings["VOCABULARY_PATH"], paths=paths)
     (tmp_path / "users_tasks.py").write_text(textwrap.dedent(source))
-    changes = {key: None for key in files} | {
+    changes = dict.fromkeys(files) | {
         "MIXTURE_OR_TASK_NAME": "users_translation",
         "MIXTURE_OR_TASK_MODULE": "users_tasks",
         "Checkpoints.best_metric": "right",
