@@ -239,6 +239,33 @@ def test_all_that_is_wrong_is_said_at_once(recipes, tmp_path):
     refused([*arguments, "--dry_run"], *wanted)
 
 
+def test_dry_run_describes_the_plan_and_makes_nothing(recipes, tmp_path, monkeypatch):
+    """With the overrides that the README shows."""
+    monkeypatch.setattr(train, "Trainer", None)
+    recipe = recipes["wmt_ende"]
+    status, out, err = run_main(
+        *recipe.flags(tmp_path / "run", STUDENT_DATA_FRACTION=0.5),
+        "--gin.DIVERGENCE=@divergences.ForwardKL()",
+        "--dry_run",
+    )
+    assert status == 0, err
+    for name, width in (
+        ("student", small_recipes.STUDENT_WIDTH),
+        ("teacher", small_recipes.TEACHER_WIDTH),
+    ):
+        params = small_recipes.t5(width, recipe.settings["VOCAB_SIZE"]).abstract_params()
+        number = sum(leaf.size for leaf in jax.tree.leaves(params))
+        assert (
+            f"{name}: {number:,} parameters, from {recipe.settings['VOCABULARY_PATH'][:-9]}" in out
+        )
+    for text in (
+        "ForwardKL()", "student_data_fraction=0.5", "steps: 4 of 4 examples", "64 examples",
+        "evaluation: 10 examples every 10 steps", "BeamSearch",
+    ):  # fmt: skip
+        assert text in out, out
+    assert not (tmp_path / "run").exists()
+
+
 def damage_truncate(path: pathlib.Path) -> None:
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)

@@ -65,6 +65,31 @@ def test_small_recipe_on_real_data(name, external_data, tmp_path):
     run_twice(recipe, tmp_path / "run", **changes)
 
 
+@pytest.mark.slow
+def test_generated_outputs_train_a_student(tmp_path):
+    """SeqKD by the overlays: the teacher's outputs, then fine-tuning on them."""
+    recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "data")
+    output = tmp_path / "outputs.jsonl"
+    generation = ["--gin_file=gin_configs/generate.gin", f"--gin.GENERATION_OUTPUT={str(output)!r}"]
+    flags = [*recipe.flags(tmp_path / "none"), *generation, "--run_mode=generate"]
+    status, out, err = run_main(*flags)
+    assert (status, out) == (0, f"written: {output}\n"), err
+    assert len(small_runs.rows(output)) == 64
+
+    settings = {name: value for name, value in recipe.settings.items() if "TEACHER" not in name}
+    sft = small_recipes.Recipe("sft/wmt_ende", settings)
+    flags = [
+        *sft.flags(tmp_path / "run"),
+        "--gin_file=gin_configs/methods/seqkd.gin",
+        f"--gin.TEACHER_OUTPUTS={str(output)!r}",
+    ]
+    status, out, err = run_main(*flags)
+    assert status == 0, err
+    assert "eval/bleu: " in out
+    plan = (tmp_path / "run" / "metrics.jsonl").read_text().partition("\n")[0]
+    assert "task 'teacher_outputs', split 'train': 64 examples" in plan
+
+
 _TASKS = """
     import seqio
     import tensorflow as tf

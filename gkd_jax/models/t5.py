@@ -76,7 +76,10 @@ class EncoderLayer(nn.Module):
         self.dropout = _dropout(self.config)
 
     def __call__(
-        self, x: Float[Array, "B S D"], relpos: Float[Array, "1 H S S"], mask: Bool[Array, "B 1 S S"]
+        self,
+        x: Float[Array, "B S D"],
+        relpos: Float[Array, "1 H S S"],
+        mask: Bool[Array, "B 1 S S"],
     ) -> Float[Array, "B S D"]:
         y = self.pre_attention_layer_norm(x)
         keys, values = self.attention.keys_values(y)

@@ -1,0 +1,82 @@
+"""A whole run over two processes: the same data, numbers and files as in one."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+import small_recipes
+import small_runs
+
+SETTINGS = {
+    "TRAIN_STEPS": 6,
+    "STUDENT_DATA_FRACTION": 0.5,
+    "DROPOUT_RATE": 0.0,
+    "BATCH_SIZE": 8,
+    "NUM_MICROBATCHES": 2,
+    "EVAL_PERIOD": 3,
+    "CHECKPOINT_PERIOD": 3,
+    "Experiment.log_period": 1,
+    "Partitioner.data_parallelism": 2,
+    "Partitioner.model_parallelism": 2,
+}
+
+
+def start(flags: list[str], *, devices: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "gkd_jax.main", *flags],
+        cwd=small_recipes.ROOT,
+        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(processes: list[subprocess.Popen]) -> None:
+    outputs = [process.communicate(timeout=560)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+
+
+def together(flags: list[str]) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = [*flags, f"--coordinator_address=localhost:{port}", "--process_count=2"]
+    return [start([*shared, f"--process_index={index}"], devices=2) for index in range(2)]
+
+
+def predictions(model_dir: pathlib.Path, step: int) -> str:
+    return (model_dir / "eval" / f"predictions_{step}.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_over_two_processes(tmp_path):
+    """Trains, evaluates, saves; goes on in another start; generates."""
+    recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "data")
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish([start(recipe.flags(one, **SETTINGS), devices=4)])
+    finish(together(recipe.flags(two, **SETTINGS | {"TRAIN_STEPS": 3})))
+    finish(together(recipe.flags(two, **SETTINGS)))
+
+    left, right = (small_runs.metrics(folder) for folder in (one, two))
+    assert [row["step"] for row in left] == [row["step"] for row in right]
+    for row, other in zip(left, right, strict=True):
+        assert set(row) == set(other)
+        for name, value in row.items():
+            assert other[name] == pytest.approx(value, rel=1e-4), (row["step"], name)
+    for step in (0, 3, 6):
+        assert predictions(one, step) == predictions(two, step)
+
+    for folder, run in ((one, lambda flags: [start(flags, devices=4)]), (two, together)):
+        output = str(tmp_path / f"{folder.name}.jsonl")
+        generation = [
+            "--gin_file=gin_configs/generate.gin",
+            "--run_mode=generate",
+            f"--gin.GENERATION_OUTPUT={output!r}",
+            "--gin.GENERATION_SPLIT='validation'",
+        ]
+        finish(run([*recipe.flags(folder, **SETTINGS), *generation]))
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
