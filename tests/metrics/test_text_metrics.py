@@ -137,6 +137,6 @@ def test_exact_match_ignores_white_space_and_takes_any_reference():
 )
 def test_a_missing_package_is_named_with_its_remedy(metric, module, package, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=rf"needs the package {package}.*gkd_jax\[data\]"):
+    with pytest.raises(ValueError, match=rf"needs the package {package}.*gkd_jax\[text\]"):
         metric([["a"]], ["a"])
     assert exact_match([["a"]], ["a"])["exact_match"].value == 100.0
