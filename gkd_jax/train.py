@@ -5,6 +5,7 @@ one batch ahead.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,12 +15,16 @@ import jax.numpy as jnp
 from absl import logging
 
 from gkd_jax import prepare, runtime, train_step, writers
-from gkd_jax.array_types import Array, Bool, Metrics, PyTree
+from gkd_jax.array_types import Array, Bool, Metrics, Params, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.store import CheckpointStore
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.evaluate import Evaluator
 from gkd_jax.experiment import Experiment
+from gkd_jax.models.base import LanguageModel
+from gkd_jax.objectives.objective import Objective
+from gkd_jax.optimizers import Optimizer
+from gkd_jax.partitioning import Partitioner
 from gkd_jax.runtime import Purpose, make_key
 from gkd_jax.train_step import TrainState
 
@@ -39,38 +44,75 @@ class TrainResult:
     seconds: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class StepFunctions:
+    """The jitted functions that make and change a state, and the state's shapes and shardings."""
+
+    init: Callable[[Params], TrainState]
+    step: train_step.StepFn
+    abstract_state: TrainState
+
+
+# Runs of equal settings, as a study may have them, share what was compiled.
+@functools.cache
+def jit_step_functions(
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    objective: Objective,
+    optimizer: Optimizer,
+    partitioner: Partitioner,
+    *,
+    num_microbatches: int,
+    use_dropout: bool,
+) -> StepFunctions:
+    """Jits `train_step.init_train_state` and `train_step.make_train_step`."""
+    transformation = optimizer.build()
+    init = functools.partial(train_step.init_train_state, optimizer=transformation)
+    abstract = jax.eval_shape(init, student.abstract_params())
+    shardings = partitioner.state_shardings(abstract, partitioner.param_shardings(student))
+    step = train_step.make_train_step(
+        student,
+        teacher,
+        objective,
+        transformation,
+        num_microbatches=num_microbatches,
+        use_dropout=use_dropout,
+    )
+    return StepFunctions(
+        init=jax.jit(init, donate_argnums=0, out_shardings=shardings),
+        step=jax.jit(
+            partitioner.annotate(step),
+            donate_argnums=0,
+            out_shardings=(shardings, partitioner.replicated),
+        ),
+        abstract_state=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            shardings,
+        ),
+    )
+
+
 class Trainer:
-    """The jitted functions of a run and the arrays that they change."""
+    """The jitted functions of a run and the teacher's parameters."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset):
         self.experiment = experiment
         self.dataset = dataset
         student, partitioner = experiment.student.model, experiment.partitioner
         teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
-        self._optimizer = experiment.optimizer.build()
         self.teacher_params = None if teacher is None else runtime.load_teacher(experiment)
-
-        abstract = jax.eval_shape(self._new_state, student.abstract_params())
-        shardings = partitioner.state_shardings(abstract, partitioner.param_shardings(student))
-        self.abstract_state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            shardings,
-        )
-        self._state_shardings = shardings
-        step_fn = train_step.make_train_step(
+        functions = jit_step_functions(
             student,
             teacher.model if teacher else None,
             experiment.objective,
-            self._optimizer,
+            experiment.optimizer,
+            partitioner,
             num_microbatches=experiment.num_microbatches,
             use_dropout=experiment.use_dropout,
         )
-        self.step_fn = jax.jit(
-            partitioner.annotate(step_fn),
-            donate_argnums=0,
-            out_shardings=(shardings, partitioner.replicated),
-        )
+        self.abstract_state = functions.abstract_state
+        self._init_fn, self.step_fn = functions.init, functions.step
         vocabulary = dataset.config.vocabulary
         self.rollout_fn = runtime.jit_rollout(
             experiment.rollout,
@@ -81,14 +123,9 @@ class Trainer:
         )
         self.rollout_metrics_fn = runtime.jit_rollout_metrics(vocabulary.eos_ids)
 
-    def _new_state(self, params: PyTree) -> TrainState:
-        return train_step.init_train_state(params, self._optimizer)
-
     def init_state(self) -> TrainState:
         """The state before the first step, made sharded."""
-        params = runtime.init_params(self.experiment)
-        init = jax.jit(self._new_state, donate_argnums=0, out_shardings=self._state_shardings)
-        return init(params)
+        return self._init_fn(runtime.init_params(self.experiment))
 
     def step(
         self, state: TrainState, batch: Batch, step: int
@@ -138,6 +175,10 @@ def train(experiment: Experiment, *, before_start: Callable[[], None] | None = N
         return loop.run()
     finally:
         loop.close()
+
+
+# How alarms call the outputs of a group of metrics.
+_KINDS = {"rollout": "sampled", "outputs": "evaluated"}
 
 
 class _Loop:
@@ -225,10 +266,10 @@ class _Loop:
             value = values.get(f"{group}/{name}", 0.0)
             if value > limit:
                 logging.warning(
-                    "ALARM at step %d: %s of %s outputs is %.2f, above Alarms.%s = %.2f: outputs "
+                    "ALARM at step %d: %s of the %s outputs is %.2f, above Alarms.%s = %.2f: outputs "
                     "collapse or do not end. Look at the predictions; compare the end-of-sequence "
                     "ids of teacher and student, the learning rate and the target length.",
-                    step, name, group, value, name, limit,
+                    step, name, _KINDS[group], value, name, limit,
                 )  # fmt: skip
 
     def _evaluate_if_due(self, step: int) -> None:

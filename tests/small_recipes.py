@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -16,6 +17,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from gkd_jax import main
+from gkd_jax.array_types import Params
 from gkd_jax.checkpoints.store import save_params
 from gkd_jax.data.train_vocabulary import train_sentencepiece
 from gkd_jax.models.config import T5Config
@@ -164,6 +166,12 @@ def t5(width: int, vocab_size: int) -> T5:
     )
 
 
+@functools.cache
+def init_params(width: int, vocab_size: int) -> Params:
+    """Random parameters, of a seed of their own for each width."""
+    return jax.jit(t5(width, vocab_size).init)(jax.random.key(width))
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """A recipe with its small overrides, its files, and checkpoints to start from."""
@@ -201,7 +209,7 @@ def make_recipe(
     checkpoints = {}
     for key, width in (("student", STUDENT_WIDTH), ("teacher", TEACHER_WIDTH)):
         checkpoints[key] = str(folder / key)
-        save_params(checkpoints[key], t5(width, vocab_size).init(jax.random.key(width)))
+        save_params(checkpoints[key], init_params(width, vocab_size))
     settings: dict[str, object] = {
         **files,
         "INITIAL_CHECKPOINT_PATH": checkpoints["student"],

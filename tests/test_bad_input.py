@@ -346,7 +346,7 @@ def test_a_vocabulary_that_is_not_the_teachers(recipes, tmp_path):
 
     vocabulary = SentencePieceVocabulary(str(other))
     trained = tmp_path / "trained_teacher"
-    params = small_recipes.t5(small_recipes.TEACHER_WIDTH, vocab_size).init(jax.random.key(0))
+    params = small_recipes.init_params(small_recipes.TEACHER_WIDTH, vocab_size)
     save_params(trained, params, {"vocabulary": runtime.describe_vocabulary(vocabulary)})
     refused(
         recipe.flags(tmp_path / "run", TEACHER_CHECKPOINT_PATH=str(trained)),

@@ -18,6 +18,7 @@ from gkd_jax.prepare import ConfigurationError
 from gkd_jax.sampling.beam_search import BeamSearch
 from gkd_jax.sampling.methods import Greedy, Sample
 
+SLOW = pytest.mark.slow
 METHODS = {"greedy": Greedy(), "sample": Sample(), "beam": BeamSearch(num_beams=2)}
 
 
@@ -39,7 +40,9 @@ def evaluator_of(model_dir, teacher, *, batch_size=small_runs.BATCH_SIZE, **chan
     return Evaluator(experiment, Dataset(data)), params, teacher_params
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["sample", *(pytest.param(name, marks=SLOW) for name in ("greedy", "beam"))]
+)
 def test_each_example_counts_once(method, tiny_teacher, tmp_path):
     """Batches of 4, 4 and 2 with two fillers give what batches of 5 and 5 without any give."""
     results = []

@@ -47,10 +47,8 @@ def run_twice(recipe: small_recipes.Recipe, model_dir: pathlib.Path, **changes: 
     assert saved == ["checkpoint_10", "checkpoint_20"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["xsum", *(pytest.param(n, marks=pytest.mark.slow) for n in ("wmt_ende", "gsm8k", "flan2021"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METRICS)
 def test_small_recipe(name, tmp_path):
     changes = {"gsm8k.num_exemplars": 0} if name == "gsm8k" else {}
     recipe = small_recipes.make_recipe(name, tmp_path / "data", lengths=(48, 24))

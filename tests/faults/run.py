@@ -39,19 +39,23 @@ def number_of(patch: pathlib.Path) -> int:
 
 
 def marked_tests() -> dict[int, list[str]]:
-    """Pitfall number to the ids of the tests that carry its marker; reads the sources only."""
-    found = collections.defaultdict(list)
-    # Tests of whole runs come last: they take the longest.
-    texts = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
-    for path in sorted(texts, key=lambda path: "import small_runs" in texts[path]):
-        for node in ast.walk(ast.parse(texts[path])):
+    """Pitfall number to the ids of the tests that carry its marker, quick ones first.
+
+    Reads the sources only: to import all tests takes longer than to run most of them.
+    """
+    found: dict[int, list[tuple[tuple[bool, bool], str]]] = collections.defaultdict(list)
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.FunctionDef):
                 continue
-            for decorator in node.decorator_list:
-                match = re.fullmatch(r"pytest\.mark\.pitfall\((\d+)\)", ast.unparse(decorator))
-                if match:
-                    found[int(match[1])].append(f"{path.relative_to(ROOT)}::{node.name}")
-    return found
+            marks = [ast.unparse(decorator) for decorator in node.decorator_list]
+            cost = ("pytest.mark.slow" in marks, "import small_runs" in text)
+            for mark in marks:
+                if match := re.fullmatch(r"pytest\.mark\.pitfall\((\d+)\)", mark):
+                    test = f"{path.relative_to(ROOT)}::{node.name}"
+                    found[int(match[1])].append((cost, test))
+    return {number: [test for _, test in sorted(tests)] for number, tests in found.items()}
 
 
 def touched_files(patch: pathlib.Path) -> list[str]:
@@ -149,7 +153,7 @@ def main(arguments: list[str]) -> int:
     noticed_by: dict[str, str] = {}
     for patch in chosen:
         start = time.monotonic()
-        test, verdict = try_fault(patch, tests[number_of(patch)])
+        test, verdict = try_fault(patch, tests.get(number_of(patch), []))
         if test is not None:
             noticed_by[patch.stem] = test
         print(f"{patch.stem:<{width}}  {time.monotonic() - start:5.1f} s  {verdict}", flush=True)
