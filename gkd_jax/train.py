@@ -266,9 +266,10 @@ class _Loop:
             value = values.get(f"{group}/{name}", 0.0)
             if value > limit:
                 logging.warning(
-                    "ALARM at step %d: %s of the %s outputs is %.2f, above Alarms.%s = %.2f: outputs "
-                    "collapse or do not end. Look at the predictions; compare the end-of-sequence "
-                    "ids of teacher and student, the learning rate and the target length.",
+                    "ALARM at step %d: %s of the %s outputs is %.2f, above Alarms.%s = %.2f: "
+                    "outputs collapse or do not end. Look at the predictions; compare the "
+                    "end-of-sequence ids of teacher and student, the learning rate and the target "
+                    "length.",
                     step, name, _KINDS[group], value, name, limit,
                 )  # fmt: skip
 

@@ -89,7 +89,9 @@ def apply(patch: pathlib.Path, copy: pathlib.Path, *options: str) -> str:
     return done.stderr.strip() if done.returncode else ""
 
 
-def run_tests(copy: pathlib.Path, tests: Iterable[str], *options: str) -> tuple[list[str], str]:
+def run_tests(
+    copy: pathlib.Path, tests: Iterable[str], *options: str, time_limit: float | None = None
+) -> tuple[list[str], str]:
     """Runs tests in a copy; returns the ids of those that failed, and what pytest printed."""
     environment = dict(os.environ, PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
     # pyproject.toml adds one -q, which leaves the summary that is read here.
@@ -101,10 +103,10 @@ def run_tests(copy: pathlib.Path, tests: Iterable[str], *options: str) -> tuple[
             env=environment,
             capture_output=True,
             text=True,
-            timeout=TIME_LIMIT_SECONDS,
+            timeout=time_limit,
         )
     except subprocess.TimeoutExpired:
-        return [], f"no end within {TIME_LIMIT_SECONDS} seconds"
+        return [], f"no end within {time_limit} seconds"
     # A module that does not even import has no '::': that is a broken patch, not a failed test.
     failed = re.findall(
         r"^(?:FAILED|ERROR) (\S+?::.+?)(?: - .*)?$", result.stdout, flags=re.MULTILINE
@@ -122,7 +124,7 @@ def try_fault(patch: pathlib.Path, tests: list[str]) -> tuple[str | None, str]:
         complaint = apply(patch, copy)
         if complaint:
             return None, f"PATCH DOES NOT APPLY: {complaint.splitlines()[0]}"
-        failed, printed = run_tests(copy, tests, "-x")
+        failed, printed = run_tests(copy, tests, "-x", time_limit=TIME_LIMIT_SECONDS)
     if failed:
         return failed[0], failed[0]
     last = (printed.strip().splitlines() or ["pytest printed nothing"])[-1]
