@@ -1,9 +1,9 @@
 """Run mode generate: whole outputs of every prompt, once, however often it was stopped."""
 
 import dataclasses
-import json
 import math
 import pathlib
+import shutil
 
 import pytest
 import small_runs
@@ -34,15 +34,22 @@ def experiment_of(folder, teacher, *, task=None, model="student", student=None, 
 
 @pytest.fixture(scope="module")
 def whole(tiny_teacher, tmp_path_factory):
-    """The content of a file that nothing interrupted."""
+    """A file that nothing interrupted."""
     experiment = experiment_of(tmp_path_factory.mktemp("whole"), tiny_teacher)
     path = pathlib.Path(generate.generate(experiment))
     assert str(path) == experiment.generation.output
-    return path.read_bytes()
+    return path
+
+
+def copy_of(whole, folder) -> pathlib.Path:
+    """The file, and what tells which generation it is of, in another folder."""
+    for name in (whole.name, f"{whole.name}.identity"):
+        shutil.copy(whole.parent / name, folder / name)
+    return folder / whole.name
 
 
 def test_every_prompt_has_its_outputs(whole):
-    rows = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
+    rows = small_runs.rows(whole)
     assert [row["index"] for row in rows] == [
         i for i in range(small_runs.NUM_HELDOUT) for _ in "ab"
     ]
@@ -60,21 +67,18 @@ def test_every_prompt_has_its_outputs(whole):
 # Cut after so many bytes: at once, in the first line, within the second batch's second samples.
 @pytest.mark.parametrize("cut", [0.0, 0.01, 0.52, 0.99])
 def test_a_stopped_file_is_completed_to_the_same(cut, whole, tiny_teacher, tmp_path):
-    experiment = experiment_of(tmp_path, tiny_teacher)
-    path = pathlib.Path(generate.generate(experiment))
-    assert path.read_bytes() == whole
-    path.write_bytes(whole[: int(cut * len(whole))])
-    generate.generate(experiment)
-    assert path.read_bytes() == whole
+    path, content = copy_of(whole, tmp_path), whole.read_bytes()
+    path.write_bytes(content[: int(cut * len(content))])
+    generate.generate(experiment_of(tmp_path, tiny_teacher))
+    assert path.read_bytes() == content
 
 
 def test_a_complete_file_is_not_made_again(whole, tiny_teacher, tmp_path, monkeypatch):
-    experiment = experiment_of(tmp_path, tiny_teacher)
-    path = pathlib.Path(generate.generate(experiment))
+    path = copy_of(whole, tmp_path)
     fail = lambda *args, **kwargs: lambda *args: pytest.fail("decoded")  # noqa: E731
     monkeypatch.setattr(runtime, "jit_rollout", fail)
-    generate.generate(experiment)
-    assert path.read_bytes() == whole
+    generate.generate(experiment_of(tmp_path, tiny_teacher))
+    assert path.read_bytes() == whole.read_bytes()
 
 
 def test_a_cut_within_a_character(tiny_teacher, tmp_path):
@@ -104,8 +108,7 @@ def test_greedy_outputs_are_those_of_an_evaluation(tiny_teacher, tmp_path):
 
 
 def test_another_generation_refuses_the_old_file(whole, tiny_teacher, tmp_path):
-    experiment = experiment_of(tmp_path, tiny_teacher)
-    path = pathlib.Path(generate.generate(experiment))
+    path = copy_of(whole, tmp_path)
     other_student = tmp_path / "other"
     student = Student(small_runs.model(small_runs.TEACHER_WIDTH))
     train.train(small_runs.sft(other_student, student=student, num_steps=5, seed=3))
@@ -117,8 +120,8 @@ def test_another_generation_refuses_the_old_file(whole, tiny_teacher, tmp_path):
         with pytest.raises(ValueError, match=r"was written by another generation .* new file"):
             generate.generate(experiment_of(tmp_path, tiny_teacher, **changes))
     with pytest.raises(ValueError, match="was written by another generation"):
-        generate.generate(dataclasses.replace(experiment, seed=1))
-    assert path.read_bytes() == whole
+        generate.generate(dataclasses.replace(experiment_of(tmp_path, tiny_teacher), seed=1))
+    assert path.read_bytes() == whole.read_bytes()
 
 
 def test_a_file_of_the_users_own_is_left_alone(tiny_teacher, tmp_path):

@@ -191,6 +191,7 @@ def test_a_failing_rollout_stops_the_run(tiny_teacher, tmp_path, monkeypatch):
 
 
 @pytest.mark.pitfall(7)
+@pytest.mark.slow
 @pytest.mark.pitfall(40)
 def test_the_configured_objective_is_what_a_run_minimises(tiny_teacher, tmp_path):
     """Loss and gradient of a run's first step, all fields set, against the bare loss function.
@@ -258,6 +259,7 @@ def test_rollout_settings_reach_the_samples(tiny_teacher, tmp_path):
     assert sampled.targets.shape == (2 * small_runs.BATCH_SIZE, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall(42)
 def test_dropout_is_on_in_the_student_and_off_in_the_teacher(tiny_teacher, gkd_run, tmp_path):
     """A teacher configured with dropout trains as one without; switched off, it changes steps."""
