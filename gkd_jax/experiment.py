@@ -157,7 +157,6 @@ class Experiment:
       generation: what `--run_mode=generate` writes.
       partitioner: the device mesh and the rules that shard arrays over it.
       num_microbatches: parts of the batch whose gradients are added up before an update.
-      use_dropout: whether the student's dropout is on in training (at its model's rate).
       checkpoints: when states are saved and which are kept.
       alarms: shares above which a warning is logged.
       log_period: steps between lines of training metrics.
@@ -178,7 +177,6 @@ class Experiment:
     generation: Generation | None = None
     partitioner: Partitioner = dataclasses.field(default_factory=Partitioner)
     num_microbatches: int = 1
-    use_dropout: bool = True
     checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
     alarms: Alarms = dataclasses.field(default_factory=Alarms)
     log_period: int = 100

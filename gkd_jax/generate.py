@@ -19,6 +19,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.experiment import Experiment, Generation
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.partitioning import process_zero_decides
 from gkd_jax.rollout import Rollout
 from gkd_jax.runtime import Purpose, make_key
 
@@ -41,7 +42,7 @@ def generate(experiment: Experiment) -> str:
     assert dataset is not None
     model, params, source = _model_to_use(experiment, generation)
     output = _OutputFile(generation, _identity(generation, dataset, source, experiment.seed))
-    num_done = output.num_done()
+    num_done = process_zero_decides(output.num_done)
     logging.info("generate: %d of %d prompts are done", num_done, dataset.num_examples)
 
     vocabulary = dataset.config.vocabulary

@@ -309,19 +309,35 @@ class Partitioner:
         return fetch_to_host(tree)
 
 
-def init_sharded(fn: Callable[..., Any], shardings: PyTree[Any]) -> Callable[..., Any]:
-    """Jits a function that makes arrays, so that each device makes only its own part.
-
-    Values do not depend on the mesh: JAX's keys are partitionable.
-    """
-    return jax.jit(fn, out_shardings=shardings)
-
-
 def fetch_to_host(tree: PyTree[Any]) -> PyTree[np.ndarray]:
     """Copies whole global arrays to every process as NumPy. All processes must call it."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
     return jax.tree.map(np.asarray, jax.device_get(tree))
+
+
+def process_zero_decides(decide: Callable[[], int]) -> int:
+    """Runs `decide` on process 0 and gives all processes its result, which is 0 or more.
+
+    What depends on the state of files must be decided so: processes may look at different times.
+
+    Raises:
+      OSError, ValueError: as `decide`; on the other processes a ValueError.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    result, error = -1, None
+    if jax.process_index() == 0:
+        try:
+            result = int(decide())
+        except (OSError, ValueError) as caught:
+            error = caught
+    result = int(multihost_utils.broadcast_one_to_all(np.int32(result)))
+    if error is not None:
+        raise error
+    if result < 0:
+        raise ValueError("process 0 cannot go on with the files of this run: see its log")
+    return result
 
 
 def _names(path: Any) -> tuple[str, ...]:

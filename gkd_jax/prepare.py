@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import jax
 from etils import epath
 
-from gkd_jax import runtime
+from gkd_jax import runtime, writers
 from gkd_jax.checkpoints import load
 from gkd_jax.data.pipeline import Dataset, DatasetConfig
 from gkd_jax.data.vocabularies import Vocabulary, check_same_vocabulary
@@ -112,7 +112,9 @@ class _Check:
         if experiment.evaluation is not None:
             self._open("eval_data", experiment.evaluation.data)
             with collecting():
-                check_same_vocabulary(vocabulary, experiment.evaluation.data.vocabulary)
+                check_same_vocabulary(
+                    vocabulary, experiment.evaluation.data.vocabulary, whose="evaluation"
+                )
 
     def evaluate(self) -> None:
         """The evaluation, a trained student, and the teacher for the divergence if there is one."""
@@ -160,6 +162,7 @@ class _Check:
 
     def _check_model_dir(self) -> None:
         with self.problems.collecting():
+            writers.check_model_dir(self._experiment.model_dir)
             folder = epath.Path(self._experiment.model_dir)
             _check_writable("Experiment.model_dir", folder, remedy="Set MODEL_DIR to")
 

@@ -20,7 +20,7 @@ from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.objective import Objective
-from gkd_jax.partitioning import Partitioner
+from gkd_jax.partitioning import Partitioner, process_zero_decides
 from gkd_jax.rollout import Rollout, rollout_metrics, sample_outputs
 from gkd_jax.train_step import make_eval_step
 
@@ -109,7 +109,7 @@ def student_to_use(experiment: Experiment) -> TrainedStudent:
     Raises:
       ValueError: there are neither.
     """
-    if newest_step(experiment.model_dir) is None:
+    if process_zero_decides(lambda: newest_step(experiment.model_dir) or 0) == 0:
         if experiment.student.initial_checkpoint is None:
             raise ValueError(no_student(experiment))
         return TrainedStudent(init_params(experiment), 0, experiment.student.initial_checkpoint)

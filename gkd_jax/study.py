@@ -74,7 +74,7 @@ class Study:
                         f"and the earlier ones {names}. Correct the name or the order of "
                         "Study.cells."
                     )
-            if cell.name in (*names, _TEACHER):
+            if cell.name in (*names, *_GIVEN):
                 raise ValueError(
                     f"Study.cells: the name {cell.name!r} is taken. Give the cell another."
                 )
@@ -114,8 +114,9 @@ class Study:
         return experiment
 
 
-# The row of a teacher that no cell has trained.
-_TEACHER = "teacher"
+# The rows of what no cell has trained: the teacher's checkpoint, and the one that students start
+# from.
+_GIVEN = ("teacher", "student")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,18 +188,10 @@ def run_study(study: Study, *, before_start: Callable[[], None] | None = None) -
     check_study(study)
     if before_start is not None:
         before_start()
-    rows: list[Row] = []
+    rows = [_measure(study, *given, seconds=None) for given in _given_networks(study)]
     for seed in study.seeds:
         for cell in study.cells:
             experiment = study.experiment_of(cell, seed=seed)
-            teacher = experiment.teacher
-            if teacher is not None and cell.teacher_from is None and not _has_teacher(rows):
-                as_student = dataclasses.replace(
-                    experiment,
-                    student=Student(teacher.model, teacher.checkpoint),
-                    model_dir=study.cell_dir(_TEACHER, seed),
-                )
-                rows.insert(0, _measure(study, _TEACHER, as_student, seconds=None))
             logging.info("study: %s, seed %d", cell.name, seed)
             result = train.train(experiment)
             rows.append(_measure(study, cell.name, experiment, seconds=result.seconds))
@@ -207,8 +200,26 @@ def run_study(study: Study, *, before_start: Callable[[], None] | None = None) -
     return rows
 
 
-def _has_teacher(rows: list[Row]) -> bool:
-    return any(row.name == _TEACHER for row in rows)
+def _given_networks(study: Study) -> list[tuple[str, Experiment]]:
+    """The first teacher and the first student that come from a checkpoint, as a run's student."""
+    found: dict[str, Experiment] = {}
+    seed = study.seeds[0]
+    for cell in study.cells:
+        experiment = study.experiment_of(cell, seed=seed)
+        teacher, student = cell.experiment.teacher, cell.experiment.student
+        given = {
+            "teacher": None if teacher is None else Student(teacher.model, teacher.checkpoint),
+            "student": None if student.initial_checkpoint is None else student,
+        }
+        # What the study itself trains has a row of its own.
+        if cell.student_from is not None:
+            given["student"] = None
+        for name, network in given.items():
+            if network is not None and name not in found:
+                found[name] = dataclasses.replace(
+                    experiment, student=network, model_dir=study.cell_dir(name, seed)
+                )
+    return [(name, found[name]) for name in _GIVEN if name in found]
 
 
 def _for_test(study: Study, experiment: Experiment) -> Experiment:

@@ -24,7 +24,7 @@ from gkd_jax.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.optimizers import Optimizer
-from gkd_jax.partitioning import Partitioner
+from gkd_jax.partitioning import Partitioner, process_zero_decides
 from gkd_jax.runtime import Purpose, make_key
 from gkd_jax.train_step import TrainState
 
@@ -63,7 +63,6 @@ def jit_step_functions(
     partitioner: Partitioner,
     *,
     num_microbatches: int,
-    use_dropout: bool,
 ) -> StepFunctions:
     """Jits `train_step.init_train_state` and `train_step.make_train_step`."""
     transformation = optimizer.build()
@@ -76,7 +75,6 @@ def jit_step_functions(
         objective,
         transformation,
         num_microbatches=num_microbatches,
-        use_dropout=use_dropout,
     )
     return StepFunctions(
         init=jax.jit(init, donate_argnums=0, out_shardings=shardings),
@@ -109,7 +107,6 @@ class Trainer:
             experiment.optimizer,
             partitioner,
             num_microbatches=experiment.num_microbatches,
-            use_dropout=experiment.use_dropout,
         )
         self.abstract_state = functions.abstract_state
         self._init_fn, self.step_fn = functions.init, functions.step
@@ -210,7 +207,8 @@ class _Loop:
 
     def _start(self) -> tuple[TrainState, int, int]:
         """Resumes this run, or loads given weights, or starts from scratch."""
-        if self.store.latest_step() is None:
+        # The step of a saved state is never 0.
+        if process_zero_decides(lambda: self.store.latest_step() or 0) == 0:
             return self.trainer.init_state(), 0, 0
         state, host, step = self.store.restore(self.trainer.abstract_state)
         self.trainer.dataset.check_fingerprint(host["data_fingerprint"])

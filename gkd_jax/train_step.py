@@ -139,7 +139,6 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     num_microbatches: int = 1,
-    use_dropout: bool = True,
 ) -> StepFn:
     """Makes the training step.
 
@@ -161,7 +160,7 @@ def make_train_step(
         key: Key[Array, ""],
     ) -> tuple[Params, Metrics]:
         def of_microbatch(index: Any, batch: Batch, weights: Array) -> Any:
-            dropout_key = jax.random.fold_in(key, index) if use_dropout else None
+            dropout_key = jax.random.fold_in(key, index)
             return grad_fn(params, teacher_params, batch, weights, dropout_key)
 
         if num_microbatches == 1:

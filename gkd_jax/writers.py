@@ -38,7 +38,7 @@ def default_writer(model_dir: str, *, start_step: int, num_steps: int) -> Writer
     """All writers on the first process, none on the others.
 
     Args:
-      model_dir: the run's folder, on a local disk.
+      model_dir: the run's folder, local or mounted.
       start_step: the step that the run goes on from: what an earlier run wrote after it is
         dropped, since those steps are made again; 0 drops all, as such a run starts anew.
       num_steps: updates in all, for the time left.
@@ -76,13 +76,18 @@ class MultiWriter:
             writer.close()
 
 
-def _local_path(path: str) -> pathlib.Path:
-    if "://" in path:
+def check_model_dir(model_dir: str) -> None:
+    """Refuses a bucket.
+
+    Raises:
+      ValueError: metrics cannot be appended there.
+    """
+    if "://" in model_dir:
         raise ValueError(
-            f"metrics are written to a local disk; got {path}. Set MODEL_DIR to a local or "
-            "mounted folder."
+            "Experiment.model_dir must be a folder: metrics and predictions are appended to files "
+            f"in it; got {model_dir}. Set MODEL_DIR to a local folder, or to where the bucket is "
+            "mounted (for example by Cloud Storage FUSE)."
         )
-    return pathlib.Path(path)
 
 
 class JsonLinesWriter:
@@ -92,7 +97,7 @@ class JsonLinesWriter:
     """
 
     def __init__(self, path: str, *, start_step: int = 0):
-        self._path = _local_path(path)
+        self._path = pathlib.Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             self._drop_after(start_step)
@@ -141,7 +146,7 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: str, *, start_step: int = 0):
-        path = _local_path(folder)
+        path = pathlib.Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         now = time.time()
         name = f"events.out.tfevents.{int(now * 1000)}.{socket.gethostname()}.{os.getpid()}"

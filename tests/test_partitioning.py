@@ -19,7 +19,6 @@ from gkd_jax.partitioning import (
     DataLayout,
     Partitioner,
     fetch_to_host,
-    init_sharded,
 )
 
 MESHES = [(8, 1), (4, 2), (2, 4)]
@@ -109,7 +108,7 @@ def test_mesh_has_the_asked_sizes(data, model):
 def test_one_device_is_a_mesh_too():
     partitioner = Partitioner(devices=(jax.devices()[3],))
     assert dict(partitioner.mesh.shape) == {"data": 1, "model": 1}
-    params = init_sharded(TinyModel().init, partitioner.param_shardings(TinyModel()))(
+    params = jax.jit(TinyModel().init, out_shardings=partitioner.param_shardings(TinyModel()))(
         jax.random.key(0)
     )
     assert params["layers_0"]["norm"]["scale"].devices() == {jax.devices()[3]}
@@ -152,7 +151,7 @@ def test_initial_values_are_equal_on_every_mesh(initial_values, model, rules):
     tiny = TinyModel()
     partitioner = Partitioner(model_parallelism=model, rules=rules)
     shardings = partitioner.param_shardings(tiny)
-    params = init_sharded(tiny.init, shardings)(jax.random.key(7))
+    params = jax.jit(tiny.init, out_shardings=shardings)(jax.random.key(7))
     for got, sharding, expected in zip(
         jax.tree.leaves(params),
         jax.tree.leaves(shardings),
@@ -230,7 +229,9 @@ def train_three_steps(partitioner):
         params = optax.apply_updates(state.params, updates)
         return State(params=params, opt_state=opt_state, step=state.step + 1)
 
-    state = init_sharded(lambda key: make_state(tiny.init(key), tx), shardings)(jax.random.key(0))
+    state = jax.jit(lambda key: make_state(tiny.init(key), tx), out_shardings=shardings)(
+        jax.random.key(0)
+    )
     start = jax.device_get(state.params)
     jitted = jax.jit(step, out_shardings=shardings, donate_argnums=0)
     for batch in tokens:

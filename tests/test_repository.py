@@ -13,18 +13,29 @@ from gkd_jax.gin_reader import MissingValues
 from gkd_jax.study import Study
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_GIN_FOLDER = _ROOT / "gin_configs"
-_GIN_FILES = sorted(str(path.relative_to(_GIN_FOLDER)) for path in _GIN_FOLDER.rglob("*.gin"))
+_GIN_FOLDERS = ("gin_configs", "examples")
+_GIN_FILES = sorted(
+    str(path.relative_to(_ROOT))
+    for folder in _GIN_FOLDERS
+    for path in (_ROOT / folder).rglob("*.gin")
+)
+# Parts of other files that neither base/ nor small/ shows to be such.
+_PARTS = ("examples/multi30k/sft.gin", "examples/multi30k/task.gin")
 
 
 def _is_included_only(name: str) -> bool:
     """A part of other files: in base/, or in small/ without a file that it makes small."""
-    folder, _, rest = name.partition("/")
-    return folder == "base" or (folder == "small" and rest not in _GIN_FILES)
+    made_small = name.replace("gin_configs/small/", "gin_configs/")
+    is_small = made_small != name
+    in_base = name.startswith("gin_configs/base/")
+    return in_base or name in _PARTS or (is_small and made_small not in _GIN_FILES)
 
 
 # Files that are given after a recipe, and one that they fit; small/X.gin is given after X.gin.
-_AFTER = {"generate.gin": "wmt_ende.gin", "methods/seqkd.gin": "sft/wmt_ende.gin"}
+_AFTER = {
+    "gin_configs/generate.gin": "gin_configs/wmt_ende.gin",
+    "gin_configs/methods/seqkd.gin": "gin_configs/sft/wmt_ende.gin",
+}
 
 # Given to what a gin file requires (`%gin.REQUIRED`), by the end of its name; a path otherwise.
 _PLACEHOLDERS = {
@@ -44,7 +55,7 @@ def _placeholder(name: str) -> str:
 
 def _parse_with_placeholders(names: list[str]) -> gin_utils.GinConfig:
     roots = (Study, Experiment)
-    files = [str(_GIN_FOLDER / name) for name in names]
+    files = [str(_ROOT / name) for name in names]
     try:
         return gin_utils.parse(roots=roots, gin_files=files)
     except MissingValues as error:
@@ -53,9 +64,10 @@ def _parse_with_placeholders(names: list[str]) -> gin_utils.GinConfig:
 
 
 @pytest.mark.parametrize("name", [name for name in _GIN_FILES if not _is_included_only(name)])
-def test_gin_file_builds_all_that_it_names(name):
+def test_gin_file_builds_all_that_it_names(name, monkeypatch):
     """By itself, or after the file that it is meant to follow."""
-    before = _AFTER.get(name, name.removeprefix("small/"))
+    monkeypatch.chdir(_ROOT)
+    before = _AFTER.get(name, name.replace("gin_configs/small/", "gin_configs/"))
     config = _parse_with_placeholders([before, name])
     experiment = config.build()
     assert isinstance(experiment, Study | Experiment)
@@ -65,13 +77,13 @@ def test_gin_file_builds_all_that_it_names(name):
 
 
 def test_every_part_is_included_by_a_gin_file():
-    texts = [path.read_text() for path in _GIN_FOLDER.rglob("*.gin")]
+    texts = [(_ROOT / name).read_text() for name in _GIN_FILES]
     parts = filter(_is_included_only, _GIN_FILES)
     assert [name for name in parts if not any(f"{name}'" in text for text in texts)] == []
 
 
 def test_the_default_gin_file_exists():
-    assert "quickstart.gin" in _GIN_FILES
+    assert "gin_configs/quickstart.gin" in _GIN_FILES
 
 
 def _tracked_files() -> list[pathlib.Path]:

@@ -149,6 +149,19 @@ def test_seeds_and_a_given_teacher(tiny_teacher, tmp_path):
         assert runtime.newest_step(experiment.model_dir) == 5
 
 
+@pytest.mark.slow
+def test_the_given_student_is_a_row(tiny_teacher, tmp_path):
+    """Where cells start from a checkpoint, its score stands beside theirs."""
+    start = Student(small_runs.model(small_runs.TEACHER_WIDTH), str(tiny_teacher))
+    cell = Cell("longer", small_runs.sft(tmp_path, student=start, num_steps=1))
+    made = make_study(tmp_path / "study", cells=(cell,), seeds=(0, 1))
+    rows = study.run_study(made)
+    assert [(row.name, row.seed) for row in rows] == [("student", 0), ("longer", 0), ("longer", 1)]
+    assert rows[0].seconds is None
+    predictions = tmp_path / "study" / "student_seed0" / "test"
+    assert len(list(predictions.glob("predictions_*.jsonl"))) == 1
+
+
 def test_everything_is_checked_before_the_first_cell_runs(tmp_path, monkeypatch):
     """Data of the last cell, the test's metric, and models that do not fit each other."""
     monkeypatch.setattr(train.Trainer, "step", lambda *args: pytest.fail("a step was made"))

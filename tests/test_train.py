@@ -211,7 +211,7 @@ def test_the_configured_objective_is_what_a_run_minimises(tiny_teacher, tmp_path
         objective=objective,
         outputs=OutputMix(0.0),
         rollout=Rollout(method=Sample(temperature=0.5)),
-        use_dropout=False,
+        student=Student(small_runs.model()),
         evaluation=None,
         num_steps=1,
     )
@@ -272,7 +272,8 @@ def test_dropout_is_on_in_the_student_and_off_in_the_teacher(tiny_teacher, gkd_r
     small_runs.assert_equal_bits(same.state, whole.state)
     assert small_runs.metrics(tmp_path / "same") == small_runs.metrics(whole_dir)
 
-    train.train(small_runs.gkd(tmp_path / "off", tiny_teacher, use_dropout=False))
+    off = Student(small_runs.model(dropout_rate=0.0))
+    train.train(small_runs.gkd(tmp_path / "off", tiny_teacher, student=off))
     with_dropout, without = (small_runs.metrics(path) for path in (whole_dir, tmp_path / "off"))
     # Evaluation and rollout never drop out: before the first step nothing differs.
     assert with_dropout[0] == without[0]

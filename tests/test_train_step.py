@@ -54,7 +54,7 @@ OPTIMIZERS = {
 
 def run_steps(
     *, optimizer, num_microbatches=1, partitioner=None, num_steps=5, batch_size=8,
-    objective=OBJECTIVE, student=STUDENT, use_dropout=False,
+    objective=OBJECTIVE, student=STUDENT,
 ):  # fmt: skip
     """Trains a few steps; returns losses, gradient norms and the final parameters on the host."""
     partitioner = partitioner or Partitioner(data_parallelism=1, devices=(jax.devices()[0],))
@@ -75,7 +75,6 @@ def run_steps(
                 objective,
                 tx,
                 num_microbatches=num_microbatches,
-                use_dropout=use_dropout,
             )
         ),
         out_shardings=(state_shardings, partitioner.replicated),

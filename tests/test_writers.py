@@ -174,8 +174,8 @@ def test_default_writer_writes_files(tmp_path, capsys):
 
 
 def test_a_remote_folder_is_refused():
-    with pytest.raises(ValueError, match="local disk; got gs://bucket"):
-        writers.default_writer("gs://bucket/run", start_step=0, num_steps=1)
+    with pytest.raises(ValueError, match=r"model_dir must be a folder.*gs://bucket"):
+        writers.check_model_dir("gs://bucket/run")
 
 
 def test_writing_needs_neither_tensorflow_nor_tensorboard(tmp_path):

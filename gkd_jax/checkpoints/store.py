@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from gkd_jax.array_types import Params, PyTree
 from gkd_jax.checkpoints import layout
 from gkd_jax.checkpoints.manifest import MANIFEST, CorruptCheckpointError, verify_manifest
+from gkd_jax.partitioning import process_zero_decides
 
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 
@@ -123,7 +124,7 @@ class CheckpointStore:
             host=dict(host or {}),
         ).dump()
         nested = layout.to_nested(state)
-        go_on = _process_zero_decides(lambda: self._make_room(step))
+        go_on = process_zero_decides(lambda: self._make_room(step))
         self._corrupt = {other for other in self._corrupt if other < step}
         if not go_on:
             logging.info("checkpoint %d is the one restored from: not saved again", step)
@@ -227,7 +228,7 @@ class CheckpointStore:
     def choose(self, step: int | None = None) -> int:
         """Verifies checkpoints until one is good; returns its step. Raises as `restore` does."""
         # Process 0 alone reads every byte; all restore what it chose.
-        chosen = _process_zero_decides(lambda: self._choose(step))
+        chosen = process_zero_decides(lambda: self._choose(step))
         if step is None:
             self._corrupt |= {s for s in self.all_steps() if s > chosen}
         return chosen
@@ -390,7 +391,7 @@ def save_params(
         return True
 
     # Decided once: another process would find the folder begun by the first.
-    _process_zero_decides(make_folder)
+    process_zero_decides(make_folder)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         args = ocp.args.PyTreeSave(layout.to_nested(tree))
         checkpointer.save(folder / layout.ARRAYS, args=args)
@@ -398,21 +399,3 @@ def save_params(
         layout.finish(folder, header)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_params {folder}")
-
-
-def _process_zero_decides(decide: Callable[[], int]) -> int:
-    """Runs `decide` on process 0 and gives all processes its result, or an error on all."""
-    if jax.process_count() == 1:
-        return decide()
-    result, error = -1, None
-    if jax.process_index() == 0:
-        try:
-            result = int(decide())
-        except (OSError, ValueError) as caught:
-            error = caught
-    result = int(multihost_utils.broadcast_one_to_all(np.int32(result)))
-    if error is not None:
-        raise error
-    if result < 0:
-        raise ValueError("a checkpoint cannot be saved or restored: see the log of process 0")
-    return result

@@ -69,26 +69,33 @@ def up_to_eos(ids: Sequence[int], eos_ids: tuple[int, ...]) -> list[int]:
     return kept
 
 
-def check_same_vocabulary(student: Vocabulary, teacher: Vocabulary) -> None:
-    """Refuses a teacher whose ids mean other pieces than the student's, equal sizes or not.
+def check_same_vocabulary(
+    student: Vocabulary, other: Vocabulary, *, whose: str = "teacher"
+) -> None:
+    """Refuses a vocabulary whose ids mean other pieces than the student's, equal sizes or not.
+
+    Args:
+      student: that of the training data.
+      other: the one to compare.
+      whose: what the message calls the other.
 
     Raises:
       ValueError: the pieces, the padding id or the ends of sequence differ; names both.
     """
-    special = [(one.pad_id, one.eos_ids) for one in (student, teacher)]
-    if student.fingerprint == teacher.fingerprint and special[0] != special[1]:
+    special = [(one.pad_id, one.eos_ids) for one in (student, other)]
+    if student.fingerprint == other.fingerprint and special[0] != special[1]:
         raise ValueError(
-            "Student and teacher must pad and end outputs alike; got padding and end-of-sequence "
-            f"ids {special[0]} (student, {student.name}) and {special[1]} (teacher, "
-            f"{teacher.name}). Give both the same vocabulary."
+            f"Student and {whose} must pad and end outputs alike; got padding and end-of-sequence "
+            f"ids {special[0]} (student, {student.name}) and {special[1]} ({whose}, "
+            f"{other.name}). Give both the same vocabulary."
         )
-    if student.fingerprint != teacher.fingerprint:
+    if student.fingerprint != other.fingerprint:
         raise ValueError(
-            "Student and teacher must share one vocabulary: a token id must mean the same piece "
+            f"Student and {whose} must share one vocabulary: a token id must mean the same piece "
             f"to both. The student's is {student.name} ({student.size} ids, "
-            f"{student.fingerprint[:12]}), the teacher's {teacher.name} ({teacher.size} ids, "
-            f"{teacher.fingerprint[:12]}). Give the student the teacher's vocabulary, or take "
-            "another teacher."
+            f"{student.fingerprint[:12]}), the {whose}'s {other.name} ({other.size} ids, "
+            f"{other.fingerprint[:12]}). Give the student the {whose}'s vocabulary, or take "
+            f"another {whose}."
         )
 
 
