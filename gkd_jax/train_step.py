@@ -4,7 +4,6 @@ The step cannot tell where the batch's targets came from, so supervised and on-p
 distillation, and plain fine-tuning, are this one function.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,8 @@ import optax
 from gkd_jax.array_types import Array, Float, Int, Key, Metrics, Params
 from gkd_jax.batch import Batch
 from gkd_jax.models.base import LanguageModel
-from gkd_jax.objectives.objective import Objective, final_weights, weighted_loss
+from gkd_jax.objectives.fused import fused_weighted_loss
+from gkd_jax.objectives.objective import Objective, Predictions, final_weights
 
 StepFn = Callable[..., tuple["TrainState", Metrics]]
 
@@ -75,19 +75,18 @@ def make_loss_fn(
         weights: Float[Array, "B T"],
         dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-        student_hidden = student.hidden_states(student_params, batch, dropout_key=dropout_key)
-        teacher_hidden = teacher_unembed = None
+        hidden = student.hidden_states(student_params, batch, dropout_key=dropout_key)
+        of_student = Predictions(hidden, student.head(student_params), student.unembed)
+        of_teacher = None
         if needs_teacher:
             assert teacher is not None
             teacher_params = jax.lax.stop_gradient(teacher_params)
-            teacher_hidden = teacher.hidden_states(teacher_params, batch)
-            teacher_unembed = functools.partial(teacher.unembed, teacher_params)
-        return weighted_loss(
+            hidden = teacher.hidden_states(teacher_params, batch)
+            of_teacher = Predictions(hidden, teacher.head(teacher_params), teacher.unembed)
+        return fused_weighted_loss(
             objective,
-            student_hidden=student_hidden,
-            student_unembed=functools.partial(student.unembed, student_params),
-            teacher_hidden=teacher_hidden,
-            teacher_unembed=teacher_unembed,
+            student=of_student,
+            teacher=of_teacher,
             targets=batch.targets,
             weights=weights,
         )

@@ -54,6 +54,10 @@ class LanguageModel(Protocol):
         """
         ...
 
+    def head(self, params: Params) -> Params:
+        """The part of the parameters that `unembed` reads, which takes it in place of all."""
+        ...
+
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Hidden states to float32 logits, with the model's own scale, bias and soft cap."""
         ...

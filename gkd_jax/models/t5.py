@@ -336,6 +336,14 @@ class T5:
         arguments = (batch.inputs, batch.inputs_mask, batch.targets)
         return self._apply(params, Transformer.hidden_states, *arguments, dropout_key=dropout_key)
 
+    def head(self, params: Params) -> Params:
+        """The head's kernel (T5 1.1) or the embedding (T5 1.0), where they are in the tree."""
+        if self.config.logits_via_embedding:
+            return {"token_embedder": {"embedding": params["token_embedder"]["embedding"]}}
+        return {
+            "decoder": {"logits_dense": {"kernel": params["decoder"]["logits_dense"]["kernel"]}}
+        }
+
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Hidden states to float32 logits.
 

@@ -8,11 +8,12 @@ from gkd_jax.objectives.divergences import (
     ReverseKL,
     VocabularyEntries,
 )
+from gkd_jax.objectives.fused import fused_weighted_loss
 from gkd_jax.objectives.mixing import FractionSchedule, OutputMix, RisingFraction
 from gkd_jax.objectives.objective import (
     Objective,
+    Predictions,
     Reduction,
-    Unembed,
     WeightedLoss,
     final_weights,
     weighted_loss,
@@ -27,14 +28,15 @@ __all__ = [
     "NegativeLogLikelihood",
     "Objective",
     "OutputMix",
+    "Predictions",
     "Reduction",
     "ReverseKL",
     "RisingFraction",
-    "Unembed",
     "VocabularyEntries",
     "WeightedLoss",
     "divergence_and_gradient",
     "final_weights",
+    "fused_weighted_loss",
     "token_divergence",
     "weighted_loss",
 ]

@@ -8,7 +8,7 @@ from typing import Literal, Protocol, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.array_types import Array, Bool, Float, Int
+from gkd_jax.array_types import Array, Bool, Float, Int, Params
 from gkd_jax.objectives.divergences import Divergence
 from gkd_jax.objectives.token_divergence import token_divergence
 
@@ -16,8 +16,33 @@ Reduction: TypeAlias = Literal["per_sequence", "per_token"]
 """'per_sequence' is the mean over a sequence's tokens, then over sequences (the paper's);
 'per_token' is the mean over all tokens of the batch."""
 
-Unembed: TypeAlias = Callable[[Array], Array]
-"""Hidden states to float32 logits."""
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """A model's predictions of a batch's targets, before they are logits.
+
+    Attributes:
+      hidden: position t predicts `targets[:, t]`.
+      head: the parameters of the output layer.
+      unembed: `(head, hidden)` to float32 logits.
+    """
+
+    hidden: Float[Array, "B T D"]
+    head: Params
+    unembed: Callable[[Params, Array], Array]
+
+    def logits(self, counts: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits of all positions; those that do not count are of hidden states of 0.
+
+        Whatever is there, NaN included, would reach the output layer's gradient as 0 * NaN.
+        """
+        hidden = jnp.where(counts[..., None], self.hidden, jnp.zeros((), self.hidden.dtype))
+        return self.unembed(self.head, hidden)
+
+    def without_gradient(self) -> "Predictions":
+        """The same, of a model that is not trained."""
+        hidden, head = jax.lax.stop_gradient((self.hidden, self.head))
+        return dataclasses.replace(self, hidden=hidden, head=head)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +99,8 @@ class WeightedLoss(Protocol):
         self,
         objective: Objective,
         *,
-        student_hidden: Float[Array, "B T D"],
-        student_unembed: Unembed,
-        teacher_hidden: Float[Array, "B T E"] | None,
-        teacher_unembed: Unembed | None,
+        student: Predictions,
+        teacher: Predictions | None,
         targets: Int[Array, "B T"],
         weights: Float[Array, "B T"],
     ) -> tuple[Float[Array, ""], Float[Array, "B T"]]: ...
@@ -115,26 +138,22 @@ def final_weights(
 def weighted_loss(
     objective: Objective,
     *,
-    student_hidden: Float[Array, "B T D"],
-    student_unembed: Unembed,
-    teacher_hidden: Float[Array, "B T E"] | None,
-    teacher_unembed: Unembed | None,
+    student: Predictions,
+    teacher: Predictions | None,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """Sums weights * (divergence + z_loss * log^2 Z) over all positions.
 
     The plain form: it makes the logits of all positions, [B, T, V], once each. Gradients go to
-    the student's hidden states and to whatever its `unembed` closes over; none to the teacher
-    or to the weights. Positions of weight 0 are left out: whatever is there, NaN included,
-    reaches neither the loss nor a gradient.
+    the student's hidden states and head; none to the teacher or to the weights. Positions of
+    weight 0 are left out: whatever is there, NaN included, reaches neither the loss nor a
+    gradient. `fused.fused_weighted_loss` computes the same without those arrays.
 
     Args:
       objective: the divergence and its settings; its reduction is already in `weights`.
-      student_hidden: position t predicts `targets[:, t]`.
-      student_unembed: student's hidden states to float32 logits.
-      teacher_hidden: likewise; None where the divergence needs no teacher.
-      teacher_unembed: teacher's hidden states to float32 logits; None likewise.
+      student: hidden states and head of the student.
+      teacher: likewise; None where the divergence needs no teacher.
       targets: the output tokens.
       weights: from `final_weights`, perhaps multiplied by further factors.
 
@@ -145,14 +164,11 @@ def weighted_loss(
     Raises:
       ValueError: the teacher is missing or not needed, or shapes differ.
     """
-    _check_teacher(objective.divergence, teacher_hidden, teacher_unembed)
+    check_predictions(objective.divergence, student, teacher, weights)
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
     counts = weights != 0
-    student_logits = student_unembed(_zero_unless(counts, student_hidden))
-    teacher_logits = None
-    if teacher_hidden is not None and teacher_unembed is not None:
-        teacher_hidden = jax.lax.stop_gradient(_zero_unless(counts, teacher_hidden))
-        teacher_logits = jax.lax.stop_gradient(teacher_unembed(teacher_hidden))
+    student_logits = student.logits(counts)
+    teacher_logits = None if teacher is None else teacher.without_gradient().logits(counts)
     per_token = token_divergence(
         objective.divergence,
         student_logits,
@@ -168,16 +184,6 @@ def weighted_loss(
         log_z = jnp.where(counts, log_z, 0.0)
         loss = loss + objective.z_loss * jnp.sum(weights * jnp.square(log_z))
     return loss, jax.lax.stop_gradient(per_token)
-
-
-def _zero_unless(counts: Bool[Array, "B T"], hidden: Float[Array, "B T D"]) -> Array:
-    """Blanks positions that do not count: 0 * NaN in the output layer's gradient is NaN."""
-    if hidden.shape[:-1] != counts.shape:
-        raise ValueError(
-            "weights must have the shape of the hidden states without their width; got "
-            f"{counts.shape} and {hidden.shape}. Make the weights from the same batch."
-        )
-    return jnp.where(counts[..., None], hidden, jnp.zeros((), hidden.dtype))
 
 
 def _divide_or_zero(numerator: Array, denominator: Array) -> Array:
@@ -202,14 +208,28 @@ def _check_reduction(reduction: str) -> None:
         )
 
 
-def _check_teacher(
-    divergence: Divergence, teacher_hidden: Array | None, teacher_unembed: Unembed | None
+def check_predictions(
+    divergence: Divergence, student: Predictions, teacher: Predictions | None, weights: Array
 ) -> None:
-    given = teacher_hidden is not None, teacher_unembed is not None
-    if given != (divergence.needs_teacher, divergence.needs_teacher):
-        wanted = "needs both" if divergence.needs_teacher else "reads neither"
+    """Checks that there is a teacher exactly where it is read, and the shapes.
+
+    Raises:
+      ValueError: as `weighted_loss`.
+    """
+    name = type(divergence).__name__
+    if divergence.needs_teacher and teacher is None:
         raise ValueError(
-            f"{type(divergence).__name__} {wanted} of teacher_hidden and teacher_unembed; got "
-            f"{' and '.join('some' if is_given else 'None' for is_given in given)}. Give a teacher "
-            "exactly where divergence.needs_teacher is True."
+            f"{name} compares the student with a teacher; got teacher=None. Give the teacher's "
+            "Predictions, or use NegativeLogLikelihood."
         )
+    if teacher is not None and not divergence.needs_teacher:
+        raise ValueError(
+            f"{name} reads no teacher; got one, whose signal would be lost. Give teacher=None, or "
+            "use another divergence."
+        )
+    for one in (student, *(() if teacher is None else (teacher,))):
+        if one.hidden.shape[:-1] != weights.shape:
+            raise ValueError(
+                "weights must have the shape of the hidden states without their width; got "
+                f"{weights.shape} and {one.hidden.shape}. Make the weights from the same batch."
+            )

@@ -1,5 +1,6 @@
 """The objective on hidden states: temperatures, weights, reductions, masks and microbatches."""
 
+import contextvars
 import dataclasses
 import functools
 import math
@@ -14,8 +15,11 @@ from gkd_jax.objectives import (
     GeneralizedJSD,
     NegativeLogLikelihood,
     Objective,
+    Predictions,
     ReverseKL,
     final_weights,
+    fused,
+    fused_weighted_loss,
     weighted_loss,
 )
 
@@ -23,6 +27,19 @@ B, T, D, V = 4, 6, 8, 13
 LENGTHS = (6, 2, 0, 3)
 DIVERGENCES = [NegativeLogLikelihood(), ForwardKL(), ReverseKL(), GeneralizedJSD(0.1)]
 REDUCTIONS = ["per_sequence", "per_token"]
+
+
+# Every test runs for both forms of the loss; the fused one in chunks of a few positions.
+_form = contextvars.ContextVar("form")
+
+
+@pytest.fixture(params=["plain", "fused"], autouse=True)
+def form(request, monkeypatch):
+    monkeypatch.setattr(fused, "MIN_CHUNK", 4)
+    monkeypatch.setattr(fused, "CHUNK_ENTRIES", 5 * V)
+    token = _form.set({"plain": weighted_loss, "fused": fused_weighted_loss}[request.param])
+    yield request.param
+    _form.reset(token)
 
 
 def prefix_weights(lengths, width=T):
@@ -42,15 +59,18 @@ def make_case(seed=0, lengths=LENGTHS, width=T):
     }
 
 
+def unembed(kernel, hidden):
+    """The output layer accumulates in float32, as the models' does."""
+    return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+
 def loss_of(objective, case, weights):
     """The loss as a function of a case, with plain matrices for output layers."""
     needs_teacher = objective.divergence.needs_teacher
-    return weighted_loss(
+    return _form.get()(
         objective,
-        student_hidden=case["student_hidden"],
-        student_unembed=lambda h: (h @ case["student_kernel"].astype(h.dtype)).astype(jnp.float32),
-        teacher_hidden=case["teacher_hidden"] if needs_teacher else None,
-        teacher_unembed=(lambda h: (h @ case["teacher_kernel"].astype(h.dtype)).astype(jnp.float32))
+        student=Predictions(case["student_hidden"], case["student_kernel"], unembed),
+        teacher=Predictions(case["teacher_hidden"], case["teacher_kernel"], unembed)
         if needs_teacher
         else None,
         targets=case["targets"],
@@ -63,14 +83,17 @@ def run(objective, case, weights=None):
     if weights is None:
         weights = jitted_final_weights(case["loss_weights"], reduction=objective.reduction)
     # The reduction is all in the weights: one compilation serves both.
-    return _run(dataclasses.replace(objective, reduction="per_sequence"), case, weights)
+    return _run(
+        _form.get(), dataclasses.replace(objective, reduction="per_sequence"), case, weights
+    )
 
 
 jitted_final_weights = jax.jit(final_weights, static_argnames="reduction")
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run(objective, case, weights):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(form, objective, case, weights):
+    assert form is _form.get()
     floats = {k: case[k] for k in case if k.endswith(("hidden", "kernel"))}
 
     def loss_fn(floats, weights):
@@ -350,23 +373,10 @@ def test_bfloat16_hidden_states_give_float32_losses(divergence):
     for name in ("student_hidden", "teacher_hidden", "student_kernel", "teacher_kernel"):
         case[name] = jnp.asarray(case[name], jnp.bfloat16)
 
-    # The output layer accumulates in float32, as the models' does.
-    def unembed(name):
-        return lambda hidden: jnp.einsum(
-            "btd,dv->btv", hidden, case[name], preferred_element_type=jnp.float32
-        )
-
     @jax.jit
     def run_bfloat16(student_hidden):
-        return weighted_loss(
-            Objective(divergence),
-            student_hidden=student_hidden,
-            student_unembed=unembed("student_kernel"),
-            teacher_hidden=case["teacher_hidden"] if divergence.needs_teacher else None,
-            teacher_unembed=unembed("teacher_kernel") if divergence.needs_teacher else None,
-            targets=case["targets"],
-            weights=final_weights(case["loss_weights"], reduction="per_sequence"),
-        )
+        weights = final_weights(case["loss_weights"], reduction="per_sequence")
+        return loss_of(Objective(divergence), case | {"student_hidden": student_hidden}, weights)
 
     (loss, per_token), gradient = jax.value_and_grad(run_bfloat16, has_aux=True)(
         case["student_hidden"]
@@ -438,22 +448,15 @@ def test_settings_outside_their_range_are_refused(settings, message):
 def test_teacher_is_given_exactly_where_it_is_needed():
     case = make_case(15)
     arguments = {
-        "student_hidden": case["student_hidden"],
-        "student_unembed": lambda h: h @ case["student_kernel"],
+        "student": Predictions(case["student_hidden"], case["student_kernel"], unembed),
         "targets": case["targets"],
         "weights": case["loss_weights"],
     }
-    teacher = {
-        "teacher_hidden": case["teacher_hidden"],
-        "teacher_unembed": lambda h: h @ case["teacher_kernel"],
-    }
-    nobody = {"teacher_hidden": None, "teacher_unembed": None}
-    with pytest.raises(ValueError, match="ForwardKL needs both"):
-        weighted_loss(Objective(ForwardKL()), **arguments, **nobody)
-    with pytest.raises(ValueError, match=r"needs both.* got some and None"):
-        weighted_loss(Objective(ForwardKL()), **arguments, **{**teacher, "teacher_unembed": None})
-    with pytest.raises(ValueError, match="NegativeLogLikelihood reads neither"):
-        weighted_loss(Objective(NegativeLogLikelihood()), **arguments, **teacher)
+    teacher = Predictions(case["teacher_hidden"], case["teacher_kernel"], unembed)
+    with pytest.raises(ValueError, match="ForwardKL compares the student with a teacher"):
+        _form.get()(Objective(ForwardKL()), **arguments, teacher=None)
+    with pytest.raises(ValueError, match="NegativeLogLikelihood reads no teacher"):
+        _form.get()(Objective(NegativeLogLikelihood()), **arguments, teacher=teacher)
 
 
 def test_shapes_and_vocabularies_that_do_not_fit_are_refused():

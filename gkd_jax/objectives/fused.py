@@ -1,0 +1,212 @@
+"""The same loss as `weighted_loss`, in chunks: no array of all positions and the whole vocabulary.
+
+A chunk is a few positions that count. In one pass over it the logits of both models are made, the
+divergence, the gradient of the student's logits, and from that the gradients of its hidden states
+and of its head; then all but those is dropped. Nothing is computed again in the backward pass,
+which multiplies by the cotangent of the loss. Positions of weight 0 cost nothing.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from gkd_jax.array_types import Array, Float, Int, Params
+from gkd_jax.objectives.objective import Objective, Predictions, check_predictions
+from gkd_jax.objectives.token_divergence import divergence_and_gradient
+
+CHUNK_ENTRIES = 1 << 22
+"""Logits that one model makes at a time: 16 MB in float32, whatever the size of the vocabulary."""
+MIN_CHUNK, MAX_CHUNK = 8, 512
+
+# The mesh axis that sequences are split over; each shard runs through chunks of its own.
+_DATA_AXIS = "data"
+
+
+def chunk_positions(vocab_size: int, num_positions: int) -> int:
+    """Positions in a chunk: about `CHUNK_ENTRIES` logits, from 8 to 512, in eights."""
+    wanted = CHUNK_ENTRIES // vocab_size // MIN_CHUNK * MIN_CHUNK
+    return min(num_positions, max(MIN_CHUNK, min(MAX_CHUNK, wanted)))
+
+
+def fused_weighted_loss(
+    objective: Objective,
+    *,
+    student: Predictions,
+    teacher: Predictions | None,
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """Computes what `weighted_loss` does, with its arguments, values, gradients and errors.
+
+    On a mesh with an axis 'data' the rows are split over it; the vocabulary may be split over
+    another axis.
+    """
+    check_predictions(objective.divergence, student, teacher, weights)
+    if teacher is not None:
+        teacher = teacher.without_gradient()
+    functions = _Functions(objective, student.unembed, None if teacher is None else teacher.unembed)
+    others = (
+        None if teacher is None else (teacher.hidden, teacher.head),
+        targets,
+        lax.stop_gradient(weights.astype(jnp.float32)),
+    )
+    loss, per_token = _fused(functions, (student.hidden, student.head), others)
+    return loss, lax.stop_gradient(per_token)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Functions:
+    """What is no array."""
+
+    objective: Objective
+    student_unembed: Callable[[Params, Array], Array]
+    teacher_unembed: Callable[[Params, Array], Array] | None
+
+
+# Hidden states and head: of the student, and with those its gradients; of the teacher.
+_Model: TypeAlias = tuple[Float[Array, "B T D"], Params]
+# The teacher, the targets and the weights: what gets no gradient.
+_Others: TypeAlias = tuple[_Model | None, Int[Array, "B T"], Float[Array, "B T"]]
+# The loss, and the divergence per token.
+_Values: TypeAlias = tuple[Float[Array, ""], Float[Array, "B T"]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(functions: _Functions, student: _Model, others: _Others) -> _Values:
+    return _over_shards(functions, student, others, with_gradients=False)[0]
+
+
+def _forward(functions: _Functions, student: _Model, others: _Others) -> tuple[_Values, _Model]:
+    values, gradients = _over_shards(functions, student, others, with_gradients=True)
+    return values, gradients
+
+
+def _backward(functions: _Functions, gradients: _Model, cotangents: _Values) -> tuple[_Model, None]:
+    del functions
+    of_loss, _ = cotangents  # The values per token have no gradient.
+    return jax.tree.map(lambda g: (of_loss * g).astype(g.dtype), gradients), None
+
+
+_fused.defvjp(_forward, _backward)
+
+
+def _over_shards(
+    functions: _Functions, student: _Model, others: _Others, *, with_gradients: bool
+) -> tuple[_Values, Any]:
+    """Runs every shard of the rows through chunks of its own, and adds up what they share.
+
+    Left to the compiler, a chunk would take positions from all devices, and the head's gradient
+    would be added up over them in every chunk.
+    """
+    run = functools.partial(_all_chunks, functions, with_gradients=with_gradients)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get(_DATA_AXIS, 1) == 1:
+        return run(student, others)
+
+    def one_shard(student: _Model, others: _Others) -> tuple[_Values, Any]:
+        (loss, per_token), gradients = run(student, others)
+        loss = lax.psum(loss, _DATA_AXIS)
+        if with_gradients:
+            gradients = (gradients[0], lax.psum(gradients[1], _DATA_AXIS))
+        return (loss, per_token), gradients
+
+    rows, whole = PartitionSpec(_DATA_AXIS), PartitionSpec()
+    model = (rows, whole)
+    return jax.shard_map(
+        one_shard,
+        mesh=mesh,
+        in_specs=(model, (None if others[0] is None else model, rows, rows)),
+        out_specs=((whole, rows), model if with_gradients else None),
+        axis_names={_DATA_AXIS},
+        check_vma=False,
+    )(student, others)
+
+
+def _all_chunks(
+    functions: _Functions, student: _Model, others: _Others, *, with_gradients: bool
+) -> tuple[_Values, Any]:
+    """Runs through the positions that count, a chunk at a time."""
+    (hidden, head), (teacher, targets, weights) = student, others
+    shape = hidden.shape
+    # All positions in a row: [B * T, ...].
+    hidden, targets, weights = hidden.reshape(-1, shape[-1]), targets.ravel(), weights.ravel()
+    num_positions = weights.size
+    vocab_size = jax.eval_shape(functions.student_unembed, head, hidden[:1]).shape[-1]
+    size = chunk_positions(vocab_size, num_positions)
+    counts = weights != 0
+    # Those that count come first. The places behind them are none: a read there gives 0, and what
+    # is written there is dropped.
+    places = -(-num_positions // size) * size
+    (order,) = jnp.nonzero(counts, size=places, fill_value=num_positions)
+
+    def chunk(index: Array, carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+        loss, per_token, gradients = carry
+        rows = lax.dynamic_slice_in_dim(order, index * size, size)
+
+        def take(x: Array) -> Array:
+            return jnp.asarray(x).at[rows].get(mode="fill", fill_value=0)
+
+        teacher_logits = None
+        if teacher is not None and functions.teacher_unembed is not None:
+            teacher_hidden = teacher[0].reshape(num_positions, -1)
+            teacher_logits = functions.teacher_unembed(teacher[1], take(teacher_hidden))
+        logits, pullback = jax.vjp(functions.student_unembed, head, take(hidden))
+        value, of_loss, of_logits = _of_chunk(
+            functions.objective, logits, teacher_logits, take(targets), take(weights)
+        )
+        if with_gradients:
+            of_head, of_hidden = pullback(of_logits.astype(logits.dtype))
+            gradients = (
+                gradients[0].at[rows].set(of_hidden, mode="drop"),
+                jax.tree.map(jnp.add, gradients[1], of_head),
+            )
+        return loss + of_loss, per_token.at[rows].set(value, mode="drop"), gradients
+
+    gradients = None
+    if with_gradients:
+        # Sums over many chunks: in float32, whatever the parameters are.
+        of_head = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
+        gradients = (jnp.zeros_like(hidden), of_head)
+    num_chunks = -(-jnp.sum(counts) // size)
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(num_positions, jnp.float32), gradients)
+    loss, per_token, gradients = lax.fori_loop(0, num_chunks, chunk, start)
+    if with_gradients:
+        of_hidden, of_head = gradients
+        of_head = jax.tree.map(lambda g, p: g.astype(p.dtype), of_head, head)
+        gradients = (of_hidden.reshape(shape), of_head)
+    return (loss, per_token.reshape(shape[:-1])), gradients
+
+
+def _of_chunk(
+    objective: Objective,
+    logits: Float[Array, "C V"],
+    teacher_logits: Float[Array, "C V"] | None,
+    targets: Int[Array, " C"],
+    weights: Float[Array, " C"],
+) -> tuple[Float[Array, " C"], Float[Array, ""], Float[Array, "C V"]]:
+    """Divergence of each position, the loss, and its gradient in the student's logits."""
+    value, gradient = divergence_and_gradient(
+        objective.divergence,
+        logits,
+        teacher_logits,
+        targets,
+        student_temperature=objective.student_temperature,
+        teacher_temperature=objective.teacher_temperature,
+    )
+    counts = weights != 0
+    value = jnp.where(counts, value, 0.0)
+    loss = value
+    if objective.z_loss:
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        loss = loss + objective.z_loss * jnp.square(log_z)
+        probs = jnp.exp(logits - log_z[:, None])
+        gradient = gradient + (2.0 * objective.z_loss) * log_z[:, None] * probs
+    # 0 times an infinite gradient would be NaN, and what does not count must not matter.
+    of_logits = jnp.where(counts[:, None], weights[:, None] * gradient, 0.0)
+    return value, jnp.sum(jnp.where(counts, weights * loss, 0.0)), of_logits

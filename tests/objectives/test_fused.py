@@ -1,0 +1,171 @@
+"""The loss in chunks: what it never makes, what it skips, and that a mesh changes nothing."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gkd_jax.objectives import (
+    ForwardKL,
+    GeneralizedJSD,
+    NegativeLogLikelihood,
+    Objective,
+    Predictions,
+    ReverseKL,
+    final_weights,
+    fused,
+    fused_weighted_loss,
+    weighted_loss,
+)
+from gkd_jax.partitioning import Partitioner
+
+DIVERGENCES = [NegativeLogLikelihood(), ForwardKL(), ReverseKL(), GeneralizedJSD(0.1)]
+B, T, D, V = 8, 6, 8, 64
+
+
+def unembed(kernel, hidden):
+    return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def make_arrays(seed=0):
+    rng = np.random.default_rng(seed)
+    weights = (np.arange(T) < rng.integers(0, T + 1, B)[:, None]).astype(np.float32)
+    return {
+        "hidden": rng.normal(size=(B, T, D)).astype(np.float32),
+        "head": rng.normal(size=(D, V)).astype(np.float32),
+        "teacher_hidden": rng.normal(size=(B, T, D + 2)).astype(np.float32),
+        "teacher_head": rng.normal(size=(D + 2, V)).astype(np.float32),
+        "targets": rng.integers(0, V, (B, T)).astype(np.int32),
+        "weights": np.asarray(final_weights(jnp.asarray(weights), reduction="per_sequence")),
+    }
+
+
+def make_loss(form, objective, unembed=unembed):
+    """A jit-able function of `make_arrays` to (loss, per token) and the student's gradients."""
+
+    def loss_fn(trained, arrays):
+        teacher = Predictions(arrays["teacher_hidden"], arrays["teacher_head"], unembed)
+        return form(
+            objective,
+            student=Predictions(*trained, unembed),
+            teacher=teacher if objective.divergence.needs_teacher else None,
+            targets=arrays["targets"],
+            weights=arrays["weights"],
+        )
+
+    def loss_and_gradients(arrays):
+        trained = (arrays["hidden"], arrays["head"])
+        return jax.value_and_grad(loss_fn, has_aux=True)(trained, arrays)
+
+    return loss_and_gradients
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(fused, "MIN_CHUNK", 4)
+    monkeypatch.setattr(fused, "CHUNK_ENTRIES", 4 * V)
+
+
+def assert_close(one, other):
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        atol = 1e-6 * max(np.abs(right).max(), 1e-6)
+        np.testing.assert_allclose(left, right, rtol=1e-6, atol=atol)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
+def test_a_mesh_changes_nothing(divergence, shape, small_chunks):
+    """Rows over 'data', the vocabulary over 'model'; and no device ever has all of it."""
+    arrays = make_arrays()
+    objective = Objective(divergence, z_loss=1e-3)
+    expected = jax.jit(make_loss(weighted_loss, objective))(arrays)
+
+    partitioner = Partitioner(data_parallelism=shape[0], model_parallelism=shape[1])
+    specs = dict.fromkeys(arrays, P("data")) | dict.fromkeys(
+        ("head", "teacher_head"), P(None, "model")
+    )
+    shardings = {name: partitioner.sharding(*spec) for name, spec in specs.items()}
+    sharded = jax.device_put(arrays, shardings)
+    rows = shardings["hidden"]
+    outputs = ((partitioner.replicated, rows), (rows, shardings["head"]))
+    step = jax.jit(
+        partitioner.annotate(make_loss(fused_weighted_loss, objective)), out_shardings=outputs
+    )
+    assert_close(jax.device_get(step(sharded)), jax.device_get(expected))
+    if shape[1] > 1:
+        program = step.lower(sharded).compile().as_text()
+        gathered = re.findall(r"= (\S+) all-gather", program)
+        assert not [text for text in gathered if re.search(rf"[\[,]{V}[\],]", text)]
+
+
+@pytest.mark.pitfall(31)
+@pytest.mark.parametrize("objective", [Objective(ForwardKL()), Objective(GeneralizedJSD(0.5))])
+def test_no_array_of_all_positions_and_the_vocabulary(objective):
+    """From the compiler's own account, at 4,096 positions and T5's vocabulary."""
+    vocab = 32_128
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32 if name == "targets" else jnp.float32)
+        for name, shape in {
+            "hidden": (32, 128, 128), "head": (128, vocab), "teacher_hidden": (32, 128, 256),
+            "teacher_head": (256, vocab), "targets": (32, 128), "weights": (32, 128),
+        }.items()
+    }  # fmt: skip
+
+    def temporary(form):
+        compiled = jax.jit(make_loss(form, objective)).lower(shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(fused_weighted_loss) < temporary(weighted_loss) / 20
+
+
+def test_positions_without_weight_cost_nothing(small_chunks):
+    """The output layers are run for as many chunks as the positions with weight need."""
+    calls = []
+
+    def counted(kernel, hidden):
+        jax.debug.callback(lambda: calls.append(hidden.shape))
+        return unembed(kernel, hidden)
+
+    arrays = make_arrays()
+    step = jax.jit(make_loss(fused_weighted_loss, Objective(ForwardKL()), counted))
+    needed = -(-np.count_nonzero(arrays["weights"]) // 4)
+    assert 0 < needed < B * T // 4
+    jax.block_until_ready(step(arrays))
+    jax.effects_barrier()
+    assert sorted(calls) == sorted([(4, D), (4, D + 2)] * needed)
+    calls.clear()
+    (loss, per_token), gradients = step(arrays | {"weights": np.zeros_like(arrays["weights"])})
+    jax.effects_barrier()
+    assert calls == []
+    assert loss == 0
+    assert not np.any(per_token)
+    assert not any(np.any(leaf) for leaf in gradients)
+
+
+def test_chunks_shrink_with_the_vocabulary():
+    sizes = {vocab: fused.chunk_positions(vocab, 1 << 20) for vocab in (100, 32_128, 262_144)}
+    assert sizes == {100: 512, 32_128: 128, 262_144: 16}
+    assert fused.chunk_positions(32_128, 100) == 100
+    assert fused.chunk_positions(1 << 24, 100) == 8
+
+
+def test_evaluation_without_gradients_is_the_same():
+    arrays = make_arrays(1)
+    objective = Objective(ReverseKL(), student_temperature=2.0, teacher_temperature=0.5)
+    (expected, _), _ = jax.jit(make_loss(fused_weighted_loss, objective))(arrays)
+
+    @functools.partial(jax.jit)
+    def loss(arrays):
+        return fused_weighted_loss(
+            objective,
+            student=Predictions(arrays["hidden"], arrays["head"], unembed),
+            teacher=Predictions(arrays["teacher_hidden"], arrays["teacher_head"], unembed),
+            targets=arrays["targets"],
+            weights=arrays["weights"],
+        )[0]
+
+    np.testing.assert_array_equal(loss(arrays), expected)
