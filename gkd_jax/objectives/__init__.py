@@ -18,10 +18,23 @@ from gkd_jax.objectives.objective import (
     final_weights,
     weighted_loss,
 )
+from gkd_jax.objectives.other_divergences import (
+    AlphaDivergence,
+    ClippedForwardKL,
+    EntropyAware,
+    SampledReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+    WeightedSum,
+)
 from gkd_jax.objectives.token_divergence import divergence_and_gradient, token_divergence
 
 __all__ = [
+    "AlphaDivergence",
+    "ClippedForwardKL",
     "Divergence",
+    "EntropyAware",
     "ForwardKL",
     "FractionSchedule",
     "GeneralizedJSD",
@@ -32,8 +45,13 @@ __all__ = [
     "Reduction",
     "ReverseKL",
     "RisingFraction",
+    "SampledReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "TotalVariation",
     "VocabularyEntries",
     "WeightedLoss",
+    "WeightedSum",
     "divergence_and_gradient",
     "final_weights",
     "fused_weighted_loss",

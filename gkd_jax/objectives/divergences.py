@@ -49,7 +49,7 @@ class VocabularyEntries:
     @property
     def teacher_probs(self) -> Float[Array, "*n V"]:
         """p_v."""
-        return jnp.exp(self._teacher)
+        return jnp.exp(self.checked_teacher_log_probs)
 
     @property
     def log_ratio(self) -> Float[Array, "*n V"]:
@@ -58,12 +58,19 @@ class VocabularyEntries:
         Compilers contract multiplications with sums, so that with temperatures other than 1 it
         may be a rounding away from 0 where P = Q: a slope that jumps at 0 needs a dead zone.
         """
-        return self._teacher - self.student_log_probs
+        return self.checked_teacher_log_probs - self.student_log_probs
 
     @property
-    def _teacher(self) -> Array:
+    def checked_teacher_log_probs(self) -> Float[Array, "*n V"]:
+        """log p_v, for a divergence that needs a teacher."""
         assert self.teacher_log_probs is not None, "a divergence that reads it needs_teacher"
         return self.teacher_log_probs
+
+    @property
+    def teacher_entropy(self) -> Float[Array, "*n 1"]:
+        """H(P) of each token in nats: of all entries that there are."""
+        terms = times_log(self.teacher_probs, self.checked_teacher_log_probs)
+        return -jnp.sum(terms, axis=-1, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +126,7 @@ class ForwardKL(Divergence):
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """p d + (q - p), which is never negative; the bracket sums to 0."""
         student, teacher = entries.student_probs, entries.teacher_probs
-        return _times_log(teacher, entries.log_ratio) + (student - teacher)
+        return times_log(teacher, entries.log_ratio) + (student - teacher)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """q - p."""
@@ -137,11 +144,11 @@ class ReverseKL(Divergence):
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """-q d + (p - q), which is never negative; the bracket sums to 0."""
         student, teacher = entries.student_probs, entries.teacher_probs
-        return (teacher - student) - _times_log(student, entries.log_ratio)
+        return (teacher - student) - times_log(student, entries.log_ratio)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """-q d."""
-        return -_times_log(entries.student_probs, entries.log_ratio)
+        return -times_log(entries.student_probs, entries.log_ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,27 +190,27 @@ class GeneralizedJSD(Divergence):
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """beta p (d - r) - (1 - beta) q r."""
         log_p_over_m, log_m_over_q = self._log_ratios_to_mixture(entries)
-        of_teacher = _times_log(entries.teacher_probs, log_p_over_m)
-        of_student = _times_log(entries.student_probs, log_m_over_q)
+        of_teacher = times_log(entries.teacher_probs, log_p_over_m)
+        of_student = times_log(entries.student_probs, log_m_over_q)
         return self._scale * (self.beta * of_teacher - (1.0 - self.beta) * of_student)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """-(1 - beta) q r."""
         _, log_m_over_q = self._log_ratios_to_mixture(entries)
         scale = self._scale * (1.0 - self.beta)
-        return -scale * _times_log(entries.student_probs, log_m_over_q)
+        return -scale * times_log(entries.student_probs, log_m_over_q)
 
     def _log_ratios_to_mixture(self, entries: VocabularyEntries) -> tuple[Array, Array]:
         """log p - log m and log m - log q, for any log-ratio from -inf to +inf."""
         # The small share is always that of the first: near an end of beta the other order
         # would lose the digits that are left of the divergence there.
         if self.beta <= 0.5:
-            return _mix(entries.log_ratio, self.beta)
-        log_q_over_m, log_m_over_p = _mix(-entries.log_ratio, 1.0 - self.beta)
+            return mix(entries.log_ratio, self.beta)
+        log_q_over_m, log_m_over_p = mix(-entries.log_ratio, 1.0 - self.beta)
         return -log_m_over_p, -log_q_over_m
 
 
-def _mix(log_ratio: Array, share: float) -> tuple[Array, Array]:
+def mix(log_ratio: Array, share: float) -> tuple[Array, Array]:
     """log a - log m and log m - log b, with m = share a + (1 - share) b.
 
     log m - log b = log1p(share expm1(log a - log b)). Where exp would overflow b no longer
@@ -215,6 +222,6 @@ def _mix(log_ratio: Array, share: float) -> tuple[Array, Array]:
     return log_a_over_m, log_m_over_b + jnp.maximum(log_ratio - _MAX_EXPONENT, 0.0)
 
 
-def _times_log(probs: Array, logs: Array) -> Array:
+def times_log(probs: Array, logs: Array) -> Array:
     """probs * logs with the limit 0 where probs is 0, whatever the logarithm."""
     return jnp.where(probs > 0, probs * logs, 0.0)
