@@ -125,7 +125,7 @@ def _existing(path: epath.PathLike) -> epath.Path:
             f"there is no checkpoint at {folder}: the path does not exist. Set "
             "Student.initial_checkpoint, Teacher.checkpoint or MODEL_DIR to one that does."
         )
-    return folder
+    return layout.absolute(folder)
 
 
 def _kind(folder: epath.Path) -> str:

@@ -79,6 +79,14 @@ def test_string_paths_and_no_sharding_work(saved):
 
 
 @pytest.mark.pitfall(32)
+@pytest.mark.parametrize("path", ["run", "run/checkpoint_10", "exported"])
+def test_relative_paths_work(saved, partitioner, monkeypatch, path):
+    monkeypatch.chdir(saved)
+    expected = load.load_params(saved / path, make_abstract(partitioner))
+    loaded = load.load_params(path, make_abstract(partitioner))
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+
+
 def test_loading_parameters_reads_no_optimizer_state(saved, partitioner, monkeypatch):
     asked = []
     real = load.layout.read_arrays
