@@ -15,6 +15,8 @@ from gkd_jax.data.vocabularies import Vocabulary, check_same_vocabulary
 from gkd_jax.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
+from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
+from gkd_jax.sampling.methods import Sample
 
 
 class ConfigurationError(ValueError):
@@ -265,14 +267,24 @@ def _check_objective(experiment: Experiment) -> None:
             "Experiment.teacher = None. Set Experiment.teacher, or Objective.divergence to "
             "NegativeLogLikelihood() for fine-tuning."
         )
-    is_sampled = experiment.outputs.student_data_fraction != 0
-    if isinstance(divergence, NegativeLogLikelihood) and is_sampled:
+    parts = divergence.divergences if isinstance(divergence, WeightedSum) else (divergence,)
+    fraction = experiment.outputs.student_data_fraction
+    if any(isinstance(part, NegativeLogLikelihood) for part in parts) and fraction != 0:
         # Cross-entropy on one's own samples teaches nothing but to repeat them.
         raise ValueError(
             "NegativeLogLikelihood on the student's own outputs is no objective; got "
             f"{experiment.outputs}. Set OutputMix.student_data_fraction to 0, or choose a "
             "divergence to the teacher."
         )
+    if any(isinstance(part, SampledReverseKL) for part in parts):
+        own = Sample(temperature=experiment.objective.student_temperature)
+        if fraction != 1 or experiment.rollout.method != own:
+            raise ValueError(
+                "SampledReverseKL is an estimate for outputs drawn from the very distribution "
+                f"that it measures; got {experiment.outputs} and {experiment.rollout.method}. Set "
+                f"OutputMix.student_data_fraction to 1.0 and Rollout.method to {own}, or use "
+                "ReverseKL."
+            )
 
 
 def _check_best_metric(experiment: Experiment) -> None:

@@ -31,7 +31,7 @@ _DATA_AXIS = "data"
 def chunk_positions(vocab_size: int, num_positions: int) -> int:
     """Positions in a chunk: about `CHUNK_ENTRIES` logits, from 8 to 512, in eights."""
     wanted = CHUNK_ENTRIES // vocab_size // MIN_CHUNK * MIN_CHUNK
-    return min(num_positions, max(MIN_CHUNK, min(MAX_CHUNK, wanted)))
+    return max(1, min(num_positions, max(MIN_CHUNK, min(MAX_CHUNK, wanted))))
 
 
 def fused_weighted_loss(
@@ -44,8 +44,8 @@ def fused_weighted_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """Computes what `weighted_loss` does, with its arguments, values, gradients and errors.
 
-    On a mesh with an axis 'data' the rows are split over it; the vocabulary may be split over
-    another axis.
+    On a mesh with an axis 'data' the rows are split over it, which must divide them; the
+    vocabulary may be split over another axis. There are no second derivatives.
     """
     check_predictions(objective.divergence, student, teacher, weights)
     if teacher is not None:
@@ -75,6 +75,8 @@ _Model: TypeAlias = tuple[Float[Array, "B T D"], Params]
 _Others: TypeAlias = tuple[_Model | None, Int[Array, "B T"], Float[Array, "B T"]]
 # The loss, and the divergence per token.
 _Values: TypeAlias = tuple[Float[Array, ""], Float[Array, "B T"]]
+# All of it; the gradients are of type _Model, or None where they are not wanted.
+_Run: TypeAlias = Callable[[_Model, _Others], tuple[_Values, Any]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -90,7 +92,12 @@ def _forward(functions: _Functions, student: _Model, others: _Others) -> tuple[_
 def _backward(functions: _Functions, gradients: _Model, cotangents: _Values) -> tuple[_Model, None]:
     del functions
     of_loss, _ = cotangents  # The values per token have no gradient.
-    return jax.tree.map(lambda g: (of_loss * g).astype(g.dtype), gradients), None
+
+    def scaled(gradient: Array) -> Array:
+        # A loss that does not count may be infinite: 0 times its gradient is NaN.
+        return jnp.where(of_loss == 0, 0.0, of_loss * gradient).astype(gradient.dtype)
+
+    return jax.tree.map(scaled, gradients), None
 
 
 _fused.defvjp(_forward, _backward)
@@ -104,10 +111,34 @@ def _over_shards(
     Left to the compiler, a chunk would take positions from all devices, and the head's gradient
     would be added up over them in every chunk.
     """
-    run = functools.partial(_all_chunks, functions, with_gradients=with_gradients)
+    run: _Run = functools.partial(_all_chunks, functions, with_gradients=with_gradients)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape.get(_DATA_AXIS, 1) == 1:
-        return run(student, others)
+    num_shards = 1 if mesh.empty else mesh.shape.get(_DATA_AXIS, 1)
+    if num_shards > 1:
+        run = _split_over_data(run, mesh, num_shards, student, others, with_gradients)
+    values, gradients = run(student, others)
+    if with_gradients:
+        of_hidden, of_head = gradients
+        # Added up in float32 until here, over chunks and over shards.
+        of_head = jax.tree.map(lambda g, p: g.astype(p.dtype), of_head, student[1])
+        gradients = (of_hidden, of_head)
+    return values, gradients
+
+
+def _split_over_data(
+    run: _Run,
+    mesh: jax.sharding.AbstractMesh,
+    num_shards: int,
+    student: _Model,
+    others: _Others,
+    with_gradients: bool,
+) -> _Run:
+    if student[0].shape[0] % num_shards:
+        raise ValueError(
+            "the rows of a batch must divide over the mesh's axis 'data'; got "
+            f"{student[0].shape[0]} rows and {num_shards}. Set DatasetConfig.batch_size to a "
+            f"multiple of {num_shards}."
+        )
 
     def one_shard(student: _Model, others: _Others) -> tuple[_Values, Any]:
         (loss, per_token), gradients = run(student, others)
@@ -125,7 +156,7 @@ def _over_shards(
         out_specs=((whole, rows), model if with_gradients else None),
         axis_names={_DATA_AXIS},
         check_vma=False,
-    )(student, others)
+    )
 
 
 def _all_chunks(
@@ -140,8 +171,7 @@ def _all_chunks(
     vocab_size = jax.eval_shape(functions.student_unembed, head, hidden[:1]).shape[-1]
     size = chunk_positions(vocab_size, num_positions)
     counts = weights != 0
-    # Those that count come first. The places behind them are none: a read there gives 0, and what
-    # is written there is dropped.
+    # Those that count come first; the places behind them are none, and read as 0.
     places = -(-num_positions // size) * size
     (order,) = jnp.nonzero(counts, size=places, fill_value=num_positions)
 
@@ -150,7 +180,11 @@ def _all_chunks(
         rows = lax.dynamic_slice_in_dim(order, index * size, size)
 
         def take(x: Array) -> Array:
-            return jnp.asarray(x).at[rows].get(mode="fill", fill_value=0)
+            picked = jnp.asarray(x).at[rows]
+            return picked.get(mode="fill", fill_value=0, indices_are_sorted=True)
+
+        def put(x: Array, part: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(x, part, index * size, axis=0)
 
         teacher_logits = None
         if teacher is not None and functions.teacher_unembed is not None:
@@ -163,24 +197,26 @@ def _all_chunks(
         if with_gradients:
             of_head, of_hidden = pullback(of_logits.astype(logits.dtype))
             gradients = (
-                gradients[0].at[rows].set(of_hidden, mode="drop"),
+                put(gradients[0], of_hidden),
                 jax.tree.map(jnp.add, gradients[1], of_head),
             )
-        return loss + of_loss, per_token.at[rows].set(value, mode="drop"), gradients
+        return loss + of_loss, put(per_token, value), gradients
 
     gradients = None
     if with_gradients:
         # Sums over many chunks: in float32, whatever the parameters are.
         of_head = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
-        gradients = (jnp.zeros_like(hidden), of_head)
+        gradients = (jnp.zeros((places, shape[-1]), hidden.dtype), of_head)
     num_chunks = -(-jnp.sum(counts) // size)
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(num_positions, jnp.float32), gradients)
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(places, jnp.float32), gradients)
     loss, per_token, gradients = lax.fori_loop(0, num_chunks, chunk, start)
+    # Back to where they came from; what does not count has 0.
+    place = jnp.where(counts, jnp.cumsum(counts) - 1, places)
+    per_token = per_token.at[place].get(mode="fill", fill_value=0).reshape(shape[:-1])
     if with_gradients:
-        of_hidden, of_head = gradients
-        of_head = jax.tree.map(lambda g, p: g.astype(p.dtype), of_head, head)
-        gradients = (of_hidden.reshape(shape), of_head)
-    return (loss, per_token.reshape(shape[:-1])), gradients
+        of_hidden = gradients[0].at[place].get(mode="fill", fill_value=0).reshape(shape)
+        gradients = (of_hidden, gradients[1])
+    return (loss, per_token), gradients
 
 
 def _of_chunk(
@@ -203,6 +239,7 @@ def _of_chunk(
     value = jnp.where(counts, value, 0.0)
     loss = value
     if objective.z_loss:
+        logits = logits.astype(jnp.float32)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         loss = loss + objective.z_loss * jnp.square(log_z)
         probs = jnp.exp(logits - log_z[:, None])

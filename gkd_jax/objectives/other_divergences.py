@@ -225,14 +225,16 @@ class EntropyAware(Divergence):
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """The reverse KL's term, plus the forward KL's where the entropy is high."""
-        return ReverseKL().term(entries) + self._factor(entries) * ForwardKL().term(entries)
+        return ReverseKL().term(entries) + self._where_high(entries, ForwardKL().term(entries))
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """The two slopes, likewise."""
-        return ReverseKL().slope(entries) + self._factor(entries) * ForwardKL().slope(entries)
+        return ReverseKL().slope(entries) + self._where_high(entries, ForwardKL().slope(entries))
 
-    def _factor(self, entries: VocabularyEntries) -> Float[Array, "*n 1"]:
-        return jnp.where(entries.teacher_entropy >= self.threshold, self.forward_weight, 0.0)
+    def _where_high(self, entries: VocabularyEntries, of_forward: Array) -> Array:
+        # Not a factor of 0: the forward KL may be infinite.
+        is_high = entries.teacher_entropy >= self.threshold
+        return jnp.where(is_high, self.forward_weight * of_forward, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,8 @@ def token_divergence(
       divergence: which one.
       student_logits: as the model gives them, without temperature.
       teacher_logits: likewise; None exactly where the divergence needs no teacher.
-      targets: the output tokens, which only the negative log-likelihood reads.
+      targets: the output tokens, which the negative log-likelihood and the sampled reverse KL
+        read.
       student_temperature: divides the student's logits, here and nowhere else; above 0.
       teacher_temperature: divides the teacher's logits, here and nowhere else; above 0.
 

@@ -10,12 +10,20 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gkd_jax.objectives import (
+    AlphaDivergence,
+    ClippedForwardKL,
+    EntropyAware,
     ForwardKL,
     GeneralizedJSD,
     NegativeLogLikelihood,
     Objective,
     Predictions,
     ReverseKL,
+    SampledReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+    WeightedSum,
     final_weights,
     fused,
     fused_weighted_loss,
@@ -24,6 +32,16 @@ from gkd_jax.objectives import (
 from gkd_jax.partitioning import Partitioner
 
 DIVERGENCES = [NegativeLogLikelihood(), ForwardKL(), ReverseKL(), GeneralizedJSD(0.1)]
+OTHERS = [
+    TotalVariation(),
+    SkewForwardKL(0.1),
+    SkewReverseKL(0.1),
+    AlphaDivergence(0.5),
+    ClippedForwardKL(),
+    EntropyAware(3.0),
+    WeightedSum((ForwardKL(), NegativeLogLikelihood()), (0.3, 0.7)),
+    SampledReverseKL(),
+]
 B, T, D, V = 8, 6, 8, 64
 
 
@@ -76,7 +94,17 @@ def assert_close(one, other):
         np.testing.assert_allclose(left, right, rtol=1e-6, atol=atol)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("divergence", OTHERS, ids=str)
+def test_rival_divergences_equal_their_plain_form(divergence, small_chunks):
+    arrays = make_arrays(2)
+    plain, chunks = (
+        jax.jit(make_loss(form, Objective(divergence)))(arrays)
+        for form in (weighted_loss, fused_weighted_loss)
+    )
+    assert_close(chunks, plain)
+
+
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, EntropyAware(3.0)], ids=str)
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
 def test_a_mesh_changes_nothing(divergence, shape, small_chunks):
     """Rows over 'data', the vocabulary over 'model'; and no device ever has all of it."""
@@ -96,10 +124,74 @@ def test_a_mesh_changes_nothing(divergence, shape, small_chunks):
         partitioner.annotate(make_loss(fused_weighted_loss, objective)), out_shardings=outputs
     )
     assert_close(jax.device_get(step(sharded)), jax.device_get(expected))
-    if shape[1] > 1:
-        program = step.lower(sharded).compile().as_text()
-        gathered = re.findall(r"= (\S+) all-gather", program)
-        assert not [text for text in gathered if re.search(rf"[\[,]{V}[\],]", text)]
+    program = step.lower(sharded).compile().as_text()
+    gathered = re.findall(r"= (\S+) all-gather", program)
+    assert not [text for text in gathered if re.search(rf"[\[,]{V}[\],]", text)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_shards_of_different_work(dtype, small_chunks):
+    """One shard has every position, others few or none; the head may be of bfloat16."""
+    arrays = make_arrays()
+    counts = np.zeros((B, T), np.float32)
+    counts[:2] = counts[6, :3] = 1.0
+    arrays["weights"] = counts / counts.sum()
+    arrays = {
+        k: v if k in ("targets", "weights") else jnp.asarray(v, dtype) for k, v in arrays.items()
+    }
+    objective = Objective(GeneralizedJSD(0.5))
+    expected = jax.jit(make_loss(weighted_loss, objective))(arrays)
+
+    partitioner = Partitioner(data_parallelism=4, model_parallelism=2)
+    specs = dict.fromkeys(arrays, P("data")) | dict.fromkeys(
+        ("head", "teacher_head"), P(None, "model")
+    )
+    shardings = {name: partitioner.sharding(*spec) for name, spec in specs.items()}
+    step = jax.jit(partitioner.annotate(make_loss(fused_weighted_loss, objective)))
+    (loss, per_token), gradients = jax.device_get(step(jax.device_put(arrays, shardings)))
+    rtol = 1e-6 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(loss, expected[0][0], rtol=1e-5)
+    np.testing.assert_allclose(per_token, expected[0][1], rtol=1e-5, atol=1e-6)
+    for one, other in zip(gradients, expected[1], strict=True):
+        assert one.dtype == dtype
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * np.abs(other).max())
+
+
+def test_rows_that_do_not_divide_over_the_mesh_are_refused():
+    arrays = {k: v if k.endswith("head") else v[:6] for k, v in make_arrays().items()}
+    partitioner = Partitioner(data_parallelism=4, model_parallelism=2)
+    step = jax.jit(partitioner.annotate(make_loss(fused_weighted_loss, Objective(ForwardKL()))))
+    with pytest.raises(ValueError, match=r"got 6 rows and 4\. Set DatasetConfig\.batch_size"):
+        step(arrays)
+
+
+def test_the_cotangent_of_the_loss_scales_its_gradients(small_chunks):
+    """And 0 makes them 0, even where the loss is infinite."""
+    arrays = make_arrays()
+    arrays["teacher_hidden"][0, 0, 0] = 1.0
+    objective = Objective(ReverseKL())
+
+    @jax.jit
+    def gradients(arrays, factor):
+        def loss(trained):
+            return (
+                factor
+                * fused_weighted_loss(
+                    objective,
+                    student=Predictions(*trained, unembed),
+                    teacher=Predictions(arrays["teacher_hidden"], arrays["teacher_head"], unembed),
+                    targets=arrays["targets"],
+                    weights=arrays["weights"],
+                )[0]
+            )
+
+        return jax.grad(loss)((arrays["hidden"], arrays["head"]))
+
+    assert_close(gradients(arrays, -3.0), jax.tree.map(lambda g: -3.0 * g, gradients(arrays, 1.0)))
+    arrays["teacher_head"][0, 5] = -np.inf
+    for leaf in gradients(arrays, 0.0):
+        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
 
 
 @pytest.mark.pitfall(31)

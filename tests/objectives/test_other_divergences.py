@@ -218,6 +218,19 @@ def test_entries_excluded_by_one_have_the_mathematical_value(divergence):
     np.testing.assert_allclose(gradient[:1], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.pitfall(27)
+def test_entropy_aware_is_finite_where_the_forward_kl_is_not_added():
+    """The student excludes an entry; the teacher is sure, and then it is not."""
+    with np.errstate(divide="ignore"):
+        student = np.log(np.float32([[0.4, 0.6, 0.0], [0.4, 0.6, 0.0]]))
+        teacher = np.log(np.float32([[0.98, 0.01, 0.01], [0.3, 0.3, 0.4]]))
+    targets = np.zeros(2, np.int32)
+    values, gradient = value_and_grad(EntropyAware(0.5), student, teacher, targets)
+    reverse, _ = value_and_grad(ReverseKL(), student, teacher, targets)
+    np.testing.assert_allclose(values, [reverse[0], np.inf], rtol=1e-6)
+    assert np.all(np.isfinite(gradient))
+
+
 def test_limits_are_the_pure_kls():
     student, teacher, targets = random_case(8, scale=0.5)
     forward = value_and_grad(ForwardKL(), student, teacher, targets)
