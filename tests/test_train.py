@@ -12,19 +12,20 @@ import optax
 import pytest
 import small_runs
 
-from gkd_jax import runtime, train, train_step
+from gkd_jax import prepare, runtime, train, train_step
 from gkd_jax.checkpoints.store import CheckpointStore, save_params
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.recipes import arithmetic
 from gkd_jax.experiment import Alarms, Checkpoints, Evaluation, Student
-from gkd_jax.objectives.divergences import NegativeLogLikelihood, ReverseKL
+from gkd_jax.objectives.divergences import ForwardKL, NegativeLogLikelihood, ReverseKL
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective, final_weights
+from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
 from gkd_jax.optimizers import Adafactor, AdamW, Constant
 from gkd_jax.partitioning import Partitioner
 from gkd_jax.prepare import ConfigurationError
 from gkd_jax.rollout import Rollout
-from gkd_jax.sampling.methods import Sample
+from gkd_jax.sampling.methods import Greedy, Sample
 from gkd_jax.teachers import Teacher
 
 
@@ -387,16 +388,38 @@ def test_alarms_on_outputs_that_collapse_or_never_end(tiny_teacher, tmp_path, ca
 
 @pytest.mark.pitfall(22)
 def test_cross_entropy_on_own_samples_is_refused(tiny_teacher, tmp_path):
-    for fraction in (0.5, 1.0):
+    mixed = WeightedSum((ForwardKL(), NegativeLogLikelihood()), (1.0, 0.1))
+    for fraction, divergence in ((0.5, NegativeLogLikelihood()), (1.0, mixed)):
         experiment = small_runs.gkd(
             tmp_path,
             tiny_teacher,
-            objective=Objective(NegativeLogLikelihood()),
+            objective=Objective(divergence),
             outputs=OutputMix(fraction),
         )
         with pytest.raises(ConfigurationError, match="student_data_fraction to 0"):
             train.train(experiment)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fraction", "method"),
+    [(0.5, Sample()), (1.0, Sample(temperature=0.7)), (1.0, Sample(top_k=5)), (1.0, Greedy())],
+    ids=str,
+)
+def test_a_sampled_estimate_needs_samples_of_that_distribution(
+    tiny_teacher, tmp_path, fraction, method
+):
+    experiment = small_runs.gkd(
+        tmp_path,
+        tiny_teacher,
+        objective=Objective(SampledReverseKL()),
+        outputs=OutputMix(fraction),
+        rollout=Rollout(method=method),
+    )
+    with pytest.raises(ConfigurationError, match="SampledReverseKL is an estimate for outputs"):
+        prepare.prepare(experiment, run_mode="train")
+    own = dataclasses.replace(experiment, outputs=OutputMix(1.0), rollout=Rollout())
+    prepare.prepare(own, run_mode="train")
 
 
 def test_fine_tuning_reads_no_teacher(tiny_teacher, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def assert_equal_runs(one, other, num_steps=5):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("num_microbatches", [2, 4])
+@pytest.mark.parametrize("num_microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.pitfall(25)
 def test_microbatches_do_not_change_loss_or_gradient(name, num_microbatches):
     """Per token, since microbatches have as many sequences but not as many tokens."""
@@ -111,7 +111,7 @@ def test_microbatches_do_not_change_loss_or_gradient(name, num_microbatches):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize("num_microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(name, num_microbatches):
     optimizer = OPTIMIZERS[name]
     mesh = Partitioner(model_parallelism=2, devices=tuple(jax.devices()[:8]))

@@ -21,16 +21,26 @@ from gkd_jax.objectives.objective import Objective, Predictions, check_predictio
 from gkd_jax.objectives.token_divergence import divergence_and_gradient
 
 CHUNK_ENTRIES = 1 << 22
-"""Logits that one model makes at a time: 16 MB in float32, whatever the size of the vocabulary."""
-MIN_CHUNK, MAX_CHUNK = 8, 512
+"""Logits that one model makes at a time on a CPU, for its caches: 16 MB in float32."""
+ACCELERATOR_CHUNK_ENTRIES = 1 << 25
+"""Likewise on a TPU or GPU, a device: 128 MB. A chunk reads the head and adds to its gradient: with
+fewer than some hundred positions the memory's speed decides, not that of the matrix units."""
+MIN_CHUNK, MAX_CHUNK = 8, 1024
 
 # The mesh axis that sequences are split over; each shard runs through chunks of its own.
 _DATA_AXIS = "data"
 
 
-def chunk_positions(vocab_size: int, num_positions: int) -> int:
-    """Positions in a chunk: about `CHUNK_ENTRIES` logits, from 8 to 512, in eights."""
-    wanted = CHUNK_ENTRIES // vocab_size // MIN_CHUNK * MIN_CHUNK
+def chunk_positions(vocab_size: int, num_positions: int, *, platform: str) -> int:
+    """Positions in a chunk: about so many logits a device, from 8 to 1,024, in eights.
+
+    Args:
+      vocab_size: entries that a device has.
+      num_positions: how many there are.
+      platform: 'cpu', 'tpu' or 'gpu'.
+    """
+    entries = CHUNK_ENTRIES if platform == "cpu" else ACCELERATOR_CHUNK_ENTRIES
+    wanted = entries // vocab_size // MIN_CHUNK * MIN_CHUNK
     return max(1, min(num_positions, max(MIN_CHUNK, min(MAX_CHUNK, wanted))))
 
 
@@ -169,7 +179,12 @@ def _all_chunks(
     hidden, targets, weights = hidden.reshape(-1, shape[-1]), targets.ravel(), weights.ravel()
     num_positions = weights.size
     vocab_size = jax.eval_shape(functions.student_unembed, head, hidden[:1]).shape[-1]
-    size = chunk_positions(vocab_size, num_positions)
+    # The vocabulary lies over all axes but that of the rows, if it divides over them.
+    mesh = jax.sharding.get_abstract_mesh()
+    num_parts = 1 if mesh.empty else mesh.size // mesh.shape.get(_DATA_AXIS, 1)
+    if vocab_size % num_parts == 0:
+        vocab_size //= num_parts
+    size = chunk_positions(vocab_size, num_positions, platform=jax.default_backend())
     counts = weights != 0
     # Those that count come first; the places behind them are none, and read as 0.
     places = -(-num_positions // size) * size
