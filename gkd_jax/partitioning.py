@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gkd_jax.array_types import PyTree
+from gkd_jax.array_types import Params, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.models.base import LanguageModel
 
@@ -168,6 +168,19 @@ class Partitioner:
             return self.sharding(*self._mesh_axes(name, param.shape, axes))
 
         return jax.tree_util.tree_map_with_path(one, model.abstract_params(), model.logical_axes())
+
+    def gather_over_data(self, model: LanguageModel, params: Params) -> Params:
+        """Within jit: parameters that lie whole on each group of devices with one copy of a model.
+
+        For a loop that reads them at every step, as decoding does: where the rules split them over
+        'data' too, they would be gathered anew at each.
+        """
+
+        def whole(sharding: NamedSharding) -> NamedSharding:
+            return self.sharding(*(None if axis == "data" else axis for axis in sharding.spec))
+
+        shardings = self.param_shardings(model)
+        return jax.lax.with_sharding_constraint(params, jax.tree.map(whole, shardings))
 
     def _mesh_axes(
         self, name: str, shape: tuple[int, ...], axes: PartitionSpec

@@ -144,6 +144,7 @@ def jit_rollout(
     """Jits a rollout as `(params, batch, key)` to the batch with its outputs replaced."""
 
     def roll_out(params: Params, batch: Batch, key: Key[Array, ""]) -> Batch:
+        params = partitioner.gather_over_data(model, params)
         return sample_outputs(
             model, params, batch, key=key, rollout=rollout, eos_ids=eos_ids, pad_id=pad_id
         )

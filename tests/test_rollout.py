@@ -1,15 +1,18 @@
 """The rollout as the train loop uses it: jitted, sharded, new noise every step."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gkd_jax import runtime
 from gkd_jax.batch import Batch
 from gkd_jax.models.config import T5Config
 from gkd_jax.models.t5 import T5
+from gkd_jax.partitioning import Partitioner
 from gkd_jax.rollout import Rollout, rollout_metrics, sample_outputs
 from gkd_jax.sampling.methods import Greedy, Sample
 
@@ -195,6 +198,22 @@ def test_sharded_rollout_equals_the_plain_one(policy):
     np.testing.assert_array_equal(out.loss_weights, plain.loss_weights)
     np.testing.assert_allclose(out.sample_log_probs, plain.sample_log_probs, atol=1e-5)
     assert out.targets.sharding.spec[0] == "data"
+
+
+def test_parameters_are_gathered_once_not_at_every_token(policy):
+    """Where the rules split them over the devices of the batch: before the loop, not within it."""
+    model, params = policy
+    partitioner = Partitioner(data_parallelism=4, model_parallelism=2, rules="fsdp")
+    fn = runtime.jit_rollout(Rollout(), model, partitioner, eos_ids=EOS_IDS, pad_id=0)
+    sharded = jax.device_put(params, partitioner.param_shardings(model))
+    batch = partitioner.shard_batch(make_batch())
+    program = fn.lower(sharded, batch, jax.random.key(0)).compile().as_text()
+    computations = re.split(r"\n(?=\S)", program)
+    gathering = [text.split()[0] for text in computations if "all-gather(" in text]
+    assert gathering == ["ENTRY"]
+    plain = make_rollout_fn(model, Rollout())(params, make_batch(), key=jax.random.key(0))
+    sampled = fn(sharded, batch, jax.random.key(0))
+    np.testing.assert_array_equal(sampled.targets, plain.targets)
 
 
 def test_no_gradient_flows_through_the_rollout(policy):
