@@ -33,7 +33,7 @@ def plot_curves(runs: Mapping[str, str], *, metric: str, path: str) -> None:
         steps, values = read_curve(model_dir, metric)
         if steps:
             score_axes.plot(steps, values, marker="o", markersize=3, label=name)
-        for group, style in (("data", "-"), ("on_policy", "--")):
+        for group, style in (("data", "-"), ("on_policy", "--"), ("mixed", ":")):
             steps, values = read_curve(model_dir, f"train/{group}/loss")
             if steps:
                 loss_axes.plot(steps, values, style, label=f"{name} ({group})")

@@ -276,6 +276,16 @@ def _check_objective(experiment: Experiment) -> None:
             f"{experiment.outputs}. Set OutputMix.student_data_fraction to 0, or choose a "
             "divergence to the teacher."
         )
+    rollout, lengths = experiment.rollout, experiment.train_data.feature_lengths
+    target_length = rollout.target_length or lengths["targets"]
+    if experiment.outputs.per_example and (rollout.num_samples, target_length) != (
+        1, lengths["targets"],
+    ):  # fmt: skip
+        raise ValueError(
+            "OutputMix.per_example puts one sample in the place of an example's output; got "
+            f"Rollout.num_samples = {rollout.num_samples} and Rollout.target_length = "
+            f"{rollout.target_length}. Set them to 1 and None, or per_example to False."
+        )
     if any(isinstance(part, SampledReverseKL) for part in parts):
         own = Sample(temperature=experiment.objective.student_temperature)
         if fraction != 1 or experiment.rollout.method != own:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -97,6 +98,28 @@ def sample_outputs(
         loss_weights=decoded.weights,
         example_id=example_id,
         sample_log_probs=decoded.log_probs,
+    )
+
+
+def mix_outputs(
+    batch: Batch, sampled: Batch, *, fraction: Float[Array, ""], key: Key[Array, ""]
+) -> Batch:
+    """Takes each example's output from the samples with probability `fraction`, else from the data.
+
+    Args:
+      batch: the data's outputs.
+      sampled: one sample for each prompt of `batch`, of the same length.
+      fraction: lambda.
+      key: new for every step; an example's coin comes from it and its `example_id`.
+    """
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.example_id)
+    # In (0, 1]: a fraction of 0 is never hit, a fraction of 1 always.
+    coins = 1.0 - jax.vmap(jax.random.uniform)(keys)
+    is_own = (coins <= fraction)[:, None]
+    return dataclasses.replace(
+        batch,
+        targets=jnp.where(is_own, sampled.targets, batch.targets),
+        loss_weights=jnp.where(is_own, sampled.loss_weights, batch.loss_weights),
     )
 
 

@@ -21,7 +21,7 @@ from gkd_jax.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.partitioning import Partitioner, process_zero_decides
-from gkd_jax.rollout import Rollout, rollout_metrics, sample_outputs
+from gkd_jax.rollout import Rollout, mix_outputs, rollout_metrics, sample_outputs
 from gkd_jax.train_step import make_eval_step
 
 
@@ -34,6 +34,7 @@ class Purpose(enum.IntEnum):
     EVALUATION = 3
     GENERATION = 4
     EVALUATION_SAMPLES = 5
+    EXAMPLE_COIN = 6
 
 
 def make_key(seed: int, purpose: Purpose, step: int = 0) -> Key[Array, ""]:
@@ -150,6 +151,18 @@ def jit_rollout(
         )
 
     return jax.jit(partitioner.annotate(roll_out), out_shardings=partitioner.batch_sharding)
+
+
+@functools.cache
+def jit_mix_outputs(
+    partitioner: Partitioner,
+) -> Callable[[Batch, Batch, Array, Key[Array, ""]], Batch]:
+    """Jits `rollout.mix_outputs` as `(batch, sampled, fraction, key)`."""
+
+    def mix(batch: Batch, sampled: Batch, fraction: Array, key: Key[Array, ""]) -> Batch:
+        return mix_outputs(batch, sampled, fraction=fraction, key=key)
+
+    return jax.jit(mix, out_shardings=partitioner.batch_sharding)
 
 
 @functools.cache

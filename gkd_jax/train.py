@@ -119,6 +119,7 @@ class Trainer:
             pad_id=vocabulary.pad_id,
         )
         self.rollout_metrics_fn = runtime.jit_rollout_metrics(vocabulary.eos_ids)
+        self.mix_fn = runtime.jit_mix_outputs(partitioner)
 
     def init_state(self) -> TrainState:
         """The state before the first step, made sharded."""
@@ -131,16 +132,24 @@ class Trainer:
 
         The coin decides whether the outputs are the batch's own or the student's.
         """
-        seed = self.experiment.seed
-        on_policy = self.experiment.outputs.is_on_policy(step, seed=seed)
+        seed, outputs = self.experiment.seed, self.experiment.outputs
+        fraction = outputs.fraction(step)
+        if outputs.per_example:
+            kind = "mixed" if fraction > 0 else "data"
+        else:
+            kind = "on_policy" if outputs.is_on_policy(step, seed=seed) else "data"
         groups: dict[str, Metrics] = {}
-        if on_policy:
-            batch = self.rollout_fn(state.params, batch, make_key(seed, Purpose.ROLLOUT, step))
-            groups["rollout"] = self.rollout_metrics_fn(batch)
-            batch = runtime.without_log_probs(batch)
+        if kind != "data":
+            sampled = self.rollout_fn(state.params, batch, make_key(seed, Purpose.ROLLOUT, step))
+            groups["rollout"] = self.rollout_metrics_fn(sampled)
+            sampled = runtime.without_log_probs(sampled)
+            if kind == "mixed":
+                key = make_key(seed, Purpose.EXAMPLE_COIN, step)
+                batch = self.mix_fn(batch, sampled, jnp.float32(fraction), key)
+            else:
+                batch = sampled
         key = make_key(seed, Purpose.DROPOUT, step)
-        state, metrics = self.step_fn(state, self.teacher_params, batch, key)
-        groups["on_policy" if on_policy else "data"] = metrics
+        state, groups[kind] = self.step_fn(state, self.teacher_params, batch, key)
         return state, groups
 
 
@@ -174,6 +183,9 @@ def train(experiment: Experiment, *, before_start: Callable[[], None] | None = N
         loop.close()
 
 
+# Where the outputs of a step came from, and so the group of its metrics; "mixed" where each example
+# tossed a coin of its own.
+OUTPUT_KINDS = ("data", "on_policy", "mixed")
 # How alarms call the outputs of a group of metrics.
 _KINDS = {"rollout": "sampled", "outputs": "evaluated"}
 
@@ -251,7 +263,7 @@ class _Loop:
         means["seconds_per_step"] = seconds
         means["learning_rate"] = float(self.experiment.optimizer.schedule(step - 1))
         # Steps on the data and steps on samples are of different length and number.
-        tokens = [sums[group]["target_tokens"] for group in ("data", "on_policy") if group in sums]
+        tokens = [sums[kind]["target_tokens"] for kind in OUTPUT_KINDS if kind in sums]
         tokens_per_step = sum(total for total, _ in tokens) / sum(weight for _, weight in tokens)
         means["target_tokens_per_second"] = tokens_per_step / seconds
         self.writer.write(step, {f"train/{name}": value for name, value in means.items()})

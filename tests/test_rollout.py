@@ -13,7 +13,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.models.config import T5Config
 from gkd_jax.models.t5 import T5
 from gkd_jax.partitioning import Partitioner
-from gkd_jax.rollout import Rollout, rollout_metrics, sample_outputs
+from gkd_jax.rollout import Rollout, mix_outputs, rollout_metrics, sample_outputs
 from gkd_jax.sampling.methods import Greedy, Sample
 
 VOCAB_SIZE = 40
@@ -266,6 +266,33 @@ def test_bad_settings_are_refused(settings, message):
 def test_temperature_zero_is_refused():
     with pytest.raises(ValueError, match=r"use Greedy\(\)"):
         Rollout(method=Sample(temperature=0))
+
+
+def test_each_example_tosses_its_own_coin(policy):
+    """A row has its sample, weights too, or the data's output; by example, whatever its row."""
+    model, params = policy
+    batch = make_batch()
+    sampled = make_rollout_fn(model, Rollout())(params, batch, key=jax.random.key(0))
+    mix = jax.jit(mix_outputs)
+    rows = []
+    for step in range(50):
+        mixed = mix(batch, sampled, fraction=jnp.float32(0.3), key=jax.random.key(step))
+        is_own = np.all(mixed.targets == sampled.targets, axis=1)
+        is_data = np.all(mixed.targets == batch.targets, axis=1)
+        np.testing.assert_array_equal(is_own, ~is_data)
+        expected = np.where(is_own[:, None], sampled.loss_weights, batch.loss_weights)
+        np.testing.assert_array_equal(mixed.loss_weights, expected)
+        rows.append(is_own)
+    assert abs(np.mean(rows) - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 400)
+    assert np.any(np.any(rows, axis=1) & ~np.all(rows, axis=1))
+
+    order = np.arange(8)[::-1]
+    back = [jax.tree.map(lambda x: x[order], one) for one in (batch, sampled)]
+    mixed = mix(*back, fraction=jnp.float32(0.3), key=jax.random.key(49))
+    np.testing.assert_array_equal(np.all(mixed.targets == back[1].targets, axis=1), is_own[order])
+    for fraction, source in ((0.0, batch), (1.0, sampled)):
+        mixed = mix(batch, sampled, fraction=jnp.float32(fraction), key=jax.random.key(0))
+        np.testing.assert_array_equal(mixed.targets, source.targets)
 
 
 def metrics_of(rows, *, eos_ids=(1,), length=12, fillers=()):

@@ -422,6 +422,33 @@ def test_a_sampled_estimate_needs_samples_of_that_distribution(
     prepare.prepare(own, run_mode="train")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_coins_of_examples_at_the_ends_are_those_of_the_batch(tiny_teacher, tmp_path, fraction):
+    states = []
+    for per_example in (False, True):
+        mix = OutputMix(fraction, per_example=per_example)
+        experiment = small_runs.gkd(tmp_path / str(per_example), tiny_teacher, outputs=mix)
+        states.append(train.train(experiment).state)
+    small_runs.assert_equal_bits(*states)
+
+
+def test_coins_of_examples_need_one_sample_of_full_length(tiny_teacher, tmp_path):
+    for rollout in (Rollout(num_samples=2), Rollout(target_length=8)):
+        experiment = small_runs.gkd(
+            tmp_path, tiny_teacher, outputs=OutputMix(per_example=True), rollout=rollout
+        )
+        with pytest.raises(ConfigurationError, match="per_example puts one sample in the place"):
+            prepare.prepare(experiment, run_mode="train")
+    experiment = small_runs.gkd(tmp_path, tiny_teacher, outputs=OutputMix(0.5, per_example=True))
+    trainer = train.Trainer(experiment, Dataset(experiment.train_data))
+    batch = next(trainer.dataset.train_iterator())
+    _, groups = trainer.step(
+        trainer.init_state(), experiment.partitioner.shard_batch(batch), step=0
+    )
+    assert set(groups) == {"rollout", "mixed"}
+
+
 def test_fine_tuning_reads_no_teacher(tiny_teacher, tmp_path, monkeypatch):
     """One that is configured is not loaded, and the plan says so."""
     monkeypatch.setattr(runtime, "load_teacher", lambda experiment: pytest.fail("loaded"))

@@ -62,12 +62,15 @@ class OutputMix:
     Attributes:
       student_data_fraction: lambda, a number in [0, 1] or a schedule. 1 is on-policy at every
         step, 0 never.
+      per_example: each example of a batch tosses a coin of its own. The expected loss is the
+        same and varies less, but outputs are sampled at every step.
 
     Raises:
       ValueError: the fraction is a number outside [0, 1].
     """
 
     student_data_fraction: float | FractionSchedule = 0.5
+    per_example: bool = False
 
     def __post_init__(self) -> None:
         # A class is callable too: what gin gives for a schedule named without its brackets.
