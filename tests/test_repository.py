@@ -35,6 +35,10 @@ def _is_included_only(name: str) -> bool:
 _AFTER = {
     "gin_configs/generate.gin": "gin_configs/wmt_ende.gin",
     "gin_configs/methods/seqkd.gin": "gin_configs/sft/wmt_ende.gin",
+    **{
+        f"gin_configs/methods/{name}.gin": "gin_configs/gsm8k.gin"
+        for name in ("supervised_kd", "on_policy_kd", "imitkd", "f_distill", "self_distillation")
+    },
 }
 
 # Given to what a gin file requires (`%gin.REQUIRED`), by the end of its name; a path otherwise.
