@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -290,8 +289,6 @@ class SampledReverseKL(Divergence):
     its gradient (the score function). Far noisier than `ReverseKL`, which sums over the
     vocabulary; it is what methods use that see one token's probability only.
     """
-
-    needs_teacher: ClassVar[bool] = True
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """-A on the output token, 0 elsewhere."""

@@ -78,7 +78,6 @@ def test_string_paths_and_no_sharding_work(saved):
     np.testing.assert_array_equal(got["norm"]["scale"], make_params(10)["norm"]["scale"])
 
 
-@pytest.mark.pitfall(32)
 @pytest.mark.parametrize("path", ["run", "run/checkpoint_10", "exported"])
 def test_relative_paths_work(saved, partitioner, monkeypatch, path):
     monkeypatch.chdir(saved)
@@ -87,6 +86,7 @@ def test_relative_paths_work(saved, partitioner, monkeypatch, path):
     jax.tree.map(np.testing.assert_array_equal, loaded, expected)
 
 
+@pytest.mark.pitfall(32)
 def test_loading_parameters_reads_no_optimizer_state(saved, partitioner, monkeypatch):
     asked = []
     real = load.layout.read_arrays
