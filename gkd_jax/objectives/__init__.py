@@ -14,7 +14,6 @@ from gkd_jax.objectives.objective import (
     Objective,
     Predictions,
     Reduction,
-    WeightedLoss,
     final_weights,
     weighted_loss,
 )
@@ -50,7 +49,6 @@ __all__ = [
     "SkewReverseKL",
     "TotalVariation",
     "VocabularyEntries",
-    "WeightedLoss",
     "WeightedSum",
     "divergence_and_gradient",
     "final_weights",

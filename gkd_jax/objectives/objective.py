@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -90,20 +90,6 @@ class Objective:
                 f"Objective.z_loss must be 0 or a positive number; got {self.z_loss!r}. Set "
                 "Objective.z_loss to 0.0 for none."
             )
-
-
-class WeightedLoss(Protocol):
-    """The signature of `weighted_loss`, which other ways of computing the same loss share."""
-
-    def __call__(
-        self,
-        objective: Objective,
-        *,
-        student: Predictions,
-        teacher: Predictions | None,
-        targets: Int[Array, "B T"],
-        weights: Float[Array, "B T"],
-    ) -> tuple[Float[Array, ""], Float[Array, "B T"]]: ...
 
 
 def final_weights(
