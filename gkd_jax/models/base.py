@@ -33,6 +33,11 @@ class LanguageModel(Protocol):
         """Rows of the output layer, padding of the vocabulary included."""
         ...
 
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of hidden states."""
+        ...
+
     def init(self, key: Key[Array, ""]) -> Params:
         """Makes float32 parameters; jit-able."""
         ...

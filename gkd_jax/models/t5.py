@@ -275,6 +275,11 @@ class T5:
         return self.config.vocab_size
 
     @property
+    def hidden_size(self) -> int:
+        """Width of the decoder's outputs."""
+        return self.config.emb_dim
+
+    @property
     def module(self) -> Transformer:
         """The Linen module."""
         return Transformer(self.config)
