@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gkd_jax.array_types import Array, Int, PyTree
@@ -231,7 +232,7 @@ def _jit_zeros(
     shapes: tuple[tuple[tuple[int, ...], Any], ...], partitioner: Partitioner
 ) -> Callable[[], Sequence[Array]]:
     def zeros() -> list[Array]:
-        return [jax.numpy.zeros(shape, dtype) for shape, dtype in shapes]
+        return [jnp.zeros(shape, dtype) for shape, dtype in shapes]
 
     return jax.jit(zeros, out_shardings=partitioner.batch_sharding)
 
