@@ -8,6 +8,7 @@ from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.optimizers import Optimizer
 from gkd_jax.partitioning import Partitioner
+from gkd_jax.replay import Replay
 from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.decode import DecodingMethod
 from gkd_jax.sampling.methods import Greedy, Sample
@@ -153,6 +154,7 @@ class Experiment:
       teacher: the model that scores; None for fine-tuning (SFT).
       outputs: Algorithm 1's coin: how often a step trains on the student's own outputs.
       rollout: how the student's outputs are sampled in training.
+      replay: keeps sampled outputs to train on them again; None trains on each once.
       evaluation: what is measured on held-out examples; None for nothing.
       generation: what `--run_mode=generate` writes.
       partitioner: the device mesh and the rules that shard arrays over it.
@@ -173,6 +175,7 @@ class Experiment:
     teacher: Teacher | None = None
     outputs: OutputMix = dataclasses.field(default_factory=OutputMix)
     rollout: Rollout = dataclasses.field(default_factory=Rollout)
+    replay: Replay | None = None
     evaluation: Evaluation | None = None
     generation: Generation | None = None
     partitioner: Partitioner = dataclasses.field(default_factory=Partitioner)

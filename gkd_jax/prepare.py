@@ -16,6 +16,7 @@ from gkd_jax.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
+from gkd_jax.output_checks import check_policy, check_replay
 from gkd_jax.sampling.methods import Sample
 
 
@@ -101,7 +102,7 @@ class _Check:
         experiment, collecting = self._experiment, self.problems.collecting
         vocabulary = experiment.train_data.vocabulary
         self._open("train_data", experiment.train_data, experiment.num_microbatches)
-        for check in (_check_objective, _check_best_metric):
+        for check in (_check_objective, check_policy, check_replay, _check_best_metric):
             with collecting():
                 check(experiment)
         self._check_model_dir()
@@ -342,6 +343,8 @@ def describe_plan(experiment: Experiment, prepared: Prepared) -> str:
     lines.append(
         f"outputs: {experiment.outputs}" + (f", sampled by {experiment.rollout}" if sampled else "")
     )
+    if experiment.replay is not None:
+        lines.append(f"replay: {experiment.replay}")
     lines.append(f"optimizer: {experiment.optimizer}")
     lines.append(
         f"steps: {experiment.num_steps:,} of {experiment.train_data.batch_size} examples in "

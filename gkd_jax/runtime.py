@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from gkd_jax.array_types import Array, Key, Metrics, Params
+from gkd_jax.array_types import Array, Key, Metrics, Params, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import load
 from gkd_jax.checkpoints.store import CheckpointStore
@@ -151,6 +151,21 @@ def jit_rollout(
         )
 
     return jax.jit(partitioner.annotate(roll_out), out_shardings=partitioner.batch_sharding)
+
+
+def abstract_rollout(experiment: Experiment) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes of the batches that training samples, without what no objective reads."""
+    data, rollout = experiment.train_data, experiment.rollout
+    inputs = (data.batch_size * rollout.num_samples, data.feature_lengths["inputs"])
+    targets = (inputs[0], rollout.target_length or data.feature_lengths["targets"])
+    shapes: dict[str, Any] = {
+        "inputs": jax.ShapeDtypeStruct(inputs, jnp.int32),
+        "inputs_mask": jax.ShapeDtypeStruct(inputs, jnp.bool_),
+        "targets": jax.ShapeDtypeStruct(targets, jnp.int32),
+        "loss_weights": jax.ShapeDtypeStruct(targets, jnp.float32),
+        "example_id": jax.ShapeDtypeStruct(inputs[:1], jnp.int32),
+    }
+    return Batch(**shapes)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.optimizers import Optimizer
 from gkd_jax.partitioning import Partitioner, process_zero_decides
+from gkd_jax.replay import ReplayBuffer
 from gkd_jax.runtime import Purpose, make_key
 from gkd_jax.train_step import TrainState
 
@@ -108,18 +109,34 @@ class Trainer:
             partitioner,
             num_microbatches=experiment.num_microbatches,
         )
-        self.abstract_state = functions.abstract_state
+        self.abstract_state: PyTree[jax.ShapeDtypeStruct] = functions.abstract_state
         self._init_fn, self.step_fn = functions.init, functions.step
         vocabulary = dataset.config.vocabulary
-        self.rollout_fn = runtime.jit_rollout(
+        policy = experiment.rollout.policy
+        writer = student
+        if policy is not None and teacher is not None:
+            writer = policy.combine(student, teacher.model)
+        rollout_fn = runtime.jit_rollout(
             experiment.rollout,
-            student,
+            writer,
             partitioner,
             eos_ids=vocabulary.eos_ids,
             pad_id=vocabulary.pad_id,
         )
+        self.rollout_fn = rollout_fn
+        if writer is not student:
+            self.rollout_fn = lambda params, batch, key: rollout_fn(
+                (params, self.teacher_params), batch, key
+            )
         self.rollout_metrics_fn = runtime.jit_rollout_metrics(vocabulary.eos_ids)
         self.mix_fn = runtime.jit_mix_outputs(partitioner)
+        self.replay: ReplayBuffer | None = None
+        if experiment.replay is not None:
+            sampled = runtime.abstract_rollout(experiment)
+            self.replay = ReplayBuffer(
+                experiment.replay, sampled, partitioner, seed=experiment.seed
+            )
+            self.abstract_state = self.replay.attach_abstract(functions.abstract_state)
 
     def init_state(self) -> TrainState:
         """The state before the first step, made sharded."""
@@ -139,10 +156,14 @@ class Trainer:
         else:
             kind = "on_policy" if outputs.is_on_policy(step, seed=seed) else "data"
         groups: dict[str, Metrics] = {}
+        if kind == "on_policy" and self.replay is not None and self.replay.is_used(step):
+            return self._replay_step(state, self.replay, step)
         if kind != "data":
             sampled = self.rollout_fn(state.params, batch, make_key(seed, Purpose.ROLLOUT, step))
             groups["rollout"] = self.rollout_metrics_fn(sampled)
             sampled = runtime.without_log_probs(sampled)
+            if self.replay is not None:
+                self.replay.add(sampled, step)
             if kind == "mixed":
                 key = make_key(seed, Purpose.EXAMPLE_COIN, step)
                 batch = self.mix_fn(batch, sampled, jnp.float32(fraction), key)
@@ -151,6 +172,14 @@ class Trainer:
         key = make_key(seed, Purpose.DROPOUT, step)
         state, groups[kind] = self.step_fn(state, self.teacher_params, batch, key)
         return state, groups
+
+    def _replay_step(
+        self, state: TrainState, replay: ReplayBuffer, step: int
+    ) -> tuple[TrainState, dict[str, Metrics]]:
+        batch, staleness = replay.draw(step)
+        key = make_key(self.experiment.seed, Purpose.DROPOUT, step)
+        state, metrics = self.step_fn(state, self.teacher_params, batch, key)
+        return state, {"replay": metrics | {"staleness": staleness}}
 
 
 def train(experiment: Experiment, *, before_start: Callable[[], None] | None = None) -> TrainResult:
@@ -184,8 +213,8 @@ def train(experiment: Experiment, *, before_start: Callable[[], None] | None = N
 
 
 # Where the outputs of a step came from, and so the group of its metrics; "mixed" where each example
-# tossed a coin of its own.
-OUTPUT_KINDS = ("data", "on_policy", "mixed")
+# tossed a coin of its own, "replay" where the student had sampled them at earlier steps.
+OUTPUT_KINDS = ("data", "on_policy", "mixed", "replay")
 # How alarms call the outputs of a group of metrics.
 _KINDS = {"rollout": "sampled", "outputs": "evaluated"}
 
@@ -227,6 +256,9 @@ class _Loop:
         logging.info("resuming after step %d of %d", step, self.experiment.num_steps)
         if step >= self.experiment.num_steps:
             logging.info("nothing to do: set TRAIN_STEPS above %d to train on", step)
+        if self.trainer.replay is not None:
+            self.trainer.replay.restore(state.pop("replay"), host["replay"])
+            state = TrainState(**state)
         self.scores = host["scores"]
         self.sums = runtime.MetricSums.from_host(host["metric_sums"])
         self.seconds_before = host["seconds"]
@@ -323,9 +355,10 @@ class _Loop:
         metric = None
         if checkpoints.best_metric is not None and self.scored_step == step:
             metric = self.scores.get(checkpoints.best_metric)
+        replay = self.trainer.replay
         self.store.save(
             step,
-            self.state,
+            self.state if replay is None else replay.attach(self.state),
             {
                 "position": self.iterator.position,
                 "data_fingerprint": self.trainer.dataset.fingerprint,
@@ -333,6 +366,7 @@ class _Loop:
                 "scores": self.scores,
                 "metric_sums": sums,
                 "seconds": self._seconds(),
+                **({} if replay is None else {"replay": replay.host_part()}),
             },
             metric=metric,
         )

@@ -26,10 +26,12 @@ _FLOORS = {
     "dry_run": 4,
     "experiment": 4,
     "prepare": 4,
+    "output_checks": 4,
     "runtime": 4,
     "plots": 4,
     "train_step": 3,
     "rollout": 3,
+    "replay": 3,
     "teachers": 3,
     # Tasks bring data and metrics together; data.task imports them by name when one is wanted.
     "data.recipes": 3,

@@ -64,6 +64,27 @@ def test_small_recipe_on_real_data(name, external_data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["distillm", "speculative_kd"])
+def test_methods_of_sampling(method, tmp_path):
+    """The overlays run, stop and go on; DistiLLM's trains on kept outputs towards its end."""
+    recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "data")
+    changes = ON_POLICY | ({"REPLAY_CAPACITY": 8} if method == "distillm" else {})
+    for steps in (10, 20):
+        flags = recipe.flags(tmp_path / "run", TRAIN_STEPS=steps, **changes)
+        if method == "distillm":  # Its schedule is that of the whole training.
+            flags.append("--gin.FallingRefresh.num_steps=20")
+        first = next(i for i, flag in enumerate(flags) if flag.startswith("--gin."))
+        flags.insert(first, f"--gin_file=gin_configs/methods/{method}.gin")
+        status, out, err = run_main(*flags)
+        assert status == 0, err
+        assert "eval/bleu: " in out
+    assert "step 20/20" in err
+    names = {name for row in small_runs.metrics(tmp_path / "run") for name in row}
+    assert ("train/replay/staleness" in names) == (method == "distillm")
+    assert "train/on_policy/loss" in names
+
+
+@pytest.mark.slow
 def test_generated_outputs_train_a_student(tmp_path):
     """SeqKD by the overlays: the teacher's outputs, then fine-tuning on them."""
     recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "data")

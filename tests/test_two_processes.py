@@ -48,6 +48,35 @@ def together(flags: list[str]) -> list[subprocess.Popen]:
     return [start([*shared, f"--process_index={index}"], devices=2) for index in range(2)]
 
 
+@pytest.mark.slow
+def test_replay_over_two_processes(tmp_path):
+    """What is drawn is the same; a checkpoint of two processes is gone on with by one."""
+    recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "data")
+    settings = SETTINGS | {"STUDENT_DATA_FRACTION": 1.0, "REPLAY_CAPACITY": 16, "EVAL_PERIOD": 100}
+    settings["FallingRefresh.num_steps"] = 6  # Of the whole training, in each of its parts.
+
+    def flags(model_dir: pathlib.Path, **changes: object) -> list[str]:
+        method = "--gin_file=gin_configs/methods/distillm.gin"
+        given = recipe.flags(model_dir, **settings | changes)
+        last = max(i for i, flag in enumerate(given) if flag.startswith("--gin_file"))
+        return [*given[: last + 1], method, *given[last + 1 :]]
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish([start(flags(one), devices=4)])
+    finish(together(flags(two, TRAIN_STEPS=3)))
+    finish([start(flags(two), devices=4)])
+    left, right = (
+        [row for row in small_runs.metrics(folder) if "train/learning_rate" in row]
+        for folder in (one, two)
+    )
+    assert [row["step"] for row in left] == list(range(1, 7))
+    assert any("train/replay/staleness" in row for row in left[3:])
+    for row, other in zip(left, right, strict=True):
+        assert set(row) == set(other)
+        for name, value in row.items():
+            assert other[name] == pytest.approx(value, rel=1e-4), (row["step"], name)
+
+
 def predictions(model_dir: pathlib.Path, step: int) -> str:
     return (model_dir / "eval" / f"predictions_{step}.jsonl").read_text()
 
