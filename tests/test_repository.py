@@ -37,7 +37,14 @@ _AFTER = {
     "gin_configs/methods/seqkd.gin": "gin_configs/sft/wmt_ende.gin",
     **{
         f"gin_configs/methods/{name}.gin": "gin_configs/gsm8k.gin"
-        for name in ("supervised_kd", "on_policy_kd", "imitkd", "f_distill", "self_distillation")
+        for name in (
+            "supervised_kd",
+            "on_policy_kd",
+            "imitkd",
+            "f_distill",
+            "self_distillation",
+            "ema_teacher",
+        )
     },
 }
 
