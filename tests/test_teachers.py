@@ -121,7 +121,7 @@ def test_a_mixture_trains_evaluates_and_generates(tiny_teacher, tmp_path):
     heldout = small_runs.data("validation")
     experiment = taught_by(
         tmp_path / "run", teacher, num_steps=2,
-        evaluation=Evaluation(heldout, method=Sample()),
+        evaluation=Evaluation(heldout, method=Sample(), num_divergence_examples=4),
         generation=Generation(heldout, output, model="teacher", method=Sample()),
     )  # fmt: skip
     restored = runtime.load_teacher(experiment)
@@ -188,7 +188,12 @@ def test_the_average_follows_the_student_and_resumes(tiny_teacher, tmp_path, mon
         return original(self, state, batch, step)
 
     monkeypatch.setattr(train.Trainer, "step", step)
-    whole = self_taught(tmp_path / "whole", AverageStudent(0.75), tiny_teacher, num_steps=4)
+    heldout = small_runs.data("validation")
+    whole = self_taught(
+        tmp_path / "whole", AverageStudent(0.75), tiny_teacher, num_steps=4,
+        evaluation=Evaluation(heldout, method=Sample(), num_divergence_examples=4),
+        generation=Generation(heldout, str(tmp_path / "out"), model="teacher", method=Sample()),
+    )  # fmt: skip
     result = train.train(whole)
     recorded.append(jax.device_get((result.state.params, result.state.average)))
     average = jax.tree.map(np.float64, recorded[0][0])
@@ -209,6 +214,16 @@ def test_the_average_follows_the_student_and_resumes(tiny_teacher, tmp_path, mon
     teacher = runtime.teacher_to_use(whole)
     small_runs.assert_equal_bits(teacher.params, result.state.average)
     assert teacher.source.endswith("from " + str(tmp_path / "whole" / "checkpoint_4"))
+    scores = evaluate.evaluate(whole).values()
+    for name in ("on_data/loss", "on_samples/loss"):
+        assert scores[name] == result.scores[name] > 0
+    generate.generate(whole)
+    by_teacher = small_runs.rows(tmp_path / "out")
+    own = dataclasses.replace(whole.generation, model="student", output=str(tmp_path / "own"))
+    generate.generate(dataclasses.replace(whole, generation=own))
+    log_probs = [[row["log_prob"] for row in rows] for rows in
+                 (by_teacher, small_runs.rows(tmp_path / "own"))]  # fmt: skip
+    assert log_probs[0] != log_probs[1]
 
 
 def test_the_average_outside_training(tiny_teacher, tmp_path):
