@@ -169,7 +169,8 @@ class InitialStudent(SelfTeacher):
     """The student as it was before training, frozen, in its compute dtype.
 
     Its parameters are made again at every start: read from `Student.initial_checkpoint`, or drawn
-    from the run's seed where there is none. Nothing of it is saved.
+    from the run's seed where there is none. Nothing of it is saved, so the checkpoint must stay as
+    it is: name one `checkpoint_<step>` of a run that goes on.
 
     Without dropout, at equal temperatures, the gradient of the first step is 0. It keeps a
     student near to where it started, beside another loss or at another temperature.

@@ -10,15 +10,18 @@ import optax
 import pytest
 import small_runs
 
-from gkd_jax import evaluate, generate, prepare, runtime, train, train_step
+from gkd_jax import evaluate, generate, prepare, runtime, study, train, train_step
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.store import save_params
 from gkd_jax.experiment import Checkpoints, Evaluation, Generation, Student
 from gkd_jax.models.combined import MixtureModel
 from gkd_jax.objectives.divergences import ForwardKL, GeneralizedJSD
 from gkd_jax.objectives.objective import Objective, Predictions, final_weights, weighted_loss
+from gkd_jax.optimizers import AdamW, Constant
+from gkd_jax.partitioning import Partitioner
 from gkd_jax.prepare import ConfigurationError
 from gkd_jax.sampling.methods import Sample
+from gkd_jax.study import Cell, Study
 from gkd_jax.teachers import (
     AverageStudent,
     InitialStudent,
@@ -159,6 +162,10 @@ def test_the_initial_student_is_a_teacher_of_its_checkpoint(tiny_teacher, tmp_pa
     second = train.train(dataclasses.replace(own, teacher=given, model_dir=str(tmp_path / "two")))
     small_runs.assert_equal_bits(first.state, second.state)
     assert small_runs.metrics(tmp_path / "own") == small_runs.metrics(tmp_path / "two")
+    # Made again when a run goes on, it is the same.
+    stopped = dataclasses.replace(own, model_dir=str(tmp_path / "stopped"))
+    train.train(dataclasses.replace(stopped, num_steps=2))
+    small_runs.assert_equal_bits(train.train(stopped).state, first.state)
     # Nothing of it is saved.
     names = [
         set(json.loads((tmp_path / name / "checkpoint_3" / "host.json").read_text())["shapes"])
@@ -335,6 +342,41 @@ def test_every_part_of_a_mixture_is_checked(tiny_teacher, tmp_path):
         assert any(text.startswith(f"Teacher.checkpoint: there is no checkpoint at {path}")
                    for text in problems)  # fmt: skip
     assert any("got 300 (teacher) and 259 (student)" in text for text in problems)
+
+
+def test_an_average_lies_as_its_parameters_do():
+    """On a mesh of data 4 x model 2, with parameters split over both."""
+    student = small_runs.model(vocab_size=260)
+    functions = train.jit_step_functions(
+        student, student, OBJECTIVE, AdamW(Constant(1e-2)),
+        Partitioner(model_parallelism=2, rules="fsdp"),
+        num_microbatches=1, teacher_part="average", average_decay=0.9,
+    )  # fmt: skip
+    state = functions.abstract_state
+    shardings = [jax.tree.map(lambda x: x.sharding, tree) for tree in (state.params, state.average)]
+    assert shardings[0] == shardings[1]
+    assert any(not sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings[1]))
+
+
+def test_each_network_of_a_mixture_is_a_row_of_a_study(tmp_path):
+    second = dataclasses.replace(TEACHER, checkpoint="/nowhere/two")
+    made = []
+    for teacher in (LiveStudent(), TeacherMixture((TEACHER, second))):
+        experiment = self_taught(tmp_path, teacher, "/nowhere/start")
+        cells = (Cell("run", experiment),)
+        test = Evaluation(small_runs.data("validation"))
+        made.append(Study(cells, str(tmp_path), test, metric="gsm8k_accuracy"))
+    rows = [
+        [(name, run.student.initial_checkpoint) for name, run in study._given_networks(one)]
+        for one in made
+    ]
+    given = [("teacher", "/nowhere/one"), ("teacher_2", "/nowhere/two")]
+    assert rows == [[("student", "/nowhere/start")], [*given, ("student", "/nowhere/start")]]
+    with pytest.raises(ValueError, match="the name 'teacher_2' is taken"):
+        dataclasses.replace(made[1], cells=(Cell("teacher_2", experiment),))
+    # A cell's trained student is a teacher by itself, in place of any other kind.
+    with pytest.raises(ValueError, match="cell 'run' has two teachers"):
+        dataclasses.replace(cells[0], teacher_from="other")
 
 
 def test_a_self_teacher_needs_the_student_outside_training(tmp_path):
