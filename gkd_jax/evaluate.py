@@ -66,9 +66,7 @@ class Evaluator:
         self._rollout = runtime.jit_rollout(experiment.rollout, model, partitioner, **ids)
         self._output_metrics = runtime.jit_rollout_metrics(vocabulary.eos_ids)
         self._needs_teacher = experiment.objective.divergence.needs_teacher
-        teacher = None
-        if self._needs_teacher and experiment.teacher is not None:
-            teacher = experiment.teacher.model
+        teacher = experiment.teacher_model if self._needs_teacher else None
         self._objective = None
         if teacher is not None or not self._needs_teacher:
             self._objective = runtime.jit_eval_step(
@@ -191,7 +189,9 @@ def evaluate(experiment: Experiment) -> EvalResult:
     assert prepared.eval_data is not None
     student = runtime.student_to_use(experiment)
     needs_teacher = experiment.objective.divergence.needs_teacher
-    teacher_params = runtime.load_teacher(experiment) if needs_teacher else None
+    teacher_params = None
+    if needs_teacher and experiment.teacher is not None:
+        teacher_params = runtime.teacher_to_use(experiment).params
     evaluator = Evaluator(experiment, prepared.eval_data)
     result = evaluator(student.params, teacher_params, step=student.step)
     for name, score in result.scores.items():

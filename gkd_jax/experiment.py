@@ -12,7 +12,7 @@ from gkd_jax.replay import Replay
 from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.decode import DecodingMethod
 from gkd_jax.sampling.methods import Greedy, Sample
-from gkd_jax.teachers import Teacher
+from gkd_jax.teachers import AbstractTeacher
 
 
 def _require_positive(owner: object, *names: str) -> None:
@@ -151,7 +151,8 @@ class Experiment:
       num_steps: updates in all.
       model_dir: where checkpoints, metrics and predictions go. A run that was stopped goes on
         from the last checkpoint in it.
-      teacher: the model that scores; None for fine-tuning (SFT).
+      teacher: who scores: a network, several, or the student itself at another time
+        (`gkd_jax.teachers`); None for fine-tuning (SFT).
       outputs: Algorithm 1's coin: how often a step trains on the student's own outputs.
       rollout: how the student's outputs are sampled in training.
       replay: keeps sampled outputs to train on them again; None trains on each once.
@@ -172,7 +173,7 @@ class Experiment:
     optimizer: Optimizer
     num_steps: int
     model_dir: str
-    teacher: Teacher | None = None
+    teacher: AbstractTeacher | None = None
     outputs: OutputMix = dataclasses.field(default_factory=OutputMix)
     rollout: Rollout = dataclasses.field(default_factory=Rollout)
     replay: Replay | None = None
@@ -191,3 +192,19 @@ class Experiment:
             raise ValueError(
                 f"Experiment.seed must be from 0 to 2**32 - 1; got {self.seed}. Set another."
             )
+        if self.teacher is not None and not isinstance(self.teacher, AbstractTeacher):
+            raise ValueError(
+                f"Experiment.teacher must be a teacher; got {self.teacher!r}. Use a class of "
+                "gkd_jax.teachers, e.g. Teacher(model, checkpoint); in gin, @teachers.Teacher() "
+                "with brackets."
+            )
+
+    @property
+    def start(self) -> str:
+        """What the student's parameters are before training, as text."""
+        return self.student.initial_checkpoint or f"random parameters of seed {self.seed}"
+
+    @property
+    def teacher_model(self) -> LanguageModel | None:
+        """The model that scores; None without a teacher."""
+        return None if self.teacher is None else self.teacher.model_for(self.student.model)

@@ -77,10 +77,10 @@ def _model_to_use(
     if generation.model == "student":
         student = runtime.student_to_use(experiment)
         return experiment.student.model, student.params, student.source
-    assert experiment.teacher is not None
-    params = runtime.load_teacher(experiment)
-    assert params is not None
-    return experiment.teacher.model, params, experiment.teacher.checkpoint
+    model = experiment.teacher_model
+    assert model is not None
+    teacher = runtime.teacher_to_use(experiment)
+    return model, teacher.params, teacher.source
 
 
 def _identity(generation: Generation, dataset: Dataset, source: str, seed: int) -> str:

@@ -18,6 +18,7 @@ from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
 from gkd_jax.output_checks import check_policy, check_replay
 from gkd_jax.sampling.methods import Sample
+from gkd_jax.teachers import Teacher
 
 
 class ConfigurationError(ValueError):
@@ -132,7 +133,7 @@ class _Check:
         self._check_model_dir()
         self._check_student_to_use(data.vocabulary)
         if experiment.objective.divergence.needs_teacher:
-            self._check_teacher(data.vocabulary)
+            self._check_teacher_to_use(data.vocabulary)
 
     def generate(self) -> None:
         """The prompts, the model that answers them, and where its outputs go."""
@@ -155,7 +156,7 @@ class _Check:
                 "Experiment.teacher, or Generation.model to 'student'."
             )
         else:
-            self._check_teacher(generation.data.vocabulary)
+            self._check_teacher_to_use(generation.data.vocabulary)
 
     def _open(self, name: str, config: DatasetConfig, num_microbatches: int = 1) -> None:
         with self.problems.collecting():
@@ -193,10 +194,16 @@ class _Check:
             )
 
     def _check_teacher(self, vocabulary: Vocabulary) -> None:
-        student, teacher = self._experiment.student, self._experiment.teacher
-        if teacher is None:
+        """Every network of the teacher; one made from the student is checked as the student is."""
+        if self._experiment.teacher is None:
             return
-        collecting = self.problems.collecting
+        self._experiment.teacher.restore(
+            network=lambda teacher: self._check_network(teacher, vocabulary),
+            initial_student=lambda: self._check_initial_student(vocabulary),
+        )
+
+    def _check_network(self, teacher: Teacher, vocabulary: Vocabulary) -> None:
+        student, collecting = self._experiment.student, self.problems.collecting
         with collecting():
             self._check_checkpoint(
                 "Teacher.checkpoint", teacher.checkpoint, teacher.model, vocabulary
@@ -211,6 +218,24 @@ class _Check:
         with collecting():
             if teacher.vocabulary is not None:
                 check_same_vocabulary(vocabulary, teacher.vocabulary)
+
+    def _check_initial_student(self, vocabulary: Vocabulary) -> None:
+        if self._experiment.student.initial_checkpoint is not None:
+            self._check_initial_checkpoint(vocabulary)
+
+    def _check_teacher_to_use(self, vocabulary: Vocabulary) -> None:
+        """Outside training a teacher in the state must be in the run's checkpoint."""
+        experiment, teacher = self._experiment, self._experiment.teacher
+        self._check_teacher(vocabulary)
+        if teacher is None or teacher.state_part is None:
+            return
+        self._check_student_to_use(vocabulary)
+        with self.problems.collecting():
+            if runtime.newest_step(experiment.model_dir) is not None:
+                abstract_params = experiment.student.model.abstract_params()
+                load.check_compatible(
+                    experiment.model_dir, abstract_params, part=teacher.state_part
+                )
 
     def _check_checkpoint(
         self, setting: str, path: str, model: LanguageModel, vocabulary: Vocabulary
@@ -331,12 +356,13 @@ def num_params(model: LanguageModel) -> int:
 def describe_plan(experiment: Experiment, prepared: Prepared) -> str:
     """Describes in a few lines what will run."""
     student, teacher = experiment.student, experiment.teacher
-    start = student.initial_checkpoint or f"random parameters of seed {experiment.seed}"
-    lines = [f"student: {num_params(student.model):,} parameters, from {start}"]
-    if teacher is not None:
+    lines = [f"student: {num_params(student.model):,} parameters, from {experiment.start}"]
+    teacher_model = experiment.teacher_model
+    if teacher is not None and teacher_model is not None:
         used = "" if experiment.objective.divergence.needs_teacher else " (not used in training)"
         lines.append(
-            f"teacher: {num_params(teacher.model):,} parameters, from {teacher.checkpoint}{used}"
+            f"teacher: {num_params(teacher_model):,} parameters, from "
+            f"{teacher.source(experiment.start)}{used}"
         )
     lines.append(f"objective: {experiment.objective}")
     sampled = experiment.outputs.student_data_fraction != 0

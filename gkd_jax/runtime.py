@@ -22,6 +22,7 @@ from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.partitioning import Partitioner, process_zero_decides
 from gkd_jax.rollout import Rollout, mix_outputs, rollout_metrics, sample_outputs
+from gkd_jax.teachers import Teacher
 from gkd_jax.train_step import make_eval_step
 
 
@@ -56,31 +57,46 @@ def sharded_abstract_params(
     )
 
 
-def init_params(experiment: Experiment) -> Params:
-    """The student's parameters before training: given weights, or random ones, sharded."""
+def init_params(experiment: Experiment, *, dtype: Any = None) -> Params:
+    """The student's parameters before training: given weights, or random ones, sharded.
+
+    In `dtype` if given, else in float32.
+    """
     student = experiment.student
     if student.initial_checkpoint is not None:
         logging.info("student: parameters from %s", student.initial_checkpoint)
         return load.load_params(
-            student.initial_checkpoint, sharded_abstract_params(experiment, student.model)
+            student.initial_checkpoint,
+            sharded_abstract_params(experiment, student.model, dtype=dtype),
         )
     logging.info("student: random parameters from seed %d", experiment.seed)
-    init = jax.jit(
-        student.model.init, out_shardings=experiment.partitioner.param_shardings(student.model)
+    shardings = experiment.partitioner.param_shardings(student.model)
+    params = jax.jit(student.model.init, out_shardings=shardings)(
+        make_key(experiment.seed, Purpose.INIT)
     )
-    return init(make_key(experiment.seed, Purpose.INIT))
+    return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def load_teacher(experiment: Experiment) -> Params | None:
-    """The teacher's parameters in its compute dtype, sharded by the same rules; None for none."""
-    teacher = experiment.teacher
-    if teacher is None:
+    """What the step is given of the teacher: parameters in their compute dtype, sharded.
+
+    None where there is no teacher, or where the training state holds it.
+    """
+    if experiment.teacher is None:
         return None
-    logging.info("teacher: parameters from %s", teacher.checkpoint)
-    dtype = jnp.dtype(teacher.model.config.dtype)
-    return load.load_params(
-        teacher.checkpoint, sharded_abstract_params(experiment, teacher.model, dtype=dtype)
-    )
+
+    def network(teacher: Teacher) -> Params:
+        logging.info("teacher: parameters from %s", teacher.checkpoint)
+        dtype = jnp.dtype(teacher.model.config.dtype)
+        return load.load_params(
+            teacher.checkpoint, sharded_abstract_params(experiment, teacher.model, dtype=dtype)
+        )
+
+    def initial_student() -> Params:
+        logging.info("teacher: the initial student")
+        return init_params(experiment, dtype=jnp.dtype(experiment.student.model.config.dtype))
+
+    return experiment.teacher.restore(network=network, initial_student=initial_student)
 
 
 def newest_step(model_dir: str) -> int | None:
@@ -97,7 +113,7 @@ def newest_step(model_dir: str) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedStudent:
-    """Parameters of a student, the step that they are of, and where they come from."""
+    """Parameters of a student or teacher, the step that they are of, and where they come from."""
 
     params: Params
     step: int
@@ -110,6 +126,29 @@ def student_to_use(experiment: Experiment) -> TrainedStudent:
     Raises:
       ValueError: there are neither.
     """
+    return _newest(experiment, "params")
+
+
+def teacher_to_use(experiment: Experiment) -> TrainedStudent:
+    """The teacher's parameters outside training.
+
+    One that the training state holds comes from the newest checkpoint in `model_dir`; where there
+    is none yet, it is still the initial student.
+
+    Raises:
+      ValueError: it is made from the student, and there are no parameters of that.
+    """
+    teacher = experiment.teacher
+    assert teacher is not None
+    source = teacher.source(experiment.start)
+    if teacher.state_part is None:
+        return TrainedStudent(load_teacher(experiment), 0, source)
+    found = _newest(experiment, teacher.state_part)
+    return dataclasses.replace(found, source=f"{source}, from {found.source}")
+
+
+def _newest(experiment: Experiment, part: str) -> TrainedStudent:
+    """A part of the newest state in `model_dir`, shaped like the student, or the initial one."""
     if process_zero_decides(lambda: newest_step(experiment.model_dir) or 0) == 0:
         if experiment.student.initial_checkpoint is None:
             raise ValueError(no_student(experiment))
@@ -117,9 +156,9 @@ def student_to_use(experiment: Experiment) -> TrainedStudent:
     with CheckpointStore(experiment.model_dir, read_only=True) as store:
         step = store.choose()
         source = str(store.folder(step))
-    logging.info("student: parameters from %s", source)
+    logging.info("student: %s from %s", "parameters" if part == "params" else part, source)
     abstract = sharded_abstract_params(experiment, experiment.student.model)
-    return TrainedStudent(load.load_params(source, abstract), step, source)
+    return TrainedStudent(load.load_params(source, abstract, part=part), step, source)
 
 
 def no_student(experiment: Experiment) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,7 @@ from gkd_jax.experiment import Evaluation, Experiment, Student
 from gkd_jax.metrics.score import Score
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.objective import Objective
-from gkd_jax.teachers import Teacher
+from gkd_jax.teachers import AbstractTeacher, Teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Study:
                         f"and the earlier ones {names}. Correct the name or the order of "
                         "Study.cells."
                     )
-            if cell.name in (*names, *_GIVEN):
+            if cell.name in names or re.fullmatch(_GIVEN, cell.name):
                 raise ValueError(
                     f"Study.cells: the name {cell.name!r} is taken. Give the cell another."
                 )
@@ -114,9 +115,10 @@ class Study:
         return experiment
 
 
-# The rows of what no cell has trained: the teacher's checkpoint, and the one that students start
-# from.
-_GIVEN = ("teacher", "student")
+# The rows of what no cell has trained: the teacher's checkpoint, or several, and the one that
+# students start from.
+_TEACHER, _STUDENT = "teacher", "student"
+_GIVEN = rf"{_TEACHER}(_\d+)?|{_STUDENT}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,25 +203,40 @@ def run_study(study: Study, *, before_start: Callable[[], None] | None = None) -
 
 
 def _given_networks(study: Study) -> list[tuple[str, Experiment]]:
-    """The first teacher and the first student that come from a checkpoint, as a run's student."""
+    """The first teacher and the first student that come from a checkpoint, as a run's student.
+
+    A teacher of several networks gives a row for each.
+    """
     found: dict[str, Experiment] = {}
     seed = study.seeds[0]
     for cell in study.cells:
         experiment = study.experiment_of(cell, seed=seed)
-        teacher, student = cell.experiment.teacher, cell.experiment.student
-        given = {
-            "teacher": None if teacher is None else Student(teacher.model, teacher.checkpoint),
-            "student": None if student.initial_checkpoint is None else student,
-        }
+        student, given = cell.experiment.student, {}
+        if _TEACHER not in found:
+            networks = _networks(cell.experiment.teacher)
+            names = [_TEACHER, *(f"{_TEACHER}_{i}" for i in range(2, len(networks) + 1))]
+            given = dict(zip(names, networks, strict=False))
         # What the study itself trains has a row of its own.
-        if cell.student_from is not None:
-            given["student"] = None
+        if cell.student_from is None and student.initial_checkpoint is not None:
+            given.setdefault(_STUDENT, student)
         for name, network in given.items():
-            if network is not None and name not in found:
+            if name not in found:
                 found[name] = dataclasses.replace(
                     experiment, student=network, model_dir=study.cell_dir(name, seed)
                 )
-    return [(name, found[name]) for name in _GIVEN if name in found]
+    # Teachers first.
+    return sorted(found.items(), key=lambda item: item[0] == _STUDENT)
+
+
+def _networks(teacher: AbstractTeacher | None) -> list[Student]:
+    """The networks that a teacher consists of, each as a run's student."""
+    networks: list[Student] = []
+    if teacher is not None:
+        teacher.restore(
+            network=lambda one: networks.append(Student(one.model, one.checkpoint)),
+            initial_student=lambda: None,
+        )
+    return networks
 
 
 def _for_test(study: Study, experiment: Experiment) -> Experiment:

@@ -1,13 +1,59 @@
-"""Who teaches. The teacher's parameters are an argument of every jitted function that uses them."""
+"""Who teaches: other networks, one or several, or the student itself at another time.
 
+A kind of teacher says three things, and nothing else asks which kind it is: its model; what is
+restored before training and then handed to every jitted function as an argument; and, where it is
+made from the run itself, which part of the training state it is.
+"""
+
+import abc
 import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
 
 from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.models.combined import MixtureModel
+
+
+class AbstractTeacher(abc.ABC):
+    """What every kind of teacher tells of itself. It never drops out and gets no gradient."""
+
+    @abc.abstractmethod
+    def source(self, start: str) -> str:
+        """Where its parameters come from, as text; `start` tells it of the initial student."""
+
+    @abc.abstractmethod
+    def model_for(self, student: LanguageModel) -> LanguageModel:
+        """The model that teaches this student's model."""
+
+    @abc.abstractmethod
+    def restore(
+        self, *, network: Callable[["Teacher"], Any], initial_student: Callable[[], Any]
+    ) -> Any:
+        """Puts together what is restored before training, from what its sources give.
+
+        Args:
+          network: gives the parameters of one network; called for each.
+          initial_student: gives those that the student starts with.
+
+        Returns:
+          Parameters of `model_for`; None for a teacher in the training state.
+        """
+
+    @property
+    def state_part(self) -> str | None:
+        """The field of `TrainState` that teaches; None for a teacher that is restored."""
+        return None
+
+    @property
+    def average_decay(self) -> float | None:
+        """The decay of the average that the run keeps in its state; None for no average."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
-class Teacher:
+class Teacher(AbstractTeacher):
     """One frozen network, restored in its compute dtype, without optimizer state, never saved.
 
     Attributes:
@@ -20,3 +66,198 @@ class Teacher:
     model: LanguageModel
     checkpoint: str
     vocabulary: Vocabulary | None = None
+
+    def source(self, start: str) -> str:
+        """The checkpoint."""
+        del start
+        return self.checkpoint
+
+    def model_for(self, student: LanguageModel) -> LanguageModel:
+        """Its own."""
+        del student
+        return self.model
+
+    def restore(
+        self, *, network: Callable[["Teacher"], Any], initial_student: Callable[[], Any]
+    ) -> Any:
+        """Its own parameters."""
+        del initial_student
+        return network(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherMixture(AbstractTeacher):
+    """Several frozen networks that teach together: sum_i w_i P_i(. | x, y_<n) at every token.
+
+    Each is restored in its own compute dtype. The objective's teacher temperature is that of the
+    mixed distribution. All of them are in memory at once.
+
+    Attributes:
+      teachers: the networks, over one vocabulary.
+      weights: w_i, positive; divided by their sum. None weighs all alike.
+
+    Raises:
+      ValueError: there are no teachers, one is no `Teacher`, or the weights are not positive or
+        not as many.
+    """
+
+    teachers: tuple[Teacher, ...]
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        # Lists, as gin gives them, could not be hashed.
+        object.__setattr__(self, "teachers", tuple(self.teachers))
+        if not self.teachers:
+            raise ValueError("TeacherMixture.teachers is empty. Give at least one Teacher.")
+        for teacher in self.teachers:
+            if not isinstance(teacher, Teacher):
+                raise ValueError(
+                    f"TeacherMixture.teachers must each be a Teacher; got {teacher!r}. Give its "
+                    "model and checkpoint as a Teacher; a teacher made from the student itself "
+                    "cannot be part of a mixture."
+                )
+        weights = self.weights
+        if weights is None:
+            weights = (1.0,) * len(self.teachers)
+        object.__setattr__(self, "weights", tuple(weights))
+        if len(self.shares) != len(self.teachers) or not all(
+            _is_number(weight) and 0 < weight < math.inf for weight in self.shares
+        ):
+            raise ValueError(
+                f"TeacherMixture.weights must be {len(self.teachers)} positive numbers, one a "
+                f"teacher; got {self.weights}. Leave out a teacher that is to have no weight."
+            )
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weights, as given."""
+        assert self.weights is not None
+        return self.weights
+
+    def source(self, start: str) -> str:
+        """Each checkpoint with its share."""
+        del start
+        total = sum(self.shares)
+        return " + ".join(
+            f"{weight / total:.3g} x {teacher.checkpoint}"
+            for weight, teacher in zip(self.shares, self.teachers, strict=True)
+        )
+
+    def model_for(self, student: LanguageModel) -> LanguageModel:
+        """The mixture of all models."""
+        del student
+        return MixtureModel(tuple(teacher.model for teacher in self.teachers), self.shares)
+
+    def restore(
+        self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]
+    ) -> Any:
+        """The parameters of each network, in their order."""
+        del initial_student
+        return tuple(network(teacher) for teacher in self.teachers)
+
+
+class SelfTeacher(AbstractTeacher):
+    """A teacher that is the student, at some time of the run: it shares the student's model."""
+
+    def model_for(self, student: LanguageModel) -> LanguageModel:
+        """The student's."""
+        return student
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialStudent(SelfTeacher):
+    """The student as it was before training, frozen, in its compute dtype.
+
+    Its parameters are made again at every start: read from `Student.initial_checkpoint`, or drawn
+    from the run's seed where there is none. Nothing of it is saved, so the checkpoint must stay as
+    it is: name one `checkpoint_<step>` of a run that goes on.
+
+    Without dropout, at equal temperatures, the gradient of the first step is 0. It keeps a
+    student near to where it started, beside another loss or at another temperature.
+    """
+
+    def source(self, start: str) -> str:
+        """What the student starts from."""
+        return f"{start}, as the student starts"
+
+    def restore(
+        self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]
+    ) -> Any:
+        """What the student starts with."""
+        del network
+        return initial_student()
+
+
+class _InState(SelfTeacher):
+    """A self-teacher that the training state holds: nothing is restored beside it."""
+
+    def restore(
+        self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]
+    ) -> Any:
+        """Nothing."""
+        del network, initial_student
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageStudent(_InState):
+    """The exponential moving average of the student: a_n = d a_(n-1) + (1 - d) theta_n.
+
+    It starts as the initial student, follows every update, and is kept in the state and in its
+    checkpoints: float32, as large as the student. Mean teachers: arXiv 1703.01780; language
+    models that teach themselves by their average: SDFT, arXiv 2601.19897.
+
+    Attributes:
+      decay: d, above 0 and below 1; the average reaches back about 1 / (1 - d) updates.
+
+    Raises:
+      ValueError: the decay is out of its range.
+    """
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.decay) and 0.0 < self.decay < 1.0):
+            raise ValueError(
+                f"AverageStudent.decay must be above 0 and below 1; got {self.decay!r}. Set it to "
+                "e.g. 0.999; of the student itself use LiveStudent, of the frozen one "
+                "InitialStudent."
+            )
+
+    def source(self, start: str) -> str:
+        """In words, with the decay."""
+        del start
+        return f"the student's average of decay {self.decay}"
+
+    @property
+    def state_part(self) -> str:
+        """The average."""
+        return "average"
+
+    @property
+    def average_decay(self) -> float:
+        """The decay."""
+        return self.decay
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveStudent(_InState):
+    """The student itself at every step, without dropout and without gradient.
+
+    Where teacher and student see and do the same, a divergence of the two has no gradient: it
+    teaches where they differ. With dropout in the student, that is the dropout; with a
+    teacher temperature below the student's, the student sharpens its own answers.
+    """
+
+    def source(self, start: str) -> str:
+        """In words."""
+        del start
+        return "the student itself at every step"
+
+    @property
+    def state_part(self) -> str:
+        """The student's parameters."""
+        return "params"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

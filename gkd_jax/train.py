@@ -64,10 +64,16 @@ def jit_step_functions(
     partitioner: Partitioner,
     *,
     num_microbatches: int,
+    teacher_part: str | None = None,
+    average_decay: float | None = None,
 ) -> StepFunctions:
     """Jits `train_step.init_train_state` and `train_step.make_train_step`."""
     transformation = optimizer.build()
-    init = functools.partial(train_step.init_train_state, optimizer=transformation)
+    init = functools.partial(
+        train_step.init_train_state,
+        optimizer=transformation,
+        with_average=average_decay is not None,
+    )
     abstract = jax.eval_shape(init, student.abstract_params())
     shardings = partitioner.state_shardings(abstract, partitioner.param_shardings(student))
     step = train_step.make_train_step(
@@ -76,6 +82,8 @@ def jit_step_functions(
         objective,
         transformation,
         num_microbatches=num_microbatches,
+        teacher_part=teacher_part,
+        average_decay=average_decay,
     )
     return StepFunctions(
         init=jax.jit(init, donate_argnums=0, out_shardings=shardings),
@@ -101,13 +109,16 @@ class Trainer:
         student, partitioner = experiment.student.model, experiment.partitioner
         teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
         self.teacher_params = None if teacher is None else runtime.load_teacher(experiment)
+        self._teacher_part = teacher.state_part if teacher else None
         functions = jit_step_functions(
             student,
-            teacher.model if teacher else None,
+            experiment.teacher_model if teacher else None,
             experiment.objective,
             experiment.optimizer,
             partitioner,
             num_microbatches=experiment.num_microbatches,
+            teacher_part=self._teacher_part,
+            average_decay=teacher.average_decay if teacher else None,
         )
         self.abstract_state: PyTree[jax.ShapeDtypeStruct] = functions.abstract_state
         self._init_fn, self.step_fn = functions.init, functions.step
@@ -141,6 +152,10 @@ class Trainer:
     def init_state(self) -> TrainState:
         """The state before the first step, made sharded."""
         return self._init_fn(runtime.init_params(self.experiment))
+
+    def teacher_params_of(self, state: TrainState) -> Params | None:
+        """The parameters that teach at this state; None where nobody does."""
+        return train_step.teacher_params_of(state, self.teacher_params, self._teacher_part)
 
     def step(
         self, state: TrainState, batch: Batch, step: int
@@ -324,7 +339,8 @@ class _Loop:
         # Steps that are still under way are training's time, all that follows is not.
         jax.block_until_ready(self.state)
         start = time.monotonic()
-        result = self.evaluator(self.state.params, self.trainer.teacher_params, step=step)
+        teacher_params = self.trainer.teacher_params_of(self.state)
+        result = self.evaluator(self.state.params, teacher_params, step=step)
         self.scores, self.scored_step = result.values(), step
         self.scores["seconds"] = time.monotonic() - start
         self.writer.write(step, {f"eval/{name}": value for name, value in self.scores.items()})

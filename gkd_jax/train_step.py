@@ -29,18 +29,46 @@ class TrainState:
       step: number of updates made.
       params: the student's float32 parameters.
       opt_state: the optimizer's state.
+      average: the average of the student's parameters, where it teaches; None where no average
+        is kept, and then no part of the tree.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Any
+    average: Params | None = None
 
 
-def init_train_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Makes the state before the first step."""
+def init_train_state(
+    params: Params, optimizer: optax.GradientTransformation, *, with_average: bool = False
+) -> TrainState:
+    """Makes the state before the first step; an average starts as the parameters."""
     return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params)
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        # Arrays of its own: a state whose leaves share them could not be donated.
+        average=jax.tree.map(jnp.copy, params) if with_average else None,
     )
+
+
+def teacher_params_of(
+    state: TrainState, restored: Params | None, state_part: str | None
+) -> Params | None:
+    """The parameters that teach at this state: those restored, or a part of the state.
+
+    Args:
+      state: the state before the update.
+      restored: parameters of a teacher that the state does not hold.
+      state_part: 'params' or 'average'; None for the restored ones.
+    """
+    return restored if state_part is None else getattr(state, state_part)
+
+
+def follow(average: Params, params: Params, *, decay: float) -> Params:
+    """Moves an average towards new parameters: decay * average + (1 - decay) * params."""
+    # In this form an average of equal numbers stays what it is.
+    return jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), average, params)
 
 
 def make_loss_fn(
@@ -138,12 +166,24 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     num_microbatches: int = 1,
+    teacher_part: str | None = None,
+    average_decay: float | None = None,
 ) -> StepFn:
     """Makes the training step.
 
     Loss and gradient do not depend on `num_microbatches`: the weight of every token is fixed
     over the whole batch first, and microbatches only add up (in float32). Dropout masks do
     depend on it.
+
+    Args:
+      student: the model that is trained.
+      teacher: the model that scores; None for an objective that needs none.
+      objective: divergence, temperatures and reduction.
+      optimizer: makes the update.
+      num_microbatches: parts of the batch whose gradients are added up.
+      teacher_part: 'params' or 'average', if that part of the state teaches; None where the
+        teacher's parameters are those given.
+      average_decay: of the state's average, which follows each update; None where none is kept.
 
     Returns:
       A function `(state, teacher_params, batch, key)` to the new state and metrics; `key`
@@ -184,11 +224,18 @@ def make_train_step(
         state: TrainState, teacher_params: Params | None, batch: Batch, key: Key[Array, ""]
     ) -> tuple[TrainState, Metrics]:
         weights = final_weights(batch.loss_weights, reduction=objective.reduction)
+        teacher_params = teacher_params_of(state, teacher_params, teacher_part)
         grads, metrics = gradients(state.params, teacher_params, batch, weights, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = (optax.tree.norm(grads), jnp.float32(1))
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        average = state.average
+        if average_decay is not None:
+            average = follow(average, params, decay=average_decay)
+        new_state = TrainState(
+            step=state.step + 1, params=params, opt_state=opt_state, average=average
+        )
+        return new_state, metrics
 
     return train_step
 

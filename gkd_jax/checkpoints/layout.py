@@ -210,7 +210,8 @@ def check_shapes(
         more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
         raise ValueError(
             f"the checkpoint {folder} does not fit: {'; '.join(problems[:limit])}{more}. Set the "
-            "model (and optimizer) to those that it was written with, or choose another checkpoint."
+            "model (optimizer, teacher) to those that it was written with, or choose another "
+            "checkpoint."
         )
 
 

@@ -17,8 +17,6 @@ from gkd_jax.checkpoints.manifest import (
 )
 from gkd_jax.checkpoints.store import CheckpointStore
 
-_PARAMS = "params/"
-
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
@@ -41,7 +39,11 @@ class CheckpointInfo:
 
 
 def load_params(
-    path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct], *, step: int | None = None
+    path: epath.PathLike,
+    abstract_params: PyTree[jax.ShapeDtypeStruct],
+    *,
+    step: int | None = None,
+    part: str = "params",
 ) -> Params:
     """Loads parameters, without optimizer state, verified where there are digests.
 
@@ -50,6 +52,7 @@ def load_params(
         what `save_params` wrote, or a checkpoint of T5X, native or Orbax.
       abstract_params: shapes, the dtypes to convert to (bfloat16 for a teacher), and shardings.
       step: of a run's directory, the checkpoint of this step only.
+      part: of a run's state, the field to load: 'average' where the run keeps one.
 
     Returns:
       The parameters, on the shardings wanted.
@@ -64,6 +67,7 @@ def load_params(
     if kind.startswith("t5x"):
         from gkd_jax.checkpoints import t5x
 
+        _check_part({}, part, folder)
         return t5x.read_t5x_params(folder, abstract_params)
     if kind == "run":
         store = CheckpointStore(folder, read_only=True)
@@ -71,15 +75,17 @@ def load_params(
     else:
         _verify(folder)
     header = layout.read_header(folder)
-    layout.check_shapes(
-        _params_only(header.shapes), layout.shapes_of(abstract_params), folder=folder
-    )
-    nested = layout.read_arrays(folder, {"params": layout.to_nested(abstract_params)})
-    return layout.from_nested(nested["params"], abstract_params)
+    shapes = _part_only(header.shapes, part)
+    _check_part(shapes, part, folder)
+    layout.check_shapes(shapes, layout.shapes_of(abstract_params), folder=folder)
+    nested = layout.read_arrays(folder, {part: layout.to_nested(abstract_params)})
+    return layout.from_nested(nested[part], abstract_params)
 
 
-def describe_checkpoint(path: epath.PathLike) -> CheckpointInfo:
+def describe_checkpoint(path: epath.PathLike, *, part: str = "params") -> CheckpointInfo:
     """Tells what a path holds, quickly: sizes of files are checked, digests are not.
+
+    `part` is the field of a run's state whose shapes are told; T5X's have parameters alone.
 
     Raises:
       As `load_params`.
@@ -100,19 +106,20 @@ def describe_checkpoint(path: epath.PathLike) -> CheckpointInfo:
     verify_manifest(folder, digests=False)
     header = layout.read_header(folder)
     kind = header.kind if kind != "run" else kind
-    shapes = _params_only(header.shapes)
+    shapes = _part_only(header.shapes, part)
     return CheckpointInfo(kind, str(folder), header.step, shapes, header.host)
 
 
 def check_compatible(
-    path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct]
+    path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct], *, part: str = "params"
 ) -> CheckpointInfo:
     """Checks, quickly, that a checkpoint has the parameters wanted; tells what else it holds.
 
     Raises:
       As `load_params`; a ValueError for shapes names the first few parameters that differ.
     """
-    info = describe_checkpoint(path)
+    info = describe_checkpoint(path, part=part)
+    _check_part({} if info.kind.startswith("t5x") else info.shapes, part, epath.Path(info.folder))
     wanted = layout.shapes_of(abstract_params)
     layout.check_shapes(info.shapes, wanted, folder=epath.Path(info.folder))
     return info
@@ -167,12 +174,22 @@ def _verify(folder: epath.Path) -> None:
         ) from error
 
 
-def _params_only(shapes: layout.Shapes) -> layout.Shapes:
+def _part_only(shapes: layout.Shapes, part: str) -> layout.Shapes:
+    prefix = f"{part}/"
     return {
-        name.removeprefix(_PARAMS): entry
+        name.removeprefix(prefix): entry
         for name, entry in shapes.items()
-        if name.startswith(_PARAMS)
+        if name.startswith(prefix)
     }
+
+
+def _check_part(shapes: layout.Shapes, part: str, folder: epath.Path) -> None:
+    """Checks that there is the part wanted, beside parameters, which all checkpoints have."""
+    if part != "params" and not shapes:
+        raise ValueError(
+            f"the checkpoint {folder} holds no {part} of the student's parameters. Choose a run "
+            "that was trained with teachers.AverageStudent as its Experiment.teacher."
+        )
 
 
 def _describe_t5x(root: epath.Path, kind: str) -> CheckpointInfo:
