@@ -22,8 +22,9 @@ def check_policy(experiment: Experiment) -> None:
             "Experiment.teacher and a divergence to it, or Rollout.policy to None."
         )
     student = experiment.student.model
-    if student.vocab_size == teacher.model.vocab_size:  # Otherwise said for the teacher itself.
-        policy.combine(student, teacher.model)
+    network = teacher.model_for(student)
+    if student.vocab_size == network.vocab_size:  # Otherwise said for the teacher itself.
+        policy.combine(student, network)
     _check_not_estimated(experiment, f"Rollout.policy = {policy}", "Rollout.policy")
 
 

@@ -125,20 +125,16 @@ class Trainer:
         vocabulary = dataset.config.vocabulary
         policy = experiment.rollout.policy
         writer = student
-        if policy is not None and teacher is not None:
-            writer = policy.combine(student, teacher.model)
-        rollout_fn = runtime.jit_rollout(
+        self._teacher_helps = policy is not None and experiment.teacher_model is not None
+        if policy is not None and experiment.teacher_model is not None:
+            writer = policy.combine(student, experiment.teacher_model)
+        self.rollout_fn = runtime.jit_rollout(
             experiment.rollout,
             writer,
             partitioner,
             eos_ids=vocabulary.eos_ids,
             pad_id=vocabulary.pad_id,
         )
-        self.rollout_fn = rollout_fn
-        if writer is not student:
-            self.rollout_fn = lambda params, batch, key: rollout_fn(
-                (params, self.teacher_params), batch, key
-            )
         self.rollout_metrics_fn = runtime.jit_rollout_metrics(vocabulary.eos_ids)
         self.mix_fn = runtime.jit_mix_outputs(partitioner)
         self.replay: ReplayBuffer | None = None
@@ -152,6 +148,12 @@ class Trainer:
     def init_state(self) -> TrainState:
         """The state before the first step, made sharded."""
         return self._init_fn(runtime.init_params(self.experiment))
+
+    def _writer_params(self, state: TrainState) -> Params:
+        """Parameters of whoever writes the outputs: the student, or it and the teacher."""
+        if self._teacher_helps:
+            return (state.params, self.teacher_params_of(state))
+        return state.params
 
     def teacher_params_of(self, state: TrainState) -> Params | None:
         """The parameters that teach at this state; None where nobody does."""
@@ -174,7 +176,8 @@ class Trainer:
         if kind == "on_policy" and self.replay is not None and self.replay.is_used(step):
             return self._replay_step(state, self.replay, step)
         if kind != "data":
-            sampled = self.rollout_fn(state.params, batch, make_key(seed, Purpose.ROLLOUT, step))
+            writer = self._writer_params(state)
+            sampled = self.rollout_fn(writer, batch, make_key(seed, Purpose.ROLLOUT, step))
             groups["rollout"] = self.rollout_metrics_fn(sampled)
             sampled = runtime.without_log_probs(sampled)
             if self.replay is not None:

@@ -62,7 +62,7 @@ def test_samples_have_the_policys_log_probs(name, tiny_teacher, tmp_path):
     policy = POLICIES[name]
     experiment = gkd(tmp_path, tiny_teacher, policy)
     trainer, batch, params = make_trainer(experiment)
-    sampled = trainer.rollout_fn(params, batch, jax.random.key(0))
+    sampled = trainer.rollout_fn((params, trainer.teacher_params), batch, jax.random.key(0))
     student = next_token_probs(experiment.student.model, params, sampled)
     teacher = next_token_probs(experiment.teacher.model, trainer.teacher_params, sampled)
     expected = np.log(combined_probs(policy, student, teacher))
@@ -86,7 +86,7 @@ def test_first_tokens_are_drawn_from_the_policys_distribution(name, tiny_teacher
     params, trainer.teacher_params = jax.tree.map(
         lambda leaf: 2 * leaf, (params, trainer.teacher_params)
     )
-    sampled = trainer.rollout_fn(params, batch, jax.random.key(1))
+    sampled = trainer.rollout_fn((params, trainer.teacher_params), batch, jax.random.key(1))
     student = next_token_probs(experiment.student.model, params, batch)[0, 0]
     teacher = next_token_probs(experiment.teacher.model, trainer.teacher_params, batch)[0, 0]
     expected = 4000 * combined_probs(policy, student, teacher)
@@ -117,11 +117,11 @@ def test_the_teachers_parameters_are_an_argument(tiny_teacher, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(trainer.teacher_params)} == {
         jnp.dtype("bfloat16")
     }
-    first = trainer.rollout_fn(params, batch, jax.random.key(0))
+    first = trainer.rollout_fn((params, trainer.teacher_params), batch, jax.random.key(0))
     trainer.teacher_params = jax.tree.map(
         lambda leaf: jax.device_put(2 * leaf, leaf.sharding), trainer.teacher_params
     )
-    second = trainer.rollout_fn(params, batch, jax.random.key(0))
+    second = trainer.rollout_fn((params, trainer.teacher_params), batch, jax.random.key(0))
     vocabulary = experiment.train_data.vocabulary
     jitted = runtime.jit_rollout(
         experiment.rollout,
