@@ -20,7 +20,7 @@ import numpy as np
 
 from gkd_jax.array_types import Array, Int, PyTree
 from gkd_jax.batch import Batch
-from gkd_jax.objectives.mixing import FractionSchedule
+from gkd_jax.objectives.mixing import FractionSchedule, host_generator
 from gkd_jax.partitioning import Partitioner
 
 # Keeps these draws apart from other uses of the same seed.
@@ -106,14 +106,8 @@ class Replay:
         """
         refresh = self.refresh(step) if callable(self.refresh) else self.refresh
         # In (0, 1]: a probability of 0 is never hit, one of 1 always.
-        return bool(1.0 - _generator(seed, step, use=0).random() <= _check_probability(refresh))
-
-
-def _generator(seed: int, step: int, *, use: int) -> np.random.Generator:
-    key = np.array([seed, _REPLAY_STREAM], dtype=np.uint64)
-    # The low word counts the draws within a step, so that neither steps nor uses share one.
-    counter = np.array([0, step, use, 0], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+        coin = 1.0 - host_generator(_REPLAY_STREAM, seed=seed, step=step).random()
+        return bool(coin <= _check_probability(refresh))
 
 
 def _check_probability(value: object) -> float:
@@ -190,7 +184,7 @@ class ReplayBuffer:
 
     def draw_slots(self, step: int) -> Int[np.ndarray, " B"]:
         """Which of the kept rollouts each row of the step's batch is taken from."""
-        generator = _generator(self._seed, step, use=1)
+        generator = host_generator(_REPLAY_STREAM, seed=self._seed, step=step, use=1)
         return generator.integers(self.num_slots, size=self.num_rows, dtype=np.int32)
 
     def draw(self, step: int) -> tuple[Batch, tuple[np.float32, np.float32]]:

@@ -123,10 +123,10 @@ class Trainer:
         self.abstract_state: PyTree[jax.ShapeDtypeStruct] = functions.abstract_state
         self._init_fn, self.step_fn = functions.init, functions.step
         vocabulary = dataset.config.vocabulary
-        policy = experiment.rollout.policy
-        writer = student
-        self._teacher_helps = policy is not None and experiment.teacher_model is not None
-        if policy is not None and experiment.teacher_model is not None:
+        policy, writer = experiment.rollout.policy, student
+        self._teacher_helps = policy is not None
+        if policy is not None:
+            assert experiment.teacher_model is not None
             writer = policy.combine(student, experiment.teacher_model)
         self.rollout_fn = runtime.jit_rollout(
             experiment.rollout,

@@ -159,35 +159,16 @@ def split_microbatches(tree: Any, num_microbatches: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def make_train_step(
+def make_gradient_fn(
     student: LanguageModel,
     teacher: LanguageModel | None,
     objective: Objective,
-    optimizer: optax.GradientTransformation,
     *,
-    num_microbatches: int = 1,
-    teacher_part: str | None = None,
-    average_decay: float | None = None,
-) -> StepFn:
-    """Makes the training step.
+    num_microbatches: int,
+) -> Callable[..., tuple[Params, Metrics]]:
+    """Makes `(params, teacher_params, batch, weights, key)` to the gradient and the metrics.
 
-    Loss and gradient do not depend on `num_microbatches`: the weight of every token is fixed
-    over the whole batch first, and microbatches only add up (in float32). Dropout masks do
-    depend on it.
-
-    Args:
-      student: the model that is trained.
-      teacher: the model that scores; None for an objective that needs none.
-      objective: divergence, temperatures and reduction.
-      optimizer: makes the update.
-      num_microbatches: parts of the batch whose gradients are added up.
-      teacher_part: 'params' or 'average', if that part of the state teaches; None where the
-        teacher's parameters are those given.
-      average_decay: of the state's average, which follows each update; None where none is kept.
-
-    Returns:
-      A function `(state, teacher_params, batch, key)` to the new state and metrics; `key`
-      must differ at every step.
+    Microbatches add up, in float32: `weights` are final weights of the whole batch.
     """
     grad_fn = jax.value_and_grad(make_loss_fn(student, teacher, objective), has_aux=True)
 
@@ -219,6 +200,41 @@ def make_train_step(
         grads, per_token = jax.lax.scan(accumulate, zeros, parts)
         per_token = jnp.swapaxes(per_token, 0, 1).reshape(batch.targets.shape)
         return grads, loss_metrics(per_token, batch, weights)
+
+    return gradients
+
+
+def make_train_step(
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_microbatches: int = 1,
+    teacher_part: str | None = None,
+    average_decay: float | None = None,
+) -> StepFn:
+    """Makes the training step.
+
+    Loss and gradient do not depend on `num_microbatches`: the weight of every token is fixed
+    over the whole batch first, and microbatches only add up (in float32). Dropout masks do
+    depend on it.
+
+    Args:
+      student: the model that is trained.
+      teacher: the model that scores; None for an objective that needs none.
+      objective: divergence, temperatures and reduction.
+      optimizer: makes the update.
+      num_microbatches: parts of the batch whose gradients are added up.
+      teacher_part: 'params' or 'average', if that part of the state teaches; None where the
+        teacher's parameters are those given.
+      average_decay: of the state's average, which follows each update; None where none is kept.
+
+    Returns:
+      A function `(state, teacher_params, batch, key)` to the new state and metrics; `key`
+      must differ at every step.
+    """
+    gradients = make_gradient_fn(student, teacher, objective, num_microbatches=num_microbatches)
 
     def train_step(
         state: TrainState, teacher_params: Params | None, batch: Batch, key: Key[Array, ""]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gkd_jax import train
 from gkd_jax.data.pipeline import DatasetConfig
 from gkd_jax.data.recipes import arithmetic
 from gkd_jax.data.vocabularies import ByteVocabulary
@@ -119,3 +120,19 @@ def assert_equal_bits(left: Any, right: Any) -> None:
         one, other = np.asarray(one), np.asarray(other)
         assert one.dtype == other.dtype, path
         assert one.tobytes() == other.tobytes(), jax.tree_util.keystr(path)
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+def stop_at(monkeypatch, wanted: int) -> None:
+    """Ends the run just before update number `wanted`."""
+    original = train.Trainer.step
+
+    def step(self, state, batch, step):
+        if step == wanted:
+            raise Stopped
+        return original(self, state, batch, step)
+
+    monkeypatch.setattr(train.Trainer, "step", step)

@@ -18,7 +18,7 @@ from gkd_jax.objectives.other_divergences import SampledReverseKL
 from gkd_jax.prepare import ConfigurationError
 from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.policies import Corrected, TeacherMixed
-from gkd_jax.teachers import Teacher
+from gkd_jax.teachers import AverageStudent, Teacher
 
 POLICIES = {"mixed": TeacherMixed(0.3), "corrected": Corrected(top_k=60)}
 
@@ -104,6 +104,26 @@ def test_first_tokens_are_drawn_from_the_policys_distribution(name, tiny_teacher
     for alone in (student, teacher):  # The test can tell the three apart.
         value, freedom = chi_squared(np.maximum(4000 * alone, 1e-3))
         assert value > freedom + 10 * np.sqrt(2 * freedom)
+
+
+def test_a_teacher_of_the_training_state_helps_too(tiny_teacher, tmp_path):
+    """The average as it is at the step: the outputs are those of a rollout with it."""
+    experiment = gkd(tmp_path, tiny_teacher, TeacherMixed(0.9))
+    experiment = dataclasses.replace(experiment, teacher=AverageStudent(0.5))
+    trainer, batch, _ = make_trainer(experiment)
+    state = trainer.init_state()
+    state = state.replace(average=jax.tree.map(lambda leaf: 3 * leaf, state.average))
+    key = runtime.make_key(experiment.seed, runtime.Purpose.ROLLOUT, 0)
+    expected = trainer.rollout_metrics_fn(
+        trainer.rollout_fn((state.params, state.average), batch, key)
+    )
+    student_alone = trainer.rollout_metrics_fn(
+        trainer.rollout_fn((state.params, state.params), batch, key)
+    )
+    _, groups = trainer.step(state, batch, 0)
+    got = jax.device_get(groups["rollout"])
+    assert got == jax.device_get(expected)
+    assert got != jax.device_get(student_alone)
 
 
 def test_the_teachers_parameters_are_an_argument(tiny_teacher, tmp_path):

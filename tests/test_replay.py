@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
+from small_runs import Stopped, stop_at
 
 from gkd_jax import prepare, replay, runtime, train
 from gkd_jax.batch import Batch
@@ -129,21 +130,6 @@ def gkd(model_dir, teacher, **changes):
 def replay_run(tiny_teacher, tmp_path_factory):
     model_dir = tmp_path_factory.mktemp("replay") / "run"
     return model_dir, train.train(gkd(model_dir, tiny_teacher))
-
-
-class Stopped(Exception):
-    """Stands for whatever ends a process between two steps."""
-
-
-def stop_at(monkeypatch, wanted: int) -> None:
-    original = train.Trainer.step
-
-    def step(self, state, batch, step):
-        if step == wanted:
-            raise Stopped
-        return original(self, state, batch, step)
-
-    monkeypatch.setattr(train.Trainer, "step", step)
 
 
 @pytest.mark.pitfall(43)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import runpy
 
 import pytest
 import small_runs
@@ -12,6 +14,8 @@ from gkd_jax.prepare import ConfigurationError
 from gkd_jax.sampling.methods import Sample
 from gkd_jax.study import Cell, Study
 from gkd_jax.teachers import Teacher
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def evaluation(split: str) -> Evaluation:
@@ -55,6 +59,21 @@ def test_the_table_has_each_cell(finished):
     assert table.count("\n") == 2 + len(rows)
     stored = json.loads((folder / "results.json").read_text())
     assert [row["score"]["value"] for row in stored] == [row.score.value for row in rows]
+
+
+def test_runs_are_compared_pair_by_pair(finished, capsys):
+    """The script of examples/multi30k on this study: each run, by seed and in the mean."""
+    pytest.importorskip("sacrebleu")
+    made, _, _ = finished
+    script = runpy.run_path(str(ROOT / "examples" / "multi30k" / "compare.py"))
+    script["print_differences"](made, "sft")
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [
+        [name, seed] for name in ("big", "sft", "gkd") for seed in ("0", "mean")
+    ]
+    assert [row[3:] for row in rows if row[0] == "sft"] == [["+0.00", "0.00"]] * 2
+    scores = {row[0]: float(row[2]) for row in rows}
+    assert float(rows[0][3]) == pytest.approx(scores["big"] - scores["sft"], abs=0.011)
 
 
 def test_curves_are_a_picture(finished):

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import small_runs
+from small_runs import Stopped, stop_at
 
 from gkd_jax import prepare, runtime, train, train_step
 from gkd_jax.checkpoints.store import CheckpointStore, save_params
@@ -27,22 +28,6 @@ from gkd_jax.prepare import ConfigurationError
 from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.methods import Greedy, Sample
 from gkd_jax.teachers import Teacher
-
-
-class Stopped(Exception):
-    """Stands for whatever ends a process between two steps."""
-
-
-def stop_at(monkeypatch, wanted: int) -> None:
-    """Ends the run just before update number `wanted`."""
-    original = train.Trainer.step
-
-    def step(self, state, batch, step):
-        if step == wanted:
-            raise Stopped
-        return original(self, state, batch, step)
-
-    monkeypatch.setattr(train.Trainer, "step", step)
 
 
 def host_part(model_dir, step: int) -> dict:

@@ -10,73 +10,53 @@ Needs the finished study. Prints for every run
   student's own samples: what on-policy GKD trains, for every run alike.
 """
 
+import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
 
 import numpy as np
-import sacrebleu.metrics
-from absl import app, flags
 from etils import epath
 
 from gkd_jax import experiment, gin_utils, prepare, runtime, study, teachers
 from gkd_jax.evaluate import Evaluator
+from gkd_jax.metrics import text_metrics
 from gkd_jax.objectives.divergences import GeneralizedJSD
 from gkd_jax.objectives.objective import Objective
-
-_GIN_FILE = flags.DEFINE_multi_string("gin_file", None, "The study's gin files.", required=True)
-_BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "As given to the study.")
-_BASELINE = flags.DEFINE_string("baseline", "sft_continued", "The cell that others are held to.")
 
 NUM_RESAMPLED = 1000
 
 
-def sentence_statistics(folder: epath.Path) -> np.ndarray:
-    """Lengths and n-gram counts of each sentence of a test: sums of them give corpus BLEU."""
+def bleu_and_resampled(folder: epath.Path) -> np.ndarray:
+    """BLEU of a test's outputs, then that of sets of sentences resampled alike for every run."""
     (path,) = folder.glob("predictions_*.jsonl")
-    metric = sacrebleu.metrics.BLEU(effective_order=True)
-    rows = []
-    for line in path.read_text().splitlines():
-        example = json.loads(line)
-        score = metric.sentence_score(example["prediction"], example["references"])
-        rows.append([score.sys_len, score.ref_len, *score.counts, *score.totals])
-    return np.array(rows)
+    examples = [json.loads(line) for line in path.read_text().splitlines()]
+    texts = (
+        [example["references"] for example in examples],
+        [example["prediction"] for example in examples],
+    )
+    score = text_metrics.bleu(*texts, num_bootstrap=0)["bleu"].value
+    return np.append(score, text_metrics.resampled_bleu(*texts, num_sets=NUM_RESAMPLED))
 
 
-def corpus_bleu(sums: Sequence[int]) -> float:
-    """BLEU of the sums of such rows."""
-    order = (len(sums) - 2) // 2
-    return sacrebleu.metrics.BLEU.compute_bleu(
-        correct=sums[2 : 2 + order], total=sums[2 + order :], sys_len=sums[0], ref_len=sums[1]
-    ).score
-
-
-def resampled_bleu(statistics: np.ndarray) -> np.ndarray:
-    """BLEU of the set itself, then of sets resampled alike for every run."""
-    count = len(statistics)
-    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), NUM_RESAMPLED)
-    draws = np.concatenate([np.ones((1, count), draws.dtype), draws])
-    return np.array([corpus_bleu(sums) for sums in (draws @ statistics).tolist()])
-
-
-def print_differences(plan: study.Study) -> None:
-    """BLEU minus the baseline's, by seed and in the mean."""
-    scores = {
-        (cell.name, seed): resampled_bleu(
-            sentence_statistics(epath.Path(plan.cell_dir(cell.name, seed)) / "test")
-        )
-        for cell in plan.cells
-        for seed in plan.seeds
-    }
-    print(f"| run | seed | BLEU | minus {_BASELINE.value} | standard error |")
+def print_differences(plan: study.Study, baseline: str) -> None:
+    """BLEU minus that of the cell `baseline`, by seed and in the mean."""
+    print(f"| run | seed | BLEU | minus {baseline} | standard error |")
     print("|---|---|---|---|---|")
-    for cell in plan.cells:
-        of_seeds = [(scores[cell.name, seed], scores[_BASELINE.value, seed]) for seed in plan.seeds]
-        mean = tuple(np.mean(side, axis=0) for side in zip(*of_seeds, strict=True))
-        for seed, (own, base) in zip([*plan.seeds, "mean"], [*of_seeds, mean], strict=True):
+    scores = {
+        cell.name: [
+            bleu_and_resampled(epath.Path(plan.cell_dir(cell.name, seed)) / "test")
+            for seed in plan.seeds
+        ]
+        for cell in plan.cells
+    }
+    for of_seeds in scores.values():
+        of_seeds.append(np.mean(of_seeds, axis=0))
+    for name, of_seeds in scores.items():
+        rows = zip([*plan.seeds, "mean"], of_seeds, scores[baseline], strict=True)
+        for seed, own, base in rows:
             difference = own - base
             error = np.std(difference[1:], ddof=1)
-            print(f"| {cell.name} | {seed} | {own[0]:.2f} | {difference[0]:+.2f} | {error:.2f} |")
+            print(f"| {name} | {seed} | {own[0]:.2f} | {difference[0]:+.2f} | {error:.2f} |")
 
 
 def jsd_evaluation(cell: experiment.Experiment, teacher: teachers.Teacher):
@@ -109,17 +89,20 @@ def print_divergences(plan: study.Study) -> None:
             )
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Prints both tables."""
-    del argv
-    config = gin_utils.parse(
-        roots=(study.Study,), gin_files=_GIN_FILE.value, bindings=_BINDINGS.value
-    )
-    plan = config.build()
-    print_differences(plan)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gin_file", action="append", required=True, help="the study's gin files")
+    parser.add_argument("--gin_bindings", action="append", default=[], help="as given to the study")
+    parser.add_argument("--baseline", default="sft_continued", help="what others are held to")
+    flags = parser.parse_args()
+    plan = gin_utils.parse(
+        roots=(study.Study,), gin_files=flags.gin_file, bindings=flags.gin_bindings
+    ).build()
+    print_differences(plan, flags.baseline)
     print()
     print_divergences(plan)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -1,12 +1,11 @@
 """BLEU, ROUGE and exact match of generated texts, in percent."""
 
 import importlib
-import math
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
+from gkd_jax.array_types import Float
 from gkd_jax.metrics.score import Score, check_pairs, mean_score, share_score
 
 _ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -50,20 +49,45 @@ def bleu(
     value = metric.corpus_score(predictions, streams).score
     error = None
     if num_bootstrap and len(predictions) > 1:
-        # Effective order changes no count; it only spares a warning for each sentence.
-        sentences = sacrebleu.BLEU(tokenize=tokenize, lowercase=lowercase, effective_order=True)
-        error = _bleu_standard_error(sentences, references, predictions, num_bootstrap, seed)
+        resampled = resampled_bleu(
+            references,
+            predictions,
+            tokenize=tokenize,
+            lowercase=lowercase,
+            num_sets=num_bootstrap,
+            seed=seed,
+        )
+        error = float(np.std(resampled, ddof=min(1, num_bootstrap - 1)))
     return {"bleu": Score(value, error, str(metric.get_signature()))}
 
 
-def _bleu_standard_error(
-    metric: Any,
+def resampled_bleu(
     references: list[list[str]],
     predictions: list[str],
-    num_bootstrap: int,
-    seed: int,
-) -> float:
-    """Standard deviation of corpus BLEU over resampled sets of sentences."""
+    *,
+    tokenize: str = "13a",
+    lowercase: bool = False,
+    num_sets: int = 200,
+    seed: int = 0,
+) -> Float[np.ndarray, " num_sets"]:
+    """Corpus BLEU of test sets whose sentences are drawn again from those given (Koehn, 2004).
+
+    The sets depend on the seed and the number of sentences alone. So for two systems on one test
+    set they are the same, and the spread of the differences is the standard error of a paired
+    comparison.
+
+    Args:
+      references, predictions, tokenize, lowercase: as those of `bleu`.
+      num_sets: how many sets.
+      seed: of the resampling.
+
+    Raises:
+      ValueError: as `bleu`.
+    """
+    check_pairs(references, predictions)
+    sacrebleu = _require("sacrebleu.metrics", "BLEU", "sacrebleu")
+    # Effective order changes no count; it only spares a warning for each sentence.
+    metric = sacrebleu.BLEU(tokenize=tokenize, lowercase=lowercase, effective_order=True)
     rows = []
     for texts, prediction in zip(references, predictions, strict=True):
         sentence = metric.sentence_score(prediction, texts)
@@ -72,7 +96,7 @@ def _bleu_standard_error(
     count = len(rows)
     # How often each sentence is drawn; the sums over a set are then one matrix product.
     draws = np.random.default_rng(seed).multinomial(
-        count, np.full(count, 1.0 / count), size=num_bootstrap
+        count, np.full(count, 1.0 / count), size=num_sets
     )
     scores = []
     for sums in (draws @ statistics).tolist():
@@ -84,8 +108,7 @@ def _bleu_standard_error(
             ref_len=sums[1],
         )
         scores.append(score.score)
-    mean = math.fsum(scores) / num_bootstrap
-    return math.sqrt(math.fsum((s - mean) ** 2 for s in scores) / max(num_bootstrap - 1, 1))
+    return np.asarray(scores)
 
 
 def rouge(

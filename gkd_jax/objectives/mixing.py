@@ -105,20 +105,33 @@ class OutputMix:
           ValueError: the seed or the step is negative.
         """
         # 1 - random() lies in (0, 1]: a fraction of 0 is never hit, a fraction of 1 always.
-        return 1.0 - _uniform(seed=seed, step=step) <= self.fraction(step)
+        coin = 1.0 - host_generator(_COIN_STREAM, seed=seed, step=step).random()
+        return bool(coin <= self.fraction(step))
 
 
-def _uniform(*, seed: int, step: int) -> float:
-    """A number in [0, 1) that is a function of (seed, step)."""
+def host_generator(stream: int, *, seed: int, step: int, use: int = 0) -> np.random.Generator:
+    """Random numbers on the host that are a function of (stream, seed, step, use).
+
+    All hosts agree on them without talking to each other, and a resumed run draws the same.
+
+    Args:
+      stream: keeps one purpose apart from others with the same seed.
+      seed: the run's.
+      step: number of the training step, from 0.
+      use: tells several draws of a purpose at a step apart.
+
+    Raises:
+      ValueError: the seed or the step is negative.
+    """
     for name, value in (("seed", seed), ("step", step)):
         if not 0 <= value < 2**63:
             raise ValueError(
                 f"{name} must be between 0 and 2**63 - 1; got {value}. Set {name} to such a number."
             )
-    key = np.array([seed, _COIN_STREAM], dtype=np.uint64)
+    key = np.array([seed, stream], dtype=np.uint64)
     # The low word counts the draws within a step, so that steps never share one.
-    counter = np.array([0, step, 0, 0], dtype=np.uint64)
-    return float(np.random.Generator(np.random.Philox(key=key, counter=counter)).random())
+    counter = np.array([0, step, use, 0], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def _check_fraction(value: object) -> float:

@@ -6,7 +6,7 @@ import pytest
 import sacrebleu.metrics
 from rouge_score import rouge_scorer
 
-from gkd_jax.metrics.text_metrics import bleu, exact_match, rouge
+from gkd_jax.metrics.text_metrics import bleu, exact_match, resampled_bleu, rouge
 
 _REFERENCES = [
     ["the cat sat on a mat ."],
@@ -140,3 +140,43 @@ def test_a_missing_package_is_named_with_its_remedy(metric, module, package, mon
     with pytest.raises(ValueError, match=rf"needs the package {package}.*gkd_jax\[text\]"):
         metric([["a"]], ["a"])
     assert exact_match([["a"]], ["a"])["exact_match"].value == 100.0
+
+
+def test_resampled_bleu_is_that_of_the_sentences_drawn():
+    words = [
+        "a",
+        "man",
+        "and",
+        "the",
+        "dog",
+        "walk",
+        "on",
+        "some",
+        "green",
+        "grass",
+        "near",
+        "a",
+        "red",
+        "house",
+    ]
+    generator = np.random.default_rng(0)
+    references = [[" ".join(generator.choice(words, 9))] for _ in range(12)]
+    # Some words of each reference changed.
+    predictions = [texts[0].replace("dog", "cat").replace("green", "blue") for texts in references]
+    got = resampled_bleu(references, predictions, num_sets=3, seed=5)
+    draws = np.random.default_rng(5).multinomial(12, np.full(12, 1 / 12), size=3)
+    for value, counts in zip(got, draws, strict=True):
+        drawn = np.repeat(np.arange(12), counts)
+        expected = sacrebleu.metrics.BLEU().corpus_score(
+            [predictions[i] for i in drawn], [[references[i][0] for i in drawn]]
+        )
+        assert value == pytest.approx(expected.score, abs=1e-9)
+
+
+def test_two_systems_are_resampled_alike():
+    """A paired comparison: what is the same for both cancels."""
+    references = [[f"this is sentence number {i} of the set"] for i in range(30)]
+    predictions = [texts[0] if i % 2 else "this is one" for i, texts in enumerate(references)]
+    first = resampled_bleu(references, predictions, num_sets=20)
+    assert np.std(first) > 1
+    np.testing.assert_array_equal(first, resampled_bleu(references, predictions, num_sets=20))
