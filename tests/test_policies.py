@@ -154,6 +154,7 @@ def test_the_teachers_parameters_are_an_argument(tiny_teacher, tmp_path):
     assert not np.array_equal(first.sample_log_probs, second.sample_log_probs)
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_them_and_evaluates_the_student_alone(tiny_teacher, tmp_path):
     """Before the first step scores are those without a policy; what is trained on differs."""
     rows = {}

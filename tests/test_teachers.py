@@ -117,6 +117,7 @@ def mixture_of(tiny_teacher, folder) -> TeacherMixture:
     )
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_evaluates_and_generates(tiny_teacher, tmp_path):
     """Each part in its own compute dtype; named in the plan; unchanged by the run."""
     teacher = mixture_of(tiny_teacher, tmp_path / "other")
