@@ -40,7 +40,7 @@ _AFTER = {
         for name in (
             *("supervised_kd", "on_policy_kd", "imitkd", "f_distill", "self_distillation"),
             *("distillm", "speculative_kd"),
-            "ema_teacher",
+            *("ema_teacher", "sft", "gkd"),
         )
     },
 }
