@@ -1,7 +1,9 @@
-"""Checks of where outputs come from: who writes them, and whether they are used again."""
+"""Checks of where outputs come from: who writes and who judges them, and their further use."""
 
+from gkd_jax.data.pipeline import MAX_EXAMPLE_ID
 from gkd_jax.experiment import Experiment
 from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
+from gkd_jax.sampling.methods import Sample
 
 
 def check_policy(experiment: Experiment) -> None:
@@ -51,6 +53,49 @@ def check_replay(experiment: Experiment) -> None:
             "outputs. Set it lower."
         )
     _check_not_estimated(experiment, f"{replay}", "Experiment.replay")
+
+
+def check_reward(experiment: Experiment) -> None:
+    """Refuses a reward that would never be used, or whose gradient would not be that of its mean.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    reward, outputs, rollout = experiment.reward, experiment.outputs, experiment.rollout
+    if reward is None:
+        return
+    if outputs.student_data_fraction == 0 or outputs.per_example:
+        raise ValueError(
+            f"Experiment.reward is that of whole batches of the student's outputs; got {outputs}. "
+            "Set OutputMix.student_data_fraction above 0 (1.0 is RL at every step) and per_example "
+            "to False, or Experiment.reward to None."
+        )
+    if reward.baseline != "none" and rollout.num_samples < 2:
+        raise ValueError(
+            f"RewardMix.baseline = {reward.baseline!r} compares the samples of one prompt; got "
+            f"Rollout.num_samples = {rollout.num_samples}. Set Rollout.num_samples to 2 or more, "
+            "or RewardMix.baseline to 'none'."
+        )
+    others = {"Experiment.replay": experiment.replay, "Rollout.policy": rollout.policy}
+    for setting, value in others.items():
+        if value is not None:
+            raise ValueError(
+                "Experiment.reward is learnt from outputs that the student draws alone and now; "
+                f"got {setting} = {value}. Set {setting} to None."
+            )
+    own = Sample(temperature=experiment.objective.student_temperature)
+    if reward.alpha < 1.0 and rollout.method != own:
+        raise ValueError(
+            "Experiment.reward needs outputs drawn from the very distribution that learns; got "
+            f"Rollout.method = {rollout.method}. Set it to {own}."
+        )
+    num_rows = experiment.num_steps * experiment.train_data.batch_size
+    if num_rows >= MAX_EXAMPLE_ID:
+        raise ValueError(
+            "Experiment.reward finds the texts of a prompt by its position in the training data, "
+            f"which must stay below {MAX_EXAMPLE_ID}; got {experiment.num_steps} steps of "
+            f"{experiment.train_data.batch_size} examples. Set Experiment.num_steps lower."
+        )
 
 
 def _check_not_estimated(experiment: Experiment, got: str, setting: str) -> None:

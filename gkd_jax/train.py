@@ -23,9 +23,11 @@ from gkd_jax.evaluate import Evaluator
 from gkd_jax.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.objective import Objective
+from gkd_jax.objectives.policy_gradient import with_policy_gradient
 from gkd_jax.optimizers import Optimizer
 from gkd_jax.partitioning import Partitioner, process_zero_decides
 from gkd_jax.replay import ReplayBuffer
+from gkd_jax.reward_scorer import RewardScorer
 from gkd_jax.runtime import Purpose, make_key
 from gkd_jax.train_step import TrainState
 
@@ -110,18 +112,30 @@ class Trainer:
         teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
         self.teacher_params = None if teacher is None else runtime.load_teacher(experiment)
         self._teacher_part = teacher.state_part if teacher else None
-        functions = jit_step_functions(
+        make_functions = functools.partial(
+            jit_step_functions,
             student,
             experiment.teacher_model if teacher else None,
-            experiment.objective,
-            experiment.optimizer,
-            partitioner,
+            optimizer=experiment.optimizer,
+            partitioner=partitioner,
             num_microbatches=experiment.num_microbatches,
             teacher_part=self._teacher_part,
             average_decay=teacher.average_decay if teacher else None,
         )
+        functions = make_functions(experiment.objective)
         self.abstract_state: PyTree[jax.ShapeDtypeStruct] = functions.abstract_state
         self._init_fn, self.step_fn = functions.init, functions.step
+        self._on_policy_step_fn, self._scorer = functions.step, None
+        if (reward := experiment.reward) is not None:
+            objective = with_policy_gradient(experiment.objective, reward.alpha)
+            self._on_policy_step_fn = make_functions(objective).step
+            self._scorer = RewardScorer(
+                reward,
+                dataset,
+                partitioner,
+                num_samples=experiment.rollout.num_samples,
+                reduction=objective.reduction,
+            )
         vocabulary = dataset.config.vocabulary
         policy, writer = experiment.rollout.policy, student
         self._teacher_helps = policy is not None
@@ -182,13 +196,16 @@ class Trainer:
             sampled = runtime.without_log_probs(sampled)
             if self.replay is not None:
                 self.replay.add(sampled, step)
+            if self._scorer is not None:
+                sampled, groups["reward"] = self._scorer(batch, sampled)
             if kind == "mixed":
                 key = make_key(seed, Purpose.EXAMPLE_COIN, step)
                 batch = self.mix_fn(batch, sampled, jnp.float32(fraction), key)
             else:
                 batch = sampled
         key = make_key(seed, Purpose.DROPOUT, step)
-        state, groups[kind] = self.step_fn(state, self.teacher_params, batch, key)
+        step_fn = self._on_policy_step_fn if kind == "on_policy" else self.step_fn
+        state, groups[kind] = step_fn(state, self.teacher_params, batch, key)
         return state, groups
 
     def _replay_step(

@@ -17,6 +17,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.fused import fused_weighted_loss
 from gkd_jax.objectives.objective import Objective, Predictions, final_weights
+from gkd_jax.objectives.policy_gradient import divergence_alone
 
 StepFn = Callable[..., tuple["TrainState", Metrics]]
 
@@ -117,6 +118,7 @@ def make_loss_fn(
             teacher=of_teacher,
             targets=batch.targets,
             weights=weights,
+            advantages=batch.advantages,
         )
 
     return loss_fn
@@ -130,19 +132,23 @@ def loss_metrics(
     `weights` are final weights, so their sum over everything is 1 (0 for an empty batch).
     """
     counts = batch.loss_weights > 0
-    num_sequences = jnp.sum(jnp.any(counts, axis=1).astype(jnp.float32))
     return {
-        # where, not a product: an infinite value at a masked position must not become NaN.
-        "loss": (
-            jnp.sum(jnp.where(weights != 0, weights * per_token, 0.0)) * num_sequences,
-            num_sequences,
-        ),
+        "loss": _mean_over_sequences(per_token, batch, weights),
         "loss_per_token": (
             jnp.sum(jnp.where(counts, batch.loss_weights * per_token, 0.0)),
             jnp.sum(batch.loss_weights),
         ),
         "target_tokens": (jnp.sum(batch.loss_weights), jnp.float32(1)),
     }
+
+
+def _mean_over_sequences(
+    per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    num_sequences = jnp.sum(jnp.any(batch.loss_weights > 0, axis=1).astype(jnp.float32))
+    # where, not a product: an infinite value at a masked position must not become NaN.
+    mean = jnp.sum(jnp.where(weights != 0, weights * per_token, 0.0))
+    return mean * num_sequences, num_sequences
 
 
 def split_microbatches(tree: Any, num_microbatches: int) -> Any:
@@ -172,6 +178,13 @@ def make_gradient_fn(
     """
     grad_fn = jax.value_and_grad(make_loss_fn(student, teacher, objective), has_aux=True)
 
+    def metrics_of(per_token: Array, batch: Batch, weights: Array) -> Metrics:
+        metrics = loss_metrics(per_token, batch, weights)
+        divergence = divergence_alone(objective.divergence, per_token, batch.advantages)
+        if divergence is not None:
+            metrics["divergence"] = _mean_over_sequences(divergence, batch, weights)
+        return metrics
+
     def gradients(
         params: Params,
         teacher_params: Params | None,
@@ -185,7 +198,7 @@ def make_gradient_fn(
 
         if num_microbatches == 1:
             (_, per_token), grads = of_microbatch(0, batch, weights)
-            return grads, loss_metrics(per_token, batch, weights)
+            return grads, metrics_of(per_token, batch, weights)
 
         def accumulate(carry: Params, part: Any) -> tuple[Params, Array]:
             index, batch_part, weights_part = part
@@ -199,7 +212,7 @@ def make_gradient_fn(
         )
         grads, per_token = jax.lax.scan(accumulate, zeros, parts)
         per_token = jnp.swapaxes(per_token, 0, 1).reshape(batch.targets.shape)
-        return grads, loss_metrics(per_token, batch, weights)
+        return grads, metrics_of(per_token, batch, weights)
 
     return gradients
 
