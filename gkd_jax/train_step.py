@@ -180,7 +180,7 @@ def make_gradient_fn(
 
     def metrics_of(per_token: Array, batch: Batch, weights: Array) -> Metrics:
         metrics = loss_metrics(per_token, batch, weights)
-        divergence = divergence_alone(objective.divergence, per_token, batch.advantages)
+        divergence = divergence_alone(objective.divergence, per_token)
         if divergence is not None:
             metrics["divergence"] = _mean_over_sequences(divergence, batch, weights)
         return metrics

@@ -14,28 +14,29 @@ from gkd_jax.objectives.other_divergences import WeightedSum
 
 @dataclasses.dataclass(frozen=True)
 class PolicyGradient(Divergence):
-    """-A, with the gradient -A grad log q_y: the score function's estimate of -E[return].
+    """The gradient -A grad log q_y of minus a return, by the score function; its value is 0.
 
     For outputs that the student has sampled: y is the sampled token and A its advantage, which is
-    held fixed. Its mean is the gradient of minus the expected return, whatever was subtracted
-    from the return that did not depend on y.
+    held fixed. The mean is the gradient of minus the expected return, whatever was subtracted
+    from the return that did not depend on y. What the return is itself, the advantages of single
+    tokens do not tell: it is measured where they are made.
     """
 
     needs_teacher: ClassVar[bool] = False
     needs_advantages: ClassVar[bool] = True
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """0."""
+        return jnp.zeros_like(entries.student_log_probs)
+
+    def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """-A on the output token, 0 elsewhere."""
         assert entries.advantages is not None, "a divergence that reads them needs_advantages"
         return jnp.where(entries.is_target, -entries.advantages, 0.0)
 
-    def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """-A on the output token: no derivative of the term, which is a constant."""
-        return self.term(entries)
-
 
 def with_policy_gradient(objective: Objective, alpha: float) -> Objective:
-    """alpha D + (1 - alpha) (-return): the objective of RL with GKD, negated.
+    """alpha D, and (1 - alpha) times the gradient of minus the return: RL with GKD, negated.
 
     GKD (arXiv 2306.13649) maximises E_x[(1 - alpha) E_{y~Q}[r(y)] - alpha E_{y~Q}[D(P || Q)(y|x)]].
 
@@ -59,18 +60,17 @@ def with_policy_gradient(objective: Objective, alpha: float) -> Objective:
 
 
 def divergence_alone(
-    divergence: Divergence, per_token: Float[Array, "B T"], advantages: Float[Array, "B T"] | None
+    divergence: Divergence, per_token: Float[Array, "B T"]
 ) -> Float[Array, "B T"] | None:
-    """D per token, from the values of what `with_policy_gradient` made of it.
+    """D per token, from the values alpha D of what `with_policy_gradient` made of it.
 
     None where the divergence is not such a sum: it is D itself, or has none.
     """
     if not (isinstance(divergence, WeightedSum) and len(divergence.divergences) == 2):
         return None
-    if advantages is None or not isinstance(divergence.divergences[1], PolicyGradient):
+    if not isinstance(divergence.divergences[1], PolicyGradient):
         return None
-    of_divergence, of_return = divergence.weights
-    return (per_token + of_return * advantages) / of_divergence
+    return per_token / divergence.weights[0]
 
 
 def token_advantages(
