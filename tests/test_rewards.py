@@ -14,7 +14,7 @@ from gkd_jax import train
 from gkd_jax.batch import Batch
 from gkd_jax.objectives.divergences import ForwardKL, NegativeLogLikelihood, ReverseKL
 from gkd_jax.objectives.mixing import OutputMix
-from gkd_jax.objectives.objective import Objective
+from gkd_jax.objectives.objective import Objective, final_weights
 from gkd_jax.objectives.policy_gradient import token_advantages, with_policy_gradient
 from gkd_jax.output_checks import check_reward
 from gkd_jax.partitioning import Partitioner
@@ -208,8 +208,7 @@ def test_scoring_by_texts_and_by_arrays(mesh):
     texts = ["ab", "", "abcd", "a", "xyz", "xy", "b", "bcd"]
     partitioner = Partitioner(*mesh[::-1], devices=tuple(jax.devices()[: mesh[0] * mesh[1]]))
     sharded, sampled = (partitioner.shard_batch(b) for b in (data, sampled_outputs(data, texts)))
-    for found, expected in zip(partitioner.local_rows(sampled.targets), sampled.targets):
-        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(partitioner.local_rows(sampled.targets), sampled.targets)
 
     found = {}
     for reward in (HostReward(by_text), JittedReward(by_array)):
@@ -233,6 +232,7 @@ def test_scoring_by_texts_and_by_arrays(mesh):
     assert scored.advantages.sharding.is_equivalent_to(partitioner.batch_sharding, 2)
 
 
+@pytest.mark.slow
 def test_gradient_of_a_model_is_that_of_its_log_probability():
     """-mean of R log q(y), differentiated by JAX; in microbatches, by both reductions."""
     student, teacher = small_runs.model(), small_runs.model(small_runs.TEACHER_WIDTH)
@@ -259,8 +259,6 @@ def test_gradient_of_a_model_is_that_of_its_log_probability():
     for reduction, parts in (("per_sequence", 1), ("per_token", 2)):
         objective = with_policy_gradient(Objective(ForwardKL(), reduction=reduction), 0.0)
         advantages = token_advantages(returns, weights, reduction=reduction)
-        from gkd_jax.objectives.objective import final_weights
-
         gradient, metrics = jax.jit(
             make_gradient_fn(student, teacher, objective, num_microbatches=parts)
         )(
@@ -314,24 +312,21 @@ def test_reinforce_alone_needs_no_teacher_and_learns(tmp_path):
         (letter,) = small_runs.data().vocabulary.encode("e")
         return jnp.sum((sampled.targets == letter) * sampled.loss_weights, axis=1)
 
-    train.train(
-        rl(
-            tmp_path,
-            tmp_path,
-            teacher=None,
-            objective=Objective(NegativeLogLikelihood()),
-            rollout=Rollout(num_samples=8),
-            reward=RewardMix(JittedReward(letters), 0.0),
-            num_steps=40,
-            log_period=10,
-        )
+    experiment = rl(
+        tmp_path,
+        tmp_path,
+        objective=Objective(NegativeLogLikelihood()),
+        rollout=Rollout(num_samples=8),
+        reward=RewardMix(JittedReward(letters), 0.0),
+        num_steps=40,
+        log_period=10,
     )
+    train.train(dataclasses.replace(experiment, teacher=None))
     rewards = [r["train/reward/mean"] for r in small_runs.metrics(tmp_path) if "step" in r]
     assert rewards[-1] > 3 * rewards[0], rewards
 
 
 def test_likelihood_of_own_outputs_is_refused_unless_the_reward_is_alone(tmp_path):
-    settings = {"teacher": None, "objective": Objective(NegativeLogLikelihood())}
-    experiment = rl(tmp_path, tmp_path, **settings)
+    experiment = rl(tmp_path, tmp_path, objective=Objective(NegativeLogLikelihood()))
     with pytest.raises(ConfigurationError, match="NegativeLogLikelihood on the student's own"):
         train.train(experiment)
