@@ -24,6 +24,8 @@ class Batch:
         were sampled.
       advantages: A_t of each token of `targets`, by which a policy gradient weighs it; constants,
         with no gradient to whatever they were made from. 0 where `loss_weights` is.
+      importance: factor of each token's loss where outputs were drawn from another distribution
+        than the student's; it is no part of what a mean divides by.
     """
 
     inputs: Int[Array, "B S"]
@@ -33,3 +35,4 @@ class Batch:
     example_id: Int[Array, " B"]
     sample_log_probs: Float[Array, "B T"] | None = None
     advantages: Float[Array, "B T"] | None = None
+    importance: Float[Array, "B T"] | None = None

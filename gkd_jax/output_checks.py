@@ -2,8 +2,11 @@
 
 from gkd_jax.data.pipeline import MAX_EXAMPLE_ID
 from gkd_jax.experiment import Experiment
+from gkd_jax.objectives.divergences import ReverseKL
 from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
+from gkd_jax.rewards import RewardMix
 from gkd_jax.sampling.methods import Sample
+from gkd_jax.sampling.policies import TeacherMixed
 
 
 def check_policy(experiment: Experiment) -> None:
@@ -61,7 +64,7 @@ def check_reward(experiment: Experiment) -> None:
     Raises:
       ValueError: naming the setting.
     """
-    reward, outputs, rollout = experiment.reward, experiment.outputs, experiment.rollout
+    reward, outputs = experiment.reward, experiment.outputs
     if reward is None:
         return
     if outputs.student_data_fraction == 0 or outputs.per_example:
@@ -70,31 +73,56 @@ def check_reward(experiment: Experiment) -> None:
             "Set OutputMix.student_data_fraction above 0 (1.0 is RL at every step) and per_example "
             "to False, or Experiment.reward to None."
         )
+    if experiment.replay is not None:
+        raise ValueError(
+            "Experiment.reward is learnt from outputs that are drawn now; got Experiment.replay = "
+            f"{experiment.replay}. Set Experiment.replay to None."
+        )
+    if isinstance(reward, RewardMix):
+        _check_reward_mix(experiment, reward)
+    else:
+        _check_sequence_reverse_kl(experiment)
+
+
+def _check_reward_mix(experiment: Experiment, reward: RewardMix) -> None:
+    rollout = experiment.rollout
     if reward.baseline != "none" and rollout.num_samples < 2:
         raise ValueError(
             f"RewardMix.baseline = {reward.baseline!r} compares the samples of one prompt; got "
             f"Rollout.num_samples = {rollout.num_samples}. Set Rollout.num_samples to 2 or more, "
             "or RewardMix.baseline to 'none'."
         )
-    others = {"Experiment.replay": experiment.replay, "Rollout.policy": rollout.policy}
-    for setting, value in others.items():
-        if value is not None:
-            raise ValueError(
-                "Experiment.reward is learnt from outputs that the student draws alone and now; "
-                f"got {setting} = {value}. Set {setting} to None."
-            )
     own = Sample(temperature=experiment.objective.student_temperature)
-    if reward.alpha < 1.0 and rollout.method != own:
+    if reward.alpha < 1.0 and (rollout.method != own or rollout.policy is not None):
         raise ValueError(
-            "Experiment.reward needs outputs drawn from the very distribution that learns; got "
-            f"Rollout.method = {rollout.method}. Set it to {own}."
+            "RewardMix needs outputs drawn from the very distribution that learns; got "
+            f"Rollout.method = {rollout.method} and Rollout.policy = {rollout.policy}. Set them to "
+            f"{own} and None."
         )
     num_rows = experiment.num_steps * experiment.train_data.batch_size
     if num_rows >= MAX_EXAMPLE_ID:
         raise ValueError(
-            "Experiment.reward finds the texts of a prompt by its position in the training data, "
+            "RewardMix finds the texts of a prompt by its position in the training data, "
             f"which must stay below {MAX_EXAMPLE_ID}; got {experiment.num_steps} steps of "
             f"{experiment.train_data.batch_size} examples. Set Experiment.num_steps lower."
+        )
+
+
+def _check_sequence_reverse_kl(experiment: Experiment) -> None:
+    objective, rollout = experiment.objective, experiment.rollout
+    temperatures = (objective.student_temperature, objective.teacher_temperature)
+    if not isinstance(objective.divergence, ReverseKL) or temperatures != (1.0, 1.0):
+        raise ValueError(
+            "SequenceReverseKL adds to the reverse KL of each token what follows it, at "
+            f"temperatures of 1; got {objective}. Set Objective.divergence to ReverseKL() and both "
+            "temperatures to 1.0, or Experiment.reward to None."
+        )
+    is_known = rollout.policy is None or isinstance(rollout.policy, TeacherMixed)
+    if rollout.method != Sample() or not is_known:
+        raise ValueError(
+            "SequenceReverseKL knows the importance of outputs that the student, or its mixture "
+            f"with the teacher, draws; got Rollout.method = {rollout.method} and Rollout.policy = "
+            f"{rollout.policy}. Set them to Sample(), and to None or TeacherMixed()."
         )
 
 

@@ -17,6 +17,7 @@ from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
 from gkd_jax.output_checks import check_policy, check_replay, check_reward
+from gkd_jax.rewards import RewardMix
 from gkd_jax.sampling.methods import Sample
 from gkd_jax.teachers import Teacher
 
@@ -299,7 +300,8 @@ def _check_objective(experiment: Experiment) -> None:
     parts = divergence.divergences if isinstance(divergence, WeightedSum) else (divergence,)
     fraction = experiment.outputs.student_data_fraction
     # At an alpha of 0 the student's own outputs meet the reward alone.
-    is_measured = experiment.reward is None or experiment.reward.alpha > 0
+    reward = experiment.reward
+    is_measured = not (isinstance(reward, RewardMix) and reward.alpha == 0)
     has_likelihood = any(isinstance(part, NegativeLogLikelihood) for part in parts)
     if has_likelihood and fraction != 0 and is_measured:
         # Cross-entropy on one's own samples teaches nothing but to repeat them.

@@ -1,29 +1,81 @@
-"""Scores sampled outputs: texts on the host, or arrays where they lie; advantages for the loss."""
+"""Scores sampled outputs, by a reward or by both models: advantages for the loss."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax.array_types import Array, Float, Metrics
+from gkd_jax.array_types import Array, Float, Metrics, Params
 from gkd_jax.batch import Batch
 from gkd_jax.data.pipeline import Dataset
-from gkd_jax.objectives.objective import Reduction
-from gkd_jax.objectives.policy_gradient import token_advantages
+from gkd_jax.experiment import Experiment
+from gkd_jax.models.base import LanguageModel
+from gkd_jax.objectives.objective import Objective, Reduction
+from gkd_jax.objectives.policy_gradient import (
+    token_advantages,
+    with_policy_gradient,
+    with_returns,
+)
 from gkd_jax.partitioning import Partitioner
 from gkd_jax.rewards import (
     Baseline,
     HostReward,
     JittedReward,
     RewardMix,
+    SequenceReverseKL,
     reward_metrics,
     subtract_baseline,
 )
 from gkd_jax.sampling.outputs import repeat_rows
+from gkd_jax.sampling.policies import TeacherMixed
+from gkd_jax.train_step import make_returns_fn
+
+Scorer: TypeAlias = Callable[[Params, Params | None, Batch, Batch], tuple[Batch, Metrics]]
+"""(student's parameters, teacher's, the data's batch, the outputs sampled for its prompts) -> those
+outputs with what a step needs besides, and metrics."""
+
+
+def on_policy_objective(experiment: Experiment) -> Objective:
+    """What a step on the student's own outputs minimises."""
+    objective, reward = experiment.objective, experiment.reward
+    if reward is None:
+        return objective
+    if isinstance(reward, RewardMix):
+        return with_policy_gradient(objective, reward.alpha)
+    return with_returns(objective)
+
+
+def make_scorer(experiment: Experiment, dataset: Dataset) -> Scorer | None:
+    """What scores the student's own outputs in training; None for distillation alone.
+
+    Args:
+      experiment: checked.
+      dataset: its training data, opened.
+    """
+    reward, rollout = experiment.reward, experiment.rollout
+    if reward is None:
+        return None
+    if isinstance(reward, RewardMix):
+        return RewardScorer(
+            reward,
+            dataset,
+            experiment.partitioner,
+            num_samples=rollout.num_samples,
+            reduction=experiment.objective.reduction,
+        )
+    assert experiment.teacher_model is not None
+    policy = rollout.policy
+    return ReturnScorer(
+        reward,
+        experiment.student.model,
+        experiment.teacher_model,
+        experiment.partitioner,
+        teacher_share=policy.teacher_share if isinstance(policy, TeacherMixed) else 0.0,
+    )
 
 
 class RewardScorer:
@@ -59,10 +111,14 @@ class RewardScorer:
             self._advantages = _jit_advantages(partitioner, num_samples, mix.baseline, reduction)
         self._metrics = _jit_metrics(num_samples)
 
-    def __call__(self, data: Batch, sampled: Batch) -> tuple[Batch, Metrics]:
+    def __call__(
+        self, params: Params, teacher_params: Params | None, data: Batch, sampled: Batch
+    ) -> tuple[Batch, Metrics]:
         """Scores the outputs of a step.
 
         Args:
+          params: not read.
+          teacher_params: not read.
           data: the training data's batch, with its own outputs.
           sampled: outputs that were sampled for its prompts, the samples of one side by side.
 
@@ -72,6 +128,7 @@ class RewardScorer:
         Raises:
           ValueError: a host's reward gave something else than one finite number a sample.
         """
+        del params, teacher_params
         if isinstance(self._reward, HostReward):
             local: Any = self._score_texts(self._reward, data, sampled)
             rewards = self._partitioner.shard_batch(local)
@@ -100,6 +157,44 @@ class RewardScorer:
                 for row, kept in zip(tokens, weights, strict=True)
             ],
         )
+
+
+class ReturnScorer:
+    """Gives sampled outputs the advantages, and the importance, of MiniLLM."""
+
+    def __init__(
+        self,
+        settings: SequenceReverseKL,
+        student: LanguageModel,
+        teacher: LanguageModel,
+        partitioner: Partitioner,
+        *,
+        teacher_share: float,
+    ):
+        """Makes the function.
+
+        Args:
+          settings: the return.
+          student: who learns.
+          teacher: who judges, and helps to write if the share is above 0.
+          partitioner: rows lie on the devices as those of a batch do.
+          teacher_share: of the mixture that wrote the outputs.
+        """
+        returns = make_returns_fn(
+            student, teacher, length_normalized=settings.length_normalized,
+            teacher_share=teacher_share,
+        )  # fmt: skip
+        shardings = (partitioner.batch_sharding, partitioner.batch_sharding, partitioner.replicated)
+        self._returns = jax.jit(partitioner.annotate(returns), out_shardings=shardings)
+
+    def __call__(
+        self, params: Params, teacher_params: Params | None, data: Batch, sampled: Batch
+    ) -> tuple[Batch, Metrics]:
+        """Scores the outputs of a step by both models at their present parameters."""
+        del data
+        advantages, importance, metrics = self._returns(params, teacher_params, sampled)
+        sampled = dataclasses.replace(sampled, advantages=advantages, importance=importance)
+        return sampled, metrics
 
 
 def _jit_reward(

@@ -150,6 +150,24 @@ class RewardMix:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class SequenceReverseKL:
+    """MiniLLM (arXiv 2306.08543): the reverse KL of whole outputs, by policy gradient.
+
+    A token's reward is log p - log q. Its own, which the divergence `ReverseKL` differentiates over
+    the whole vocabulary, and what follows it, which reaches it as its advantage, make up the
+    gradient. Outputs that a `TeacherMixed` policy helped to write are weighed by importance. The
+    paper's language modelling on another corpus, and its repeated updates on one batch with PPO's
+    clipping, are left out.
+
+    Attributes:
+      length_normalized: an advantage is the mean of what follows and not the sum, which favours
+        short outputs.
+    """
+
+    length_normalized: bool = True
+
+
 def subtract_baseline(
     rewards: Float[Array, " B"], *, num_samples: int, baseline: Baseline
 ) -> Float[Array, " B"]:

@@ -23,11 +23,10 @@ from gkd_jax.evaluate import Evaluator
 from gkd_jax.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.objective import Objective
-from gkd_jax.objectives.policy_gradient import with_policy_gradient
 from gkd_jax.optimizers import Optimizer
 from gkd_jax.partitioning import Partitioner, process_zero_decides
 from gkd_jax.replay import ReplayBuffer
-from gkd_jax.reward_scorer import RewardScorer
+from gkd_jax.reward_scorer import make_scorer, on_policy_objective
 from gkd_jax.runtime import Purpose, make_key
 from gkd_jax.train_step import TrainState
 
@@ -123,19 +122,11 @@ class Trainer:
             average_decay=teacher.average_decay if teacher else None,
         )
         functions = make_functions(experiment.objective)
+        # The same function where no reward joins the divergence.
+        self._on_policy_step_fn = make_functions(on_policy_objective(experiment)).step
+        self._scorer = make_scorer(experiment, dataset)
         self.abstract_state: PyTree[jax.ShapeDtypeStruct] = functions.abstract_state
         self._init_fn, self.step_fn = functions.init, functions.step
-        self._on_policy_step_fn, self._scorer = functions.step, None
-        if (reward := experiment.reward) is not None:
-            objective = with_policy_gradient(experiment.objective, reward.alpha)
-            self._on_policy_step_fn = make_functions(objective).step
-            self._scorer = RewardScorer(
-                reward,
-                dataset,
-                partitioner,
-                num_samples=experiment.rollout.num_samples,
-                reduction=objective.reduction,
-            )
         vocabulary = dataset.config.vocabulary
         policy, writer = experiment.rollout.policy, student
         self._teacher_helps = policy is not None
@@ -197,7 +188,8 @@ class Trainer:
             if self.replay is not None:
                 self.replay.add(sampled, step)
             if self._scorer is not None:
-                sampled, groups["reward"] = self._scorer(batch, sampled)
+                judge = self.teacher_params_of(state)
+                sampled, groups["reward"] = self._scorer(state.params, judge, batch, sampled)
             if kind == "mixed":
                 key = make_key(seed, Purpose.EXAMPLE_COIN, step)
                 batch = self.mix_fn(batch, sampled, jnp.float32(fraction), key)

@@ -15,9 +15,11 @@ import optax
 from gkd_jax.array_types import Array, Float, Int, Key, Metrics, Params
 from gkd_jax.batch import Batch
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.fused import fused_weighted_loss
 from gkd_jax.objectives.objective import Objective, Predictions, final_weights
 from gkd_jax.objectives.policy_gradient import divergence_alone
+from gkd_jax.objectives.sequence_kl import importance_weights, returns_to_go
 
 StepFn = Callable[..., tuple["TrainState", Metrics]]
 
@@ -124,12 +126,56 @@ def make_loss_fn(
     return loss_fn
 
 
+def make_returns_fn(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    *,
+    length_normalized: bool,
+    teacher_share: float = 0.0,
+) -> Callable[[Params, Params, Batch], tuple[Array, Array | None, Metrics]]:
+    """Makes `(student_params, teacher_params, batch)` to what MiniLLM adds to a batch of samples.
+
+    Both models score the outputs, without dropout and without an array of all positions and the
+    whole vocabulary.
+
+    Args:
+      student: who learns.
+      teacher: who judges.
+      length_normalized: as `returns_to_go` has it.
+      teacher_share: of the mixture that wrote the outputs; 0 where the student wrote them alone.
+
+    Returns:
+      A function to advantages and importance per token, the latter None for a share of 0; and the
+      metrics 'return' (sum of log p - log q of an output) and, with a share, 'importance'.
+    """
+    likelihood = make_loss_fn(student, None, Objective(NegativeLogLikelihood()))
+    of_teacher = make_loss_fn(teacher, None, Objective(NegativeLogLikelihood()))
+
+    def returns(
+        student_params: Params, teacher_params: Params, batch: Batch
+    ) -> tuple[Array, Array | None, Metrics]:
+        weights = batch.loss_weights
+        log_q = -likelihood(student_params, None, batch, weights)[1]
+        log_p = -of_teacher(teacher_params, None, batch, weights)[1]
+        advantages = returns_to_go(log_p - log_q, weights, length_normalized=length_normalized)
+        num_outputs = jnp.sum(jnp.any(weights > 0, axis=1).astype(jnp.float32))
+        metrics: Metrics = {"return": (jnp.sum(log_p - log_q), num_outputs)}
+        if teacher_share == 0.0:
+            return advantages, None, metrics
+        importance = importance_weights(log_q, log_p, weights, teacher_share=teacher_share)
+        metrics["importance"] = (jnp.sum(importance * weights), jnp.sum(weights))
+        return advantages, importance, metrics
+
+    return returns
+
+
 def loss_metrics(
     per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
 ) -> Metrics:
     """Sums and weights of what a step reports, comparable over batches of any size.
 
-    `weights` are final weights, so their sum over everything is 1 (0 for an empty batch).
+    `weights` are final weights, so their sum over everything is 1 (0 for an empty batch), before
+    factors such as `Batch.importance`.
     """
     counts = batch.loss_weights > 0
     return {
@@ -253,6 +299,8 @@ def make_train_step(
         state: TrainState, teacher_params: Params | None, batch: Batch, key: Key[Array, ""]
     ) -> tuple[TrainState, Metrics]:
         weights = final_weights(batch.loss_weights, reduction=objective.reduction)
+        if batch.importance is not None:
+            weights = weights * batch.importance
         teacher_params = teacher_params_of(state, teacher_params, teacher_part)
         grads, metrics = gradients(state.params, teacher_params, batch, weights, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

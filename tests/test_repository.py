@@ -40,7 +40,7 @@ _AFTER = {
         for name in (
             *("supervised_kd", "on_policy_kd", "imitkd", "f_distill", "self_distillation"),
             *("distillm", "speculative_kd"),
-            *("ema_teacher", "rl_gkd"),
+            *("ema_teacher", "rl_gkd", "minillm"),
         )
     },
     "examples/entailment_reward.gin": "gin_configs/xsum.gin",

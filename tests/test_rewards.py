@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import small_runs
 
@@ -20,19 +21,20 @@ from gkd_jax.output_checks import check_reward
 from gkd_jax.partitioning import Partitioner
 from gkd_jax.prepare import ConfigurationError
 from gkd_jax.replay import Replay
-from gkd_jax.reward_scorer import RewardScorer
+from gkd_jax.reward_scorer import ReturnScorer, RewardScorer, make_scorer, on_policy_objective
 from gkd_jax.rewards import (
     HostReward,
     JittedReward,
     RewardMix,
+    SequenceReverseKL,
     final_answer,
     reward_metrics,
     subtract_baseline,
 )
 from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.methods import Greedy, Sample
-from gkd_jax.sampling.policies import TeacherMixed
-from gkd_jax.train_step import make_gradient_fn
+from gkd_jax.sampling.policies import Corrected, TeacherMixed
+from gkd_jax.train_step import init_train_state, make_gradient_fn, make_train_step
 
 
 def length_reward(prompts, references, samples):
@@ -156,7 +158,7 @@ def rl(model_dir, teacher, *, alpha=0.25, baseline="leave_one_out", **changes):
         ({"replay": Replay(8)}, r"Set Experiment\.replay to None"),
         (
             {"rollout": Rollout(num_samples=2, policy=TeacherMixed())},
-            r"Set Rollout\.policy to None",
+            r"policy = TeacherMixed.* Set them to Sample\(.* and None",
         ),
         ({"rollout": Rollout(Sample(top_k=5), num_samples=2)}, "drawn from the very distribution"),
         ({"rollout": Rollout(Greedy()), "baseline": "none"}, "drawn from the very distribution"),
@@ -215,7 +217,7 @@ def test_scoring_by_texts_and_by_arrays(mesh):
         scorer = RewardScorer(
             RewardMix(reward, 0.5), dataset, partitioner, num_samples=2, reduction="per_sequence"
         )
-        scored, metrics = scorer(sharded, sampled)
+        scored, metrics = scorer(None, None, sharded, sampled)
         found[type(reward).__name__] = np.asarray(scored.advantages)
     ((prompts, references, samples),) = calls
     examples = [dataset.raw(dataset.source_index(8 + row // 2)) for row in range(8)]
@@ -330,3 +332,103 @@ def test_likelihood_of_own_outputs_is_refused_unless_the_reward_is_alone(tmp_pat
     experiment = rl(tmp_path, tmp_path, objective=Objective(NegativeLogLikelihood()))
     with pytest.raises(ConfigurationError, match="NegativeLogLikelihood on the student's own"):
         train.train(experiment)
+
+
+def minillm(model_dir, teacher, **changes):
+    """MiniLLM at every step."""
+    settings = {
+        "objective": Objective(ReverseKL(), reduction="per_token"),
+        "rollout": Rollout(policy=TeacherMixed(0.2)),
+        "reward": SequenceReverseKL(),
+    }
+    return rl(model_dir, teacher, **settings | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": Objective(ForwardKL())}, r"Set Objective\.divergence to ReverseKL\(\)"),
+        ({"objective": Objective(ReverseKL(), teacher_temperature=0.5)}, "temperatures to 1"),
+        ({"rollout": Rollout(Sample(0.5))}, r"Set them to Sample\(\), and to None or TeacherMixed"),
+        ({"rollout": Rollout(policy=Corrected())}, "None or TeacherMixed"),
+        ({"replay": Replay(8)}, r"Set Experiment\.replay to None"),
+    ],
+)
+def test_experiments_that_sequence_kl_does_not_fit_are_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        check_reward(minillm(tmp_path, tmp_path, **changes))
+
+
+@pytest.mark.slow
+def test_a_step_of_minillm_is_the_papers(tmp_path):
+    """Loss and gradient against log-probabilities of both whole models, in NumPy and by JAX."""
+    student, teacher = small_runs.model(), small_runs.model(small_runs.TEACHER_WIDTH)
+    rng = np.random.default_rng(0)
+    weights = (np.arange(6) < np.array([3, 6, 1, 4])[:, None]).astype(np.float32)
+    batch = Batch(
+        inputs=rng.integers(2, 250, (4, 5)).astype(np.int32),
+        inputs_mask=np.ones((4, 5), bool),
+        targets=rng.integers(2, 250, (4, 6)).astype(np.int32),
+        loss_weights=weights,
+        example_id=np.arange(4, dtype=np.int32),
+    )
+    params = [jax.jit(m.init)(jax.random.key(i)) for i, m in enumerate((student, teacher))]
+
+    def log_probs(model, params):
+        return jax.nn.log_softmax(
+            model.unembed(model.head(params), model.hidden_states(params, batch))
+        )
+
+    every = [
+        np.asarray(log_probs(m, p), np.float64)
+        for m, p in zip((student, teacher), params, strict=True)
+    ]
+    log_q, log_p = (
+        np.take_along_axis(one, batch.targets[..., None], axis=-1)[..., 0] for one in every
+    )
+    importance = 1.0 / (0.8 + 0.2 * np.exp(log_p - log_q))
+    returns = np.zeros((4, 6))
+    for b in range(4):
+        length = int(weights[b].sum())
+        for t in range(length - 1):
+            returns[b, t] = np.mean((log_p - log_q)[b, t + 1 : length])
+    factors = weights * importance / weights.sum()
+
+    def papers(params):
+        own = log_probs(student, params)
+        single = jnp.sum(jnp.exp(own) * (own - every[1].astype(np.float32)), axis=-1)
+        of_token = jnp.take_along_axis(own, batch.targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(factors.astype(np.float32) * (single - returns * of_token))
+
+    expected = jax.jit(jax.grad(papers))(params[0])
+
+    scorer = make_scorer(minillm(tmp_path, tmp_path), small_runs.data().build())
+    assert isinstance(scorer, ReturnScorer)
+    partitioner = small_runs.one_device()
+    scored, metrics = scorer(*params, None, partitioner.shard_batch(batch))
+    np.testing.assert_allclose(scored.advantages, returns, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scored.importance * weights, importance * weights, rtol=1e-5)
+    total, count = metrics["return"]
+    np.testing.assert_allclose(total / count, np.sum((log_p - log_q) * weights) / 4, rtol=1e-5)
+
+    experiment = minillm(tmp_path, tmp_path)
+    step = make_train_step(
+        student, teacher, on_policy_objective(experiment), optax.sgd(1.0), num_microbatches=2
+    )
+    state = init_train_state(params[0], optax.sgd(1.0))
+    new, metrics = jax.jit(step)(state, params[1], scored, jax.random.key(0))
+    moved = jax.tree.map(lambda old, new: old - new, params[0], new.params)
+    for one, other in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
+        atol = 1e-4 * float(jnp.abs(other).max()) + 1e-6
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.slow
+def test_minillm_runs_on_steps_of_both_kinds(tiny_teacher, tmp_path):
+    train.train(minillm(tmp_path, tiny_teacher, outputs=OutputMix(0.5), num_steps=6))
+    rows = [row for row in small_runs.metrics(tmp_path) if "train/learning_rate" in row]
+    sampled = [row for row in rows if "train/on_policy/loss" in row]
+    assert 0 < len(sampled) < len(rows) == 6
+    for row in sampled:
+        assert 0 < row["train/reward/importance"] <= 1.25
+        assert row["train/on_policy/divergence"] > 0

@@ -31,7 +31,9 @@ from gkd_jax.objectives.policy_gradient import (
     PolicyGradient,
     token_advantages,
     with_policy_gradient,
+    with_returns,
 )
+from gkd_jax.objectives.sequence_kl import importance_weights, returns_to_go
 from gkd_jax.objectives.token_divergence import divergence_and_gradient, token_divergence
 
 __all__ = [
@@ -59,8 +61,11 @@ __all__ = [
     "divergence_and_gradient",
     "final_weights",
     "fused_weighted_loss",
+    "importance_weights",
+    "returns_to_go",
     "token_advantages",
     "token_divergence",
     "weighted_loss",
     "with_policy_gradient",
+    "with_returns",
 ]

@@ -59,6 +59,16 @@ def with_policy_gradient(objective: Objective, alpha: float) -> Objective:
     )
 
 
+def with_returns(objective: Objective) -> Objective:
+    """D, and the gradient of minus the return: with `ReverseKL` the two parts of MiniLLM's gradient.
+
+    Returns:
+      An objective that needs advantages.
+    """
+    divergence = WeightedSum((objective.divergence, PolicyGradient()), (1.0, 1.0))
+    return dataclasses.replace(objective, divergence=divergence)
+
+
 def divergence_alone(
     divergence: Divergence, per_token: Float[Array, "B T"]
 ) -> Float[Array, "B T"] | None:
