@@ -60,7 +60,7 @@ def with_policy_gradient(objective: Objective, alpha: float) -> Objective:
 
 
 def with_returns(objective: Objective) -> Objective:
-    """D, and the gradient of minus the return: with `ReverseKL` the two parts of MiniLLM's gradient.
+    """D and the gradient of minus the return: with `ReverseKL` the two parts of MiniLLM's gradient.
 
     Returns:
       An objective that needs advantages.
