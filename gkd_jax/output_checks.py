@@ -65,6 +65,11 @@ def check_reward(experiment: Experiment) -> None:
       ValueError: naming the setting.
     """
     reward, outputs = experiment.reward, experiment.outputs
+    if experiment.objective.divergence.needs_advantages:
+        raise ValueError(
+            "Objective.divergence needs advantages, which come with Experiment.reward alone; got "
+            f"{experiment.objective.divergence}. Set it to the divergence without PolicyGradient."
+        )
     if reward is None:
         return
     if outputs.student_data_fraction == 0 or outputs.per_example:

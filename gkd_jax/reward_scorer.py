@@ -204,7 +204,7 @@ def _jit_reward(
         rewards = jnp.asarray(reward.function(sampled, repeat_rows(data, num_samples)))
         if rewards.shape != sampled.example_id.shape:
             raise ValueError(
-                f"JittedReward.function {reward.function!r} must give one number for each sample; "
+                f"{reward} must give one number for each sample; "
                 f"got shape {rewards.shape} for {len(sampled.example_id)} samples. Let it return "
                 "a float array with an entry for each row."
             )

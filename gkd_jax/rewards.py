@@ -29,7 +29,7 @@ BatchReward: TypeAlias = Callable[[Batch, Batch], Float[Array, " B"]]
 """(samples, the data's batch with its rows repeated for each sample) -> a reward for each row."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class HostReward:
     """A reward by a Python function of texts, called once a step with all samples at hand.
 
@@ -51,6 +51,9 @@ class HostReward:
     def __post_init__(self) -> None:
         _check_callable("HostReward.function", self.function)
 
+    def __repr__(self) -> str:
+        return f"HostReward({_name_of(self.function)})"
+
     def __call__(
         self,
         prompts: Sequence[str],
@@ -62,7 +65,7 @@ class HostReward:
         Raises:
           ValueError: not one finite number a sample; names the function.
         """
-        name = getattr(self.function, "__qualname__", repr(self.function))
+        name = _name_of(self.function)
         try:
             given = self.function(prompts, references, samples)
         except Exception as error:
@@ -91,7 +94,7 @@ class HostReward:
         return rewards.astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class JittedReward:
     """A reward by a function of arrays, jitted: it takes no trip to the host.
 
@@ -107,6 +110,9 @@ class JittedReward:
 
     def __post_init__(self) -> None:
         _check_callable("JittedReward.function", self.function)
+
+    def __repr__(self) -> str:
+        return f"JittedReward({_name_of(self.function)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +250,11 @@ def final_answer(
         answer = parse_answer(apply_calculator(sample) if use_calculator else sample)
         rewards.append(float(answer in gold))
     return rewards
+
+
+def _name_of(function: Callable[..., object]) -> str:
+    # repr of a function has its address, which no two runs share.
+    return getattr(function, "__qualname__", repr(function))
 
 
 def _check_callable(setting: str, function: object) -> None:

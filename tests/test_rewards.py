@@ -16,7 +16,11 @@ from gkd_jax.batch import Batch
 from gkd_jax.objectives.divergences import ForwardKL, NegativeLogLikelihood, ReverseKL
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective, final_weights
-from gkd_jax.objectives.policy_gradient import token_advantages, with_policy_gradient
+from gkd_jax.objectives.policy_gradient import (
+    PolicyGradient,
+    token_advantages,
+    with_policy_gradient,
+)
 from gkd_jax.output_checks import check_reward
 from gkd_jax.partitioning import Partitioner
 from gkd_jax.prepare import ConfigurationError
@@ -151,6 +155,7 @@ def rl(model_dir, teacher, *, alpha=0.25, baseline="leave_one_out", **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"objective": Objective(PolicyGradient()), "reward": None}, "without PolicyGradient"),
         ({"outputs": OutputMix(0.0)}, r"Set OutputMix\.student_data_fraction above 0"),
         ({"outputs": OutputMix(0.5, per_example=True)}, "per_example to False"),
         ({"rollout": Rollout()}, r"got Rollout\.num_samples = 1\. Set .* to 2 or more"),
