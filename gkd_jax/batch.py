@@ -22,6 +22,10 @@ class Batch:
         derived; -1 marks a filler row that completes a short last batch and counts nowhere.
       sample_log_probs: log-probabilities of `targets` under the sampling policy, where they
         were sampled.
+      advantages: A_t of each token of `targets`, by which a policy gradient weighs it; constants,
+        with no gradient to whatever they were made from. 0 where `loss_weights` is.
+      importance: factor of each token's loss where outputs were drawn from another distribution
+        than the student's; it is no part of what a mean divides by.
     """
 
     inputs: Int[Array, "B S"]
@@ -30,3 +34,5 @@ class Batch:
     loss_weights: Float[Array, "B T"]
     example_id: Int[Array, " B"]
     sample_log_probs: Float[Array, "B T"] | None = None
+    advantages: Float[Array, "B T"] | None = None
+    importance: Float[Array, "B T"] | None = None

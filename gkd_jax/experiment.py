@@ -9,6 +9,7 @@ from gkd_jax.objectives.objective import Objective
 from gkd_jax.optimizers import Optimizer
 from gkd_jax.partitioning import Partitioner
 from gkd_jax.replay import Replay
+from gkd_jax.rewards import RewardMix, SequenceReverseKL
 from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.decode import DecodingMethod
 from gkd_jax.sampling.methods import Greedy, Sample
@@ -155,6 +156,9 @@ class Experiment:
         (`gkd_jax.teachers`); None for fine-tuning (SFT).
       outputs: Algorithm 1's coin: how often a step trains on the student's own outputs.
       rollout: how the student's outputs are sampled in training.
+      reward: a reward of the student's own outputs beside the divergence (`RewardMix`: RL), or
+        the teacher's judgement of whole outputs (`SequenceReverseKL`: MiniLLM); None for the
+        divergence of each token alone.
       replay: keeps sampled outputs to train on them again; None trains on each once.
       evaluation: what is measured on held-out examples; None for nothing.
       generation: what `--run_mode=generate` writes.
@@ -176,6 +180,7 @@ class Experiment:
     teacher: AbstractTeacher | None = None
     outputs: OutputMix = dataclasses.field(default_factory=OutputMix)
     rollout: Rollout = dataclasses.field(default_factory=Rollout)
+    reward: RewardMix | SequenceReverseKL | None = None
     replay: Replay | None = None
     evaluation: Evaluation | None = None
     generation: Generation | None = None

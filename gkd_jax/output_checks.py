@@ -1,7 +1,12 @@
-"""Checks of where outputs come from: who writes them, and whether they are used again."""
+"""Checks of where outputs come from: who writes and who judges them, and their further use."""
 
+from gkd_jax.data.pipeline import MAX_EXAMPLE_ID
 from gkd_jax.experiment import Experiment
+from gkd_jax.objectives.divergences import ReverseKL
 from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
+from gkd_jax.rewards import RewardMix
+from gkd_jax.sampling.methods import Sample
+from gkd_jax.sampling.policies import TeacherMixed
 
 
 def check_policy(experiment: Experiment) -> None:
@@ -51,6 +56,79 @@ def check_replay(experiment: Experiment) -> None:
             "outputs. Set it lower."
         )
     _check_not_estimated(experiment, f"{replay}", "Experiment.replay")
+
+
+def check_reward(experiment: Experiment) -> None:
+    """Refuses a reward that would never be used, or whose gradient would not be that of its mean.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    reward, outputs = experiment.reward, experiment.outputs
+    if experiment.objective.divergence.needs_advantages:
+        raise ValueError(
+            "Objective.divergence needs advantages, which come with Experiment.reward alone; got "
+            f"{experiment.objective.divergence}. Set it to the divergence without PolicyGradient."
+        )
+    if reward is None:
+        return
+    if outputs.student_data_fraction == 0 or outputs.per_example:
+        raise ValueError(
+            f"Experiment.reward is that of whole batches of the student's outputs; got {outputs}. "
+            "Set OutputMix.student_data_fraction above 0 (1.0 is RL at every step) and per_example "
+            "to False, or Experiment.reward to None."
+        )
+    if experiment.replay is not None:
+        raise ValueError(
+            "Experiment.reward is learnt from outputs that are drawn now; got Experiment.replay = "
+            f"{experiment.replay}. Set Experiment.replay to None."
+        )
+    if isinstance(reward, RewardMix):
+        _check_reward_mix(experiment, reward)
+    else:
+        _check_sequence_reverse_kl(experiment)
+
+
+def _check_reward_mix(experiment: Experiment, reward: RewardMix) -> None:
+    rollout = experiment.rollout
+    if reward.baseline != "none" and rollout.num_samples < 2:
+        raise ValueError(
+            f"RewardMix.baseline = {reward.baseline!r} compares the samples of one prompt; got "
+            f"Rollout.num_samples = {rollout.num_samples}. Set Rollout.num_samples to 2 or more, "
+            "or RewardMix.baseline to 'none'."
+        )
+    own = Sample(temperature=experiment.objective.student_temperature)
+    if reward.alpha < 1.0 and (rollout.method != own or rollout.policy is not None):
+        raise ValueError(
+            "RewardMix needs outputs drawn from the very distribution that learns; got "
+            f"Rollout.method = {rollout.method} and Rollout.policy = {rollout.policy}. Set them to "
+            f"{own} and None."
+        )
+    num_rows = experiment.num_steps * experiment.train_data.batch_size
+    if num_rows >= MAX_EXAMPLE_ID:
+        raise ValueError(
+            "RewardMix finds the texts of a prompt by its position in the training data, "
+            f"which must stay below {MAX_EXAMPLE_ID}; got {experiment.num_steps} steps of "
+            f"{experiment.train_data.batch_size} examples. Set Experiment.num_steps lower."
+        )
+
+
+def _check_sequence_reverse_kl(experiment: Experiment) -> None:
+    objective, rollout = experiment.objective, experiment.rollout
+    temperatures = (objective.student_temperature, objective.teacher_temperature)
+    if not isinstance(objective.divergence, ReverseKL) or temperatures != (1.0, 1.0):
+        raise ValueError(
+            "SequenceReverseKL adds to the reverse KL of each token what follows it, at "
+            f"temperatures of 1; got {objective}. Set Objective.divergence to ReverseKL() and both "
+            "temperatures to 1.0, or Experiment.reward to None."
+        )
+    is_known = rollout.policy is None or isinstance(rollout.policy, TeacherMixed)
+    if rollout.method != Sample() or not is_known:
+        raise ValueError(
+            "SequenceReverseKL knows the importance of outputs that the student, or its mixture "
+            f"with the teacher, draws; got Rollout.method = {rollout.method} and Rollout.policy = "
+            f"{rollout.policy}. Set them to Sample(), and to None or TeacherMixed()."
+        )
 
 
 def _check_not_estimated(experiment: Experiment, got: str, setting: str) -> None:

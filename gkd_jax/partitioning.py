@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import flax.linen as nn
 import jax
@@ -19,8 +19,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gkd_jax.array_types import Params, PyTree
-from gkd_jax.batch import Batch
 from gkd_jax.models.base import LanguageModel
+
+Rows = TypeVar("Rows", bound=PyTree)
 
 Rules: TypeAlias = tuple[tuple[str, str | None], ...]
 """(logical axis, mesh axis or None for replicated); of two for one array, the first wins."""
@@ -265,14 +266,31 @@ class Partitioner:
             shard_id=parts.index(tuple(sorted(rows[jax.process_index()]))), num_shards=len(parts)
         )
 
-    def shard_batch(self, batch: Batch) -> Batch:
-        """Puts this process's rows (its `data_layout`) on its devices; returns global arrays."""
+    def shard_batch(self, batch: Rows) -> Rows:
+        """Puts this process's rows (its `data_layout`) on its devices; returns global arrays.
+
+        Args:
+          batch: a Batch, or any tree of arrays with such rows.
+        """
         return jax.tree.map(
             lambda rows: jax.make_array_from_process_local_data(
                 self.batch_sharding, np.asarray(rows)
             ),
             batch,
         )
+
+    def local_rows(self, batch: PyTree[Any]) -> PyTree[np.ndarray]:
+        """Copies this process's rows of a sharded batch to the host: undoes `shard_batch`.
+
+        Nothing is sent between processes.
+        """
+
+        def rows(array: jax.Array) -> np.ndarray:
+            # Devices that share a copy of a model hold the same rows.
+            parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+            return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+        return jax.tree.map(rows, batch)
 
     def check_batch_size(self, batch_size: int, num_microbatches: int = 1) -> None:
         """Checks that a global batch divides over microbatches and data-parallel devices.

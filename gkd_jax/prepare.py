@@ -16,7 +16,8 @@ from gkd_jax.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
-from gkd_jax.output_checks import check_policy, check_replay
+from gkd_jax.output_checks import check_policy, check_replay, check_reward
+from gkd_jax.rewards import RewardMix
 from gkd_jax.sampling.methods import Sample
 from gkd_jax.teachers import Teacher
 
@@ -103,7 +104,10 @@ class _Check:
         experiment, collecting = self._experiment, self.problems.collecting
         vocabulary = experiment.train_data.vocabulary
         self._open("train_data", experiment.train_data, experiment.num_microbatches)
-        for check in (_check_objective, check_policy, check_replay, _check_best_metric):
+        for check in (
+            *(_check_objective, check_policy, check_replay, check_reward),
+            _check_best_metric,
+        ):
             with collecting():
                 check(experiment)
         self._check_model_dir()
@@ -295,7 +299,11 @@ def _check_objective(experiment: Experiment) -> None:
         )
     parts = divergence.divergences if isinstance(divergence, WeightedSum) else (divergence,)
     fraction = experiment.outputs.student_data_fraction
-    if any(isinstance(part, NegativeLogLikelihood) for part in parts) and fraction != 0:
+    # At an alpha of 0 the student's own outputs meet the reward alone.
+    reward = experiment.reward
+    is_measured = not (isinstance(reward, RewardMix) and reward.alpha == 0)
+    has_likelihood = any(isinstance(part, NegativeLogLikelihood) for part in parts)
+    if has_likelihood and fraction != 0 and is_measured:
         # Cross-entropy on one's own samples teaches nothing but to repeat them.
         raise ValueError(
             "NegativeLogLikelihood on the student's own outputs is no objective; got "
@@ -369,6 +377,8 @@ def describe_plan(experiment: Experiment, prepared: Prepared) -> str:
     lines.append(
         f"outputs: {experiment.outputs}" + (f", sampled by {experiment.rollout}" if sampled else "")
     )
+    if experiment.reward is not None:
+        lines.append(f"reward: {experiment.reward}")
     if experiment.replay is not None:
         lines.append(f"replay: {experiment.replay}")
     lines.append(f"optimizer: {experiment.optimizer}")

@@ -26,6 +26,7 @@ from gkd_jax.objectives.objective import Objective
 from gkd_jax.optimizers import Optimizer
 from gkd_jax.partitioning import Partitioner, process_zero_decides
 from gkd_jax.replay import ReplayBuffer
+from gkd_jax.reward_scorer import make_scorer, on_policy_objective
 from gkd_jax.runtime import Purpose, make_key
 from gkd_jax.train_step import TrainState
 
@@ -110,16 +111,20 @@ class Trainer:
         teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
         self.teacher_params = None if teacher is None else runtime.load_teacher(experiment)
         self._teacher_part = teacher.state_part if teacher else None
-        functions = jit_step_functions(
+        make_functions = functools.partial(
+            jit_step_functions,
             student,
             experiment.teacher_model if teacher else None,
-            experiment.objective,
-            experiment.optimizer,
-            partitioner,
+            optimizer=experiment.optimizer,
+            partitioner=partitioner,
             num_microbatches=experiment.num_microbatches,
             teacher_part=self._teacher_part,
             average_decay=teacher.average_decay if teacher else None,
         )
+        functions = make_functions(experiment.objective)
+        # The same function where no reward joins the divergence.
+        self._on_policy_step_fn = make_functions(on_policy_objective(experiment)).step
+        self._scorer = make_scorer(experiment, dataset)
         self.abstract_state: PyTree[jax.ShapeDtypeStruct] = functions.abstract_state
         self._init_fn, self.step_fn = functions.init, functions.step
         vocabulary = dataset.config.vocabulary
@@ -182,13 +187,17 @@ class Trainer:
             sampled = runtime.without_log_probs(sampled)
             if self.replay is not None:
                 self.replay.add(sampled, step)
+            if self._scorer is not None:
+                judge = self.teacher_params_of(state)
+                sampled, groups["reward"] = self._scorer(state.params, judge, batch, sampled)
             if kind == "mixed":
                 key = make_key(seed, Purpose.EXAMPLE_COIN, step)
                 batch = self.mix_fn(batch, sampled, jnp.float32(fraction), key)
             else:
                 batch = sampled
         key = make_key(seed, Purpose.DROPOUT, step)
-        state, groups[kind] = self.step_fn(state, self.teacher_params, batch, key)
+        step_fn = self._on_policy_step_fn if kind == "on_policy" else self.step_fn
+        state, groups[kind] = step_fn(state, self.teacher_params, batch, key)
         return state, groups
 
     def _replay_step(

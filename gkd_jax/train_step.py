@@ -15,8 +15,11 @@ import optax
 from gkd_jax.array_types import Array, Float, Int, Key, Metrics, Params
 from gkd_jax.batch import Batch
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.fused import fused_weighted_loss
 from gkd_jax.objectives.objective import Objective, Predictions, final_weights
+from gkd_jax.objectives.policy_gradient import divergence_alone
+from gkd_jax.objectives.sequence_kl import importance_weights, returns_to_go
 
 StepFn = Callable[..., tuple["TrainState", Metrics]]
 
@@ -117,9 +120,53 @@ def make_loss_fn(
             teacher=of_teacher,
             targets=batch.targets,
             weights=weights,
+            advantages=batch.advantages,
         )
 
     return loss_fn
+
+
+def make_returns_fn(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    *,
+    length_normalized: bool,
+    teacher_share: float = 0.0,
+) -> Callable[[Params, Params, Batch], tuple[Array, Array | None, Metrics]]:
+    """Makes `(student_params, teacher_params, batch)` to what MiniLLM adds to a batch of samples.
+
+    Both models score the outputs, without dropout and without an array of all positions and the
+    whole vocabulary.
+
+    Args:
+      student: who learns.
+      teacher: who judges.
+      length_normalized: as `returns_to_go` has it.
+      teacher_share: of the mixture that wrote the outputs; 0 where the student wrote them alone.
+
+    Returns:
+      A function to advantages and importance per token, the latter None for a share of 0; and the
+      metrics 'return' (sum of log p - log q of an output) and, with a share, 'importance'.
+    """
+    likelihood = make_loss_fn(student, None, Objective(NegativeLogLikelihood()))
+    of_teacher = make_loss_fn(teacher, None, Objective(NegativeLogLikelihood()))
+
+    def returns(
+        student_params: Params, teacher_params: Params, batch: Batch
+    ) -> tuple[Array, Array | None, Metrics]:
+        weights = batch.loss_weights
+        log_q = -likelihood(student_params, None, batch, weights)[1]
+        log_p = -of_teacher(teacher_params, None, batch, weights)[1]
+        advantages = returns_to_go(log_p - log_q, weights, length_normalized=length_normalized)
+        num_outputs = jnp.sum(jnp.any(weights > 0, axis=1).astype(jnp.float32))
+        metrics: Metrics = {"return": (jnp.sum(log_p - log_q), num_outputs)}
+        if teacher_share == 0.0:
+            return advantages, None, metrics
+        importance = importance_weights(log_q, log_p, weights, teacher_share=teacher_share)
+        metrics["importance"] = (jnp.sum(importance * weights), jnp.sum(weights))
+        return advantages, importance, metrics
+
+    return returns
 
 
 def loss_metrics(
@@ -127,22 +174,27 @@ def loss_metrics(
 ) -> Metrics:
     """Sums and weights of what a step reports, comparable over batches of any size.
 
-    `weights` are final weights, so their sum over everything is 1 (0 for an empty batch).
+    `weights` are final weights, so their sum over everything is 1 (0 for an empty batch), before
+    factors such as `Batch.importance`.
     """
     counts = batch.loss_weights > 0
-    num_sequences = jnp.sum(jnp.any(counts, axis=1).astype(jnp.float32))
     return {
-        # where, not a product: an infinite value at a masked position must not become NaN.
-        "loss": (
-            jnp.sum(jnp.where(weights != 0, weights * per_token, 0.0)) * num_sequences,
-            num_sequences,
-        ),
+        "loss": _mean_over_sequences(per_token, batch, weights),
         "loss_per_token": (
             jnp.sum(jnp.where(counts, batch.loss_weights * per_token, 0.0)),
             jnp.sum(batch.loss_weights),
         ),
         "target_tokens": (jnp.sum(batch.loss_weights), jnp.float32(1)),
     }
+
+
+def _mean_over_sequences(
+    per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    num_sequences = jnp.sum(jnp.any(batch.loss_weights > 0, axis=1).astype(jnp.float32))
+    # where, not a product: an infinite value at a masked position must not become NaN.
+    mean = jnp.sum(jnp.where(weights != 0, weights * per_token, 0.0))
+    return mean * num_sequences, num_sequences
 
 
 def split_microbatches(tree: Any, num_microbatches: int) -> Any:
@@ -172,6 +224,13 @@ def make_gradient_fn(
     """
     grad_fn = jax.value_and_grad(make_loss_fn(student, teacher, objective), has_aux=True)
 
+    def metrics_of(per_token: Array, batch: Batch, weights: Array) -> Metrics:
+        metrics = loss_metrics(per_token, batch, weights)
+        divergence = divergence_alone(objective.divergence, per_token)
+        if divergence is not None:
+            metrics["divergence"] = _mean_over_sequences(divergence, batch, weights)
+        return metrics
+
     def gradients(
         params: Params,
         teacher_params: Params | None,
@@ -185,7 +244,7 @@ def make_gradient_fn(
 
         if num_microbatches == 1:
             (_, per_token), grads = of_microbatch(0, batch, weights)
-            return grads, loss_metrics(per_token, batch, weights)
+            return grads, metrics_of(per_token, batch, weights)
 
         def accumulate(carry: Params, part: Any) -> tuple[Params, Array]:
             index, batch_part, weights_part = part
@@ -199,7 +258,7 @@ def make_gradient_fn(
         )
         grads, per_token = jax.lax.scan(accumulate, zeros, parts)
         per_token = jnp.swapaxes(per_token, 0, 1).reshape(batch.targets.shape)
-        return grads, loss_metrics(per_token, batch, weights)
+        return grads, metrics_of(per_token, batch, weights)
 
     return gradients
 
@@ -240,6 +299,8 @@ def make_train_step(
         state: TrainState, teacher_params: Params | None, batch: Batch, key: Key[Array, ""]
     ) -> tuple[TrainState, Metrics]:
         weights = final_weights(batch.loss_weights, reduction=objective.reduction)
+        if batch.importance is not None:
+            weights = weights * batch.importance
         teacher_params = teacher_params_of(state, teacher_params, teacher_part)
         grads, metrics = gradients(state.params, teacher_params, batch, weights, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -85,6 +85,37 @@ def test_methods_of_sampling(method, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("gsm8k", "gin_configs/methods/rl_gkd.gin"),
+        ("xsum", "examples/entailment_reward.gin"),
+        ("wmt_ende", "gin_configs/methods/minillm.gin"),
+    ],
+)
+def test_methods_with_a_reward(name, file, tmp_path):
+    """Stopped and gone on with; reward and divergence are written apart."""
+    recipe = small_recipes.make_recipe(name, tmp_path / "data")
+    changes = {"Experiment.log_period": 1}
+    if name == "gsm8k":
+        changes["gsm8k.num_exemplars"] = 0
+    for steps in (2, 4):
+        flags = recipe.flags(tmp_path / "run", TRAIN_STEPS=steps, **changes)
+        first = next(i for i, flag in enumerate(flags) if flag.startswith("--gin."))
+        flags.insert(first, f"--gin_file={file}")
+        status, _, err = run_main(*flags)
+        assert status == 0, err
+    rows = [row for row in small_runs.metrics(tmp_path / "run") if "train/learning_rate" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        if "minillm" in file:
+            assert 0 < row["train/reward/importance"] <= 1.25
+        else:
+            assert 0 <= row["train/reward/mean"] <= 1
+        assert row["train/on_policy/divergence"] > 0
+
+
+@pytest.mark.slow
 def test_generated_outputs_train_a_student(tmp_path):
     """SeqKD by the overlays: the teacher's outputs, then fine-tuning on them."""
     recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "data")

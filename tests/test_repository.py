@@ -40,9 +40,10 @@ _AFTER = {
         for name in (
             *("supervised_kd", "on_policy_kd", "imitkd", "f_distill", "self_distillation"),
             *("distillm", "speculative_kd"),
-            *("ema_teacher", "sft", "gkd"),
+            *("ema_teacher", "sft", "gkd", "rl_gkd", "minillm"),
         )
     },
+    "examples/entailment_reward.gin": "gin_configs/xsum.gin",
 }
 
 # Given to what a gin file requires (`%gin.REQUIRED`), by the end of its name; a path otherwise.

@@ -77,6 +77,32 @@ def test_replay_over_two_processes(tmp_path):
             assert other[name] == pytest.approx(value, rel=1e-4), (row["step"], name)
 
 
+@pytest.mark.slow
+def test_rewards_over_two_processes(tmp_path):
+    """Each scores the texts of its own rows; the numbers are those of one process."""
+    recipe = small_recipes.make_recipe("xsum", tmp_path / "data")
+    settings = SETTINGS | {"STUDENT_DATA_FRACTION": 1.0, "EVAL_PERIOD": 100, "TRAIN_STEPS": 3}
+
+    def flags(model_dir: pathlib.Path) -> list[str]:
+        given = recipe.flags(model_dir, **settings)
+        last = max(i for i, flag in enumerate(given) if flag.startswith("--gin_file"))
+        return [*given[: last + 1], "--gin_file=examples/entailment_reward.gin", *given[last + 1 :]]
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish([start(flags(one), devices=4)])
+    finish(together(flags(two)))
+    left, right = (
+        [row for row in small_runs.metrics(folder) if "train/learning_rate" in row]
+        for folder in (one, two)
+    )
+    assert [row["step"] for row in left] == [1, 2, 3]
+    for row, other in zip(left, right, strict=True):
+        assert set(row) == set(other)
+        assert "train/reward/group_std" in row
+        for name, value in row.items():
+            assert other[name] == pytest.approx(value, rel=1e-4), (row["step"], name)
+
+
 def predictions(model_dir: pathlib.Path, step: int) -> str:
     return (model_dir / "eval" / f"predictions_{step}.jsonl").read_text()
 

@@ -25,7 +25,7 @@ from gkd_jax.data.vocabularies import Vocabulary
 
 _FEATURES = ("inputs", "targets")
 _LAST_POSITION = 1 << 60
-_MAX_EXAMPLE_ID = 2**31 - 1
+MAX_EXAMPLE_ID = 2**31 - 1
 _DESCRIBED_EXAMPLES = 1000
 _CHECKED_EXAMPLES = 32
 
@@ -275,7 +275,7 @@ class Dataset:
         def make(start: int) -> Batch:
             positions = start + first_row + np.arange(num_rows, dtype=np.int64)
             examples = np.array([self._order[int(one)] for one in positions], np.int64)
-            return self._rows.read(examples).batch(positions % _MAX_EXAMPLE_ID)
+            return self._rows.read(examples).batch(positions % MAX_EXAMPLE_ID)
 
         batches = self._read_ahead(range(position, _LAST_POSITION, batch_size), make)
         return TrainIterator(batches, position=position, batch_size=batch_size)

@@ -27,6 +27,13 @@ from gkd_jax.objectives.other_divergences import (
     TotalVariation,
     WeightedSum,
 )
+from gkd_jax.objectives.policy_gradient import (
+    PolicyGradient,
+    token_advantages,
+    with_policy_gradient,
+    with_returns,
+)
+from gkd_jax.objectives.sequence_kl import importance_weights, returns_to_go
 from gkd_jax.objectives.token_divergence import divergence_and_gradient, token_divergence
 
 __all__ = [
@@ -40,6 +47,7 @@ __all__ = [
     "NegativeLogLikelihood",
     "Objective",
     "OutputMix",
+    "PolicyGradient",
     "Predictions",
     "Reduction",
     "ReverseKL",
@@ -53,6 +61,11 @@ __all__ = [
     "divergence_and_gradient",
     "final_weights",
     "fused_weighted_loss",
+    "importance_weights",
+    "returns_to_go",
+    "token_advantages",
     "token_divergence",
     "weighted_loss",
+    "with_policy_gradient",
+    "with_returns",
 ]

@@ -35,11 +35,13 @@ class VocabularyEntries:
       teacher_log_probs: log p_v, normalised, teacher temperature applied; None where the
         divergence needs no teacher. Never -inf together with the student's.
       is_target: True on the entry of the output token.
+      advantages: of the output token, where the divergence needs them: a constant.
     """
 
     student_log_probs: Float[Array, "*n V"]
     teacher_log_probs: Float[Array, "*n V"] | None
     is_target: Bool[Array, "*n V"]
+    advantages: Float[Array, "*n 1"] | None = None
 
     @property
     def student_probs(self) -> Float[Array, "*n V"]:
@@ -79,9 +81,11 @@ class Divergence(abc.ABC):
 
     Attributes:
       needs_teacher: whether the term reads the teacher's log-probabilities.
+      needs_advantages: whether it reads the advantages of the output tokens.
     """
 
     needs_teacher: ClassVar[bool] = True
+    needs_advantages: ClassVar[bool] = False
 
     @abc.abstractmethod
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:

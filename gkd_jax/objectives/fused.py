@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from gkd_jax.array_types import Array, Float, Int, Params
 from gkd_jax.objectives.objective import Objective, Predictions, check_predictions
-from gkd_jax.objectives.token_divergence import divergence_and_gradient
+from gkd_jax.objectives.token_divergence import check_advantages, divergence_and_gradient
 
 CHUNK_ENTRIES = 1 << 22
 """Logits that one model makes at a time on a CPU, for its caches: 16 MB in float32."""
@@ -51,6 +51,7 @@ def fused_weighted_loss(
     teacher: Predictions | None,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
+    advantages: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """Computes what `weighted_loss` does, with its arguments, values, gradients and errors.
 
@@ -58,6 +59,7 @@ def fused_weighted_loss(
     vocabulary may be split over another axis. There are no second derivatives.
     """
     check_predictions(objective.divergence, student, teacher, weights)
+    check_advantages(objective.divergence, advantages, targets)
     if teacher is not None:
         teacher = teacher.without_gradient()
     functions = _Functions(objective, student.unembed, None if teacher is None else teacher.unembed)
@@ -65,6 +67,7 @@ def fused_weighted_loss(
         None if teacher is None else (teacher.hidden, teacher.head),
         targets,
         lax.stop_gradient(weights.astype(jnp.float32)),
+        lax.stop_gradient(advantages),
     )
     loss, per_token = _fused(functions, (student.hidden, student.head), others)
     return loss, lax.stop_gradient(per_token)
@@ -81,8 +84,10 @@ class _Functions:
 
 # Hidden states and head: of the student, and with those its gradients; of the teacher.
 _Model: TypeAlias = tuple[Float[Array, "B T D"], Params]
-# The teacher, the targets and the weights: what gets no gradient.
-_Others: TypeAlias = tuple[_Model | None, Int[Array, "B T"], Float[Array, "B T"]]
+# The teacher, the targets, the weights and the advantages: what gets no gradient.
+_Others: TypeAlias = tuple[
+    _Model | None, Int[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"] | None
+]
 # The loss, and the divergence per token.
 _Values: TypeAlias = tuple[Float[Array, ""], Float[Array, "B T"]]
 # All of it; the gradients are of type _Model, or None where they are not wanted.
@@ -159,10 +164,11 @@ def _split_over_data(
 
     rows, whole = PartitionSpec(_DATA_AXIS), PartitionSpec()
     model = (rows, whole)
+    of_others = (None if others[0] is None else model, rows, rows, rows)
     return jax.shard_map(
         one_shard,
         mesh=mesh,
-        in_specs=(model, (None if others[0] is None else model, rows, rows)),
+        in_specs=(model, of_others),
         out_specs=((whole, rows), model if with_gradients else None),
         axis_names={_DATA_AXIS},
         check_vma=False,
@@ -173,7 +179,7 @@ def _all_chunks(
     functions: _Functions, student: _Model, others: _Others, *, with_gradients: bool
 ) -> tuple[_Values, Any]:
     """Runs through the positions that count, a chunk at a time."""
-    (hidden, head), (teacher, targets, weights) = student, others
+    (hidden, head), (teacher, targets, weights, advantages) = student, others
     shape = hidden.shape
     # All positions in a row: [B * T, ...].
     hidden, targets, weights = hidden.reshape(-1, shape[-1]), targets.ravel(), weights.ravel()
@@ -207,7 +213,12 @@ def _all_chunks(
             teacher_logits = functions.teacher_unembed(teacher[1], take(teacher_hidden))
         logits, pullback = jax.vjp(functions.student_unembed, head, take(hidden))
         value, of_loss, of_logits = _of_chunk(
-            functions.objective, logits, teacher_logits, take(targets), take(weights)
+            functions.objective,
+            logits,
+            teacher_logits,
+            take(targets),
+            take(weights),
+            None if advantages is None else take(advantages.ravel()),
         )
         if with_gradients:
             of_head, of_hidden = pullback(of_logits.astype(logits.dtype))
@@ -240,6 +251,7 @@ def _of_chunk(
     teacher_logits: Float[Array, "C V"] | None,
     targets: Int[Array, " C"],
     weights: Float[Array, " C"],
+    advantages: Float[Array, " C"] | None,
 ) -> tuple[Float[Array, " C"], Float[Array, ""], Float[Array, "C V"]]:
     """Divergence of each position, the loss, and its gradient in the student's logits."""
     value, gradient = divergence_and_gradient(
@@ -249,6 +261,7 @@ def _of_chunk(
         targets,
         student_temperature=objective.student_temperature,
         teacher_temperature=objective.teacher_temperature,
+        advantages=advantages,
     )
     counts = weights != 0
     value = jnp.where(counts, value, 0.0)

@@ -128,13 +128,14 @@ def weighted_loss(
     teacher: Predictions | None,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
+    advantages: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """Sums weights * (divergence + z_loss * log^2 Z) over all positions.
 
     The plain form: it makes the logits of all positions, [B, T, V], once each. Gradients go to
-    the student's hidden states and head; none to the teacher or to the weights. Positions of
-    weight 0 are left out: whatever is there, NaN included, reaches neither the loss nor a
-    gradient. `fused.fused_weighted_loss` computes the same without those arrays.
+    the student's hidden states and head; none to the teacher, the weights or the advantages.
+    Positions of weight 0 are left out: whatever is there, NaN included, reaches neither the loss
+    nor a gradient. `fused.fused_weighted_loss` computes the same without those arrays.
 
     Args:
       objective: the divergence and its settings; its reduction is already in `weights`.
@@ -142,13 +143,14 @@ def weighted_loss(
       teacher: likewise; None where the divergence needs no teacher.
       targets: the output tokens.
       weights: from `final_weights`, perhaps multiplied by further factors.
+      advantages: of the output tokens, where the divergence needs them.
 
     Returns:
       The loss (float32 scalar), and the divergence per token (float32, no gradient, without
       the z-loss; 0 at positions of weight 0).
 
     Raises:
-      ValueError: the teacher is missing or not needed, or shapes differ.
+      ValueError: the teacher or the advantages are missing or not needed, or shapes differ.
     """
     check_predictions(objective.divergence, student, teacher, weights)
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
@@ -162,6 +164,7 @@ def weighted_loss(
         targets,
         student_temperature=objective.student_temperature,
         teacher_temperature=objective.teacher_temperature,
+        advantages=advantages,
     )
     per_token = jnp.where(counts, per_token, 0.0)
     loss = jnp.sum(weights * per_token)

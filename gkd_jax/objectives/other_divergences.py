@@ -267,6 +267,11 @@ class WeightedSum(Divergence):
         """Whether any of them does."""
         return any(divergence.needs_teacher for divergence in self.divergences)
 
+    @property
+    def needs_advantages(self) -> bool:  # type: ignore[override]
+        """Whether any of them does."""
+        return any(divergence.needs_advantages for divergence in self.divergences)
+
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """The weighted sum of their terms."""
         return self._sum(lambda divergence: divergence.term(entries))

@@ -1,6 +1,8 @@
 """From logits to a divergence per token and its gradient, for every divergence alike."""
 
+import dataclasses
 import functools
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ def token_divergence(
     *,
     student_temperature: float = 1.0,
     teacher_temperature: float = 1.0,
+    advantages: Float[Array, "*n"] | None = None,
 ) -> Float[Array, "*n"]:
     """Computes D(P || Q) of each token, P = softmax(teacher/tau_t), Q = softmax(student/tau_s).
 
@@ -32,18 +35,20 @@ def token_divergence(
         read.
       student_temperature: divides the student's logits, here and nowhere else; above 0.
       teacher_temperature: divides the teacher's logits, here and nowhere else; above 0.
+      advantages: of the output tokens, for a divergence that needs them; None for all others.
+        They get no gradient.
 
     Returns:
       The divergence per token in nats, float32 (or wider, if the logits are).
 
     Raises:
-      ValueError: the teacher is missing or not needed, or shapes differ.
+      ValueError: the teacher or the advantages are missing or not needed, or shapes differ.
     """
     _check(divergence, student_logits, teacher_logits, targets)
+    check_advantages(divergence, advantages, targets)
     temperatures = (float(student_temperature), float(teacher_temperature))
-    if teacher_logits is not None:
-        teacher_logits = jax.lax.stop_gradient(teacher_logits)
-    return _token_divergence(divergence, temperatures, student_logits, teacher_logits, targets)
+    constants = jax.lax.stop_gradient((teacher_logits, targets, advantages))
+    return _token_divergence(divergence, temperatures, student_logits, constants)
 
 
 def divergence_and_gradient(
@@ -54,6 +59,7 @@ def divergence_and_gradient(
     *,
     student_temperature: float = 1.0,
     teacher_temperature: float = 1.0,
+    advantages: Float[Array, "*n"] | None = None,
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n V"]]:
     """Computes `token_divergence` and its gradient in the student's logits in one pass.
 
@@ -64,24 +70,33 @@ def divergence_and_gradient(
       The divergence per token, and its gradient per logit, in the same dtype.
     """
     _check(divergence, student_logits, teacher_logits, targets)
+    check_advantages(divergence, advantages, targets)
     student = _log_probs(student_logits, student_temperature)
     teacher = None if teacher_logits is None else _log_probs(teacher_logits, teacher_temperature)
     is_target = targets[..., None] == jax.lax.broadcasted_iota(
         targets.dtype, student.shape, student.ndim - 1
     )
-    entries = VocabularyEntries(student, teacher, is_target)
+    if advantages is not None:
+        advantages = jax.lax.stop_gradient(advantages)[..., None].astype(student.dtype)
+    entries = VocabularyEntries(student, teacher, is_target, advantages)
     if teacher is None:
         term, slope = divergence.term(entries), divergence.slope(entries)
     else:
         # -inf minus -inf is NaN: such an entry is given equal values, then counted as 0.
         excluded = jnp.isneginf(student) & jnp.isneginf(teacher)
-        entries = VocabularyEntries(
-            jnp.where(excluded, 0.0, student), jnp.where(excluded, 0.0, teacher), is_target
+        entries = dataclasses.replace(
+            entries,
+            student_log_probs=jnp.where(excluded, 0.0, student),
+            teacher_log_probs=jnp.where(excluded, 0.0, teacher),
         )
         term = jnp.where(excluded, 0.0, divergence.term(entries))
         slope = jnp.where(excluded, 0.0, divergence.slope(entries))
     gradient = slope - jnp.exp(student) * jnp.sum(slope, axis=-1, keepdims=True)
     return jnp.sum(term, axis=-1), gradient / student_temperature
+
+
+# Teacher's logits, output tokens and their advantages: what gets no gradient.
+_Constants: TypeAlias = tuple[Array | None, Array, Array | None]
 
 
 # One [*n, V] array is kept for the backward pass, the gradient itself: both logits are free as
@@ -91,19 +106,18 @@ def _token_divergence(
     divergence: Divergence,
     temperatures: tuple[float, float],
     student_logits: Array,
-    teacher_logits: Array | None,
-    targets: Array,
+    constants: _Constants,
 ) -> Array:
-    return _forward(divergence, temperatures, student_logits, teacher_logits, targets)[0]
+    return _forward(divergence, temperatures, student_logits, constants)[0]
 
 
 def _forward(
     divergence: Divergence,
     temperatures: tuple[float, float],
     student_logits: Array,
-    teacher_logits: Array | None,
-    targets: Array,
+    constants: _Constants,
 ) -> tuple[Array, Array]:
+    teacher_logits, targets, advantages = constants
     value, gradient = divergence_and_gradient(
         divergence,
         student_logits,
@@ -111,18 +125,19 @@ def _forward(
         targets,
         student_temperature=temperatures[0],
         teacher_temperature=temperatures[1],
+        advantages=advantages,
     )
     return value, gradient.astype(student_logits.dtype)
 
 
 def _backward(
     divergence: Divergence, temperatures: tuple[float, float], gradient: Array, cotangent: Array
-) -> tuple[Array, None, None]:
+) -> tuple[Array, None]:
     del divergence, temperatures
     cotangent = cotangent[..., None]
     # 0 times an infinite gradient would be NaN, and a token that does not count must not matter.
     of_student = jnp.where(cotangent == 0, 0.0, cotangent * gradient)
-    return of_student.astype(gradient.dtype), None, None
+    return of_student.astype(gradient.dtype), None
 
 
 _token_divergence.defvjp(_forward, _backward)
@@ -169,4 +184,28 @@ def _check(
         raise ValueError(
             f"targets must have the shape of the logits without the vocabulary; got "
             f"{targets.shape} and {student_logits.shape}. Give the targets that the logits predict."
+        )
+
+
+def check_advantages(divergence: Divergence, advantages: Array | None, targets: Array) -> None:
+    """Checks that there are advantages exactly where they are read, one for each output token.
+
+    Raises:
+      ValueError: there are none, or such that nothing reads, or their shape is another.
+    """
+    name = type(divergence).__name__
+    if divergence.needs_advantages and advantages is None:
+        raise ValueError(
+            f"{name} weighs output tokens by their advantages; got none. Set Batch.advantages, or "
+            "use another divergence."
+        )
+    if advantages is not None and not divergence.needs_advantages:
+        raise ValueError(
+            f"{name} reads no advantages; got some, whose signal would be lost. Leave "
+            "Batch.advantages at None, or see objectives.with_policy_gradient."
+        )
+    if advantages is not None and advantages.shape != targets.shape:
+        raise ValueError(
+            f"advantages must have the shape of the targets; got {advantages.shape} and "
+            f"{targets.shape}. Give one for each output token."
         )

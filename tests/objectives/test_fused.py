@@ -1,5 +1,6 @@
 """The loss in chunks: what it never makes, what it skips, and that a mesh changes nothing."""
 
+import itertools
 import re
 
 import jax
@@ -16,6 +17,7 @@ from gkd_jax.objectives import (
     GeneralizedJSD,
     NegativeLogLikelihood,
     Objective,
+    PolicyGradient,
     Predictions,
     ReverseKL,
     SampledReverseKL,
@@ -40,7 +42,9 @@ OTHERS = [
     EntropyAware(3.0),
     WeightedSum((ForwardKL(), NegativeLogLikelihood()), (0.3, 0.7)),
     SampledReverseKL(),
+    PolicyGradient(),
 ]
+REWARDED = WeightedSum((ReverseKL(), PolicyGradient()), (0.25, 0.75))
 B, T, D, V = 8, 6, 8, 64
 
 
@@ -57,6 +61,7 @@ def make_arrays(seed=0):
         "teacher_hidden": rng.normal(size=(B, T, D + 2)).astype(np.float32),
         "teacher_head": rng.normal(size=(D + 2, V)).astype(np.float32),
         "targets": rng.integers(0, V, (B, T)).astype(np.int32),
+        "advantages": rng.normal(size=(B, T)).astype(np.float32),
         "weights": np.asarray(final_weights(jnp.asarray(weights), reduction="per_sequence")),
     }
 
@@ -72,6 +77,7 @@ def make_loss(form, objective, unembed=unembed):
             teacher=teacher if objective.divergence.needs_teacher else None,
             targets=arrays["targets"],
             weights=arrays["weights"],
+            advantages=arrays["advantages"] if objective.divergence.needs_advantages else None,
         )
 
     def loss_and_gradients(arrays):
@@ -103,8 +109,14 @@ def test_rival_divergences_equal_their_plain_form(divergence, small_chunks):
     assert_close(chunks, plain)
 
 
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, EntropyAware(3.0)], ids=str)
-@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize(
+    ("divergence", "shape"),
+    [
+        *itertools.product([*DIVERGENCES, EntropyAware(3.0)], [(8, 1), (4, 2), (1, 8)]),
+        (REWARDED, (4, 2)),
+    ],
+    ids=str,
+)
 def test_a_mesh_changes_nothing(divergence, shape, small_chunks):
     """Rows over 'data', the vocabulary over 'model'; and no device ever has all of it."""
     arrays = make_arrays()
@@ -136,7 +148,8 @@ def test_shards_of_different_work(dtype, small_chunks):
     counts[:2] = counts[6, :3] = 1.0
     arrays["weights"] = counts / counts.sum()
     arrays = {
-        k: v if k in ("targets", "weights") else jnp.asarray(v, dtype) for k, v in arrays.items()
+        k: v if k in ("targets", "weights", "advantages") else jnp.asarray(v, dtype)
+        for k, v in arrays.items()
     }
     objective = Objective(GeneralizedJSD(0.5))
     expected = jax.jit(make_loss(weighted_loss, objective))(arrays)
