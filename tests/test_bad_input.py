@@ -150,19 +150,19 @@ _SETTINGS = {
         "wmt_ende", {"DatasetConfig.num_examples": 1000}, ("num_examples is 1000", "at most 64"),
     ),
     "no rollout": (
-        "wmt_ende", {"experiment.Experiment.rollout": None},
+        "wmt_ende", {"Experiment.rollout": Gin("None")},
         ("Experiment.rollout", "Rollout; got None", "leave the setting out"),
     ),
     "no objective": (
-        "wmt_ende", {"experiment.Experiment.objective": None},
+        "wmt_ende", {"Experiment.objective": Gin("None")},
         ("Experiment.objective", "Objective; got None", "Set Experiment.objective to one"),
     ),
     "a class for its instance": (
-        "wmt_ende", {"experiment.Experiment.outputs": Gin("@mixing.OutputMix")},
+        "wmt_ende", {"Experiment.outputs": Gin("@mixing.OutputMix")},
         ("Experiment.outputs", "OutputMix; got <class", "with brackets"),
     ),
     "a model of None": (
-        "wmt_ende", {"experiment.Student.model": None}, ("Student.model", "got None"),
+        "wmt_ende", {"Student.model": Gin("None")}, ("Student.model", "got None"),
     ),
     "missing field": (
         "gsm8k", {"gsm8k.question_field": "problem"}, ("'problem'", "'question', 'answer'"),

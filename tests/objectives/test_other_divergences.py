@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from divergence_references import OTHERS as ALL
+from divergence_references import STRICT_OTHERS as STRICT
 from divergence_references import (
     TEMPERATURES,
     np_divergence,
@@ -15,8 +17,6 @@ from divergence_references import (
     np_terms,
     random_case,
 )
-from divergence_references import OTHERS as ALL
-from divergence_references import STRICT_OTHERS as STRICT
 
 from gkd_jax.objectives import (
     AlphaDivergence,
