@@ -335,6 +335,7 @@ def test_a_run_of_other_shapes_in_model_dir(tiny_teacher, tmp_path):
         train.train(small_runs.sft(run, num_steps=6))
 
 
+@pytest.mark.pitfall(37)
 def test_a_vocabulary_that_is_not_the_teachers(recipes, tmp_path):
     """Of the same size, by name, and by what the teacher's own checkpoint tells."""
     recipe = recipes["wmt_ende"]

@@ -194,6 +194,26 @@ def test_no_array_of_all_positions_and_the_vocabulary(objective):
     assert temporary(fused_weighted_loss) < temporary(weighted_loss) / 20
 
 
+@pytest.mark.pitfall(32)
+def test_nothing_of_the_teacher_and_no_logits_are_kept_for_the_backward_pass():
+    """The gradients alone are: of the shapes of hidden states and head."""
+
+    def kept(arrays):
+        def loss(trained):
+            return fused_weighted_loss(
+                Objective(ForwardKL()),
+                student=Predictions(*trained, unembed),
+                teacher=Predictions(arrays["teacher_hidden"], arrays["teacher_head"], unembed),
+                targets=arrays["targets"],
+                weights=arrays["weights"],
+            )[0]
+
+        return jax.vjp(loss, (arrays["hidden"], arrays["head"]))[1]
+
+    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(kept, make_arrays()))]
+    assert sorted(shapes) == sorted([(B, T, D), (D, V)])
+
+
 def test_positions_without_weight_cost_nothing(small_chunks):
     """The output layers are run for as many chunks as the positions with weight need."""
     calls = []

@@ -237,6 +237,7 @@ def test_microbatches_sum_to_the_same_loss_and_gradient(divergence, reduction):
 
 
 @pytest.mark.pitfall(30)
+@pytest.mark.pitfall(52)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_padding_a_batch_changes_nothing(reduction):
     objective = Objective(GeneralizedJSD(0.5), reduction=reduction, z_loss=1e-2)
