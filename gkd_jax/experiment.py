@@ -44,11 +44,12 @@ def _check_kinds(owner: Any) -> None:
             )
         if is_wrong:
             wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in classes)
-            required = dataclasses.MISSING is field.default is field.default_factory
-            default = "" if required else ", or leave the setting out for its default"
+            defaults = (field.default, field.default_factory)
+            required = all(default is dataclasses.MISSING for default in defaults)
+            remedy = "" if required else ", or leave the setting out for its default"
             raise ValueError(
                 f"{name} must be of the kind {wanted}; got {value!r}. Set {name} to one (in gin, "
-                f"an instance is written with brackets: @module.Name()){default}."
+                f"an instance is written with brackets: @module.Name()){remedy}."
             )
 
 
