@@ -157,9 +157,9 @@ _SETTINGS = {
         "wmt_ende", {"Experiment.objective": Gin("None")},
         ("Experiment.objective", "Objective; got None", "Set Experiment.objective to one"),
     ),
-    "a class for its instance": (
-        "wmt_ende", {"Experiment.outputs": Gin("@mixing.OutputMix")},
-        ("Experiment.outputs", "OutputMix; got <class", "with brackets"),
+    "a number for what holds it": (
+        "wmt_ende", {"Experiment.outputs": 0.5},
+        ("Experiment.outputs", "OutputMix; got 0.5", "with brackets"),
     ),
     "a model of None": (
         "wmt_ende", {"Student.model": Gin("None")}, ("Student.model", "got None"),
