@@ -63,14 +63,16 @@ class Evaluator:
         ids = {"eos_ids": vocabulary.eos_ids, "pad_id": vocabulary.pad_id}
         decoding = Rollout(method=self.config.method)
         self._decode = runtime.jit_rollout(decoding, model, partitioner, **ids)
-        self._rollout = runtime.jit_rollout(experiment.rollout, model, partitioner, **ids)
+        # What the teacher is to read has no token that it does not know.
+        student = experiment.student_model
+        self._rollout = runtime.jit_rollout(experiment.rollout, student, partitioner, **ids)
         self._output_metrics = runtime.jit_rollout_metrics(vocabulary.eos_ids)
         self._needs_teacher = experiment.objective.divergence.needs_teacher
         teacher = experiment.teacher_model if self._needs_teacher else None
         self._objective = None
         if teacher is not None or not self._needs_teacher:
             self._objective = runtime.jit_eval_step(
-                model, teacher, experiment.objective, partitioner
+                student, teacher, experiment.objective, partitioner
             )
 
     def __call__(

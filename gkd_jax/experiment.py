@@ -1,9 +1,13 @@
 """A whole experiment as one frozen dataclass: what a gin file or a Python user fills in."""
 
 import dataclasses
+import types
+import typing
+from typing import Any
 
 from gkd_jax.data.pipeline import DatasetConfig
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.models.narrowed import narrowed
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.optimizers import Optimizer
@@ -26,6 +30,30 @@ def _require_positive(owner: object, *names: str) -> None:
             )
 
 
+def _check_kinds(owner: Any) -> None:
+    """Refuses None where a field may not be None, and what is no instance of its dataclass."""
+    for field in dataclasses.fields(owner):
+        name = f"{type(owner).__name__}.{field.name}"
+        value = getattr(owner, field.name)
+        kinds = typing.get_args(field.type) or (field.type,)
+        classes = tuple(kind for kind in kinds if kind is not types.NoneType)
+        if value is None:
+            is_wrong = types.NoneType not in kinds
+        else:
+            is_wrong = all(map(dataclasses.is_dataclass, classes)) and not isinstance(
+                value, classes
+            )
+        if is_wrong:
+            wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in classes)
+            defaults = (field.default, field.default_factory)
+            required = all(default is dataclasses.MISSING for default in defaults)
+            remedy = "" if required else ", or leave the setting out for its default"
+            raise ValueError(
+                f"{name} must be of the kind {wanted}; got {value!r}. Set {name} to one (in gin, "
+                f"an instance is written with brackets: @module.Name()){remedy}."
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class Student:
     """The model that is trained.
@@ -38,6 +66,9 @@ class Student:
 
     model: LanguageModel
     initial_checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_kinds(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +91,7 @@ class Evaluation:
     num_divergence_examples: int = 512
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require_positive(self, "period")
         if self.num_divergence_examples < 0:
             raise ValueError(
@@ -87,6 +119,7 @@ class Checkpoints:
     best_mode: str = "max"
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require_positive(self, "period", *(() if self.keep is None else ("keep",)))
         if self.best_mode not in ("max", "min"):
             raise ValueError(
@@ -105,6 +138,9 @@ class Alarms:
 
     truncated_share: float = 0.5
     repetition: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_kinds(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +164,7 @@ class Generation:
     num_samples: int = 1
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require_positive(self, "num_samples")
         if self.model not in ("student", "teacher"):
             raise ValueError(
@@ -192,6 +229,7 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require_positive(self, "num_steps", "num_microbatches", "log_period")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(
@@ -210,6 +248,19 @@ class Experiment:
         return self.student.initial_checkpoint or f"random parameters of seed {self.seed}"
 
     @property
+    def student_model(self) -> LanguageModel:
+        """The student as training and its divergences take it.
+
+        Over the entries of the output layer that the teacher has too: a token beyond them would
+        have no embedding in the teacher. Where there is no teacher, and where a student is decoded
+        to be judged or used, it is `student.model`, all of it.
+        """
+        sizes: tuple[int, ...] = ()
+        if self.teacher is not None and self.objective.divergence.needs_teacher:
+            sizes = self.teacher.vocab_sizes
+        return narrowed(self.student.model, min((self.student.model.vocab_size, *sizes)))
+
+    @property
     def teacher_model(self) -> LanguageModel | None:
-        """The model that scores; None without a teacher."""
-        return None if self.teacher is None else self.teacher.model_for(self.student.model)
+        """The model that scores, over the entries that the student has too; None without one."""
+        return None if self.teacher is None else self.teacher.model_for(self.student_model)

@@ -26,10 +26,8 @@ def check_policy(experiment: Experiment) -> None:
             f"Rollout.policy = {policy} lets a teacher into the rollout; got {missing}. Set "
             "Experiment.teacher and a divergence to it, or Rollout.policy to None."
         )
-    student = experiment.student.model
-    network = teacher.model_for(student)
-    if student.vocab_size == network.vocab_size:  # Otherwise said for the teacher itself.
-        policy.combine(student, network)
+    student = experiment.student_model
+    policy.combine(student, teacher.model_for(student))
     _check_not_estimated(experiment, f"Rollout.policy = {policy}", "Rollout.policy")
 
 

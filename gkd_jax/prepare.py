@@ -20,6 +20,7 @@ from gkd_jax.output_checks import check_policy, check_replay, check_reward
 from gkd_jax.rewards import RewardMix
 from gkd_jax.sampling.methods import Sample
 from gkd_jax.teachers import Teacher
+from gkd_jax.vocabulary_checks import check_padding, check_vocab_size, describe_padding
 
 
 class ConfigurationError(ValueError):
@@ -112,7 +113,7 @@ class _Check:
                 check(experiment)
         self._check_model_dir()
         with collecting():
-            _check_vocab_size(experiment.student.model, vocabulary)
+            check_vocab_size(experiment.student.model, vocabulary)
         if experiment.student.initial_checkpoint is not None:
             self._check_initial_checkpoint(vocabulary)
         if experiment.objective.divergence.needs_teacher:
@@ -177,7 +178,7 @@ class _Check:
     def _check_student_to_use(self, vocabulary: Vocabulary) -> None:
         experiment, collecting = self._experiment, self.problems.collecting
         with collecting():
-            _check_vocab_size(experiment.student.model, vocabulary)
+            check_vocab_size(experiment.student.model, vocabulary)
         with collecting():
             if runtime.newest_step(experiment.model_dir) is not None:
                 self._check_checkpoint(
@@ -209,16 +210,13 @@ class _Check:
     def _check_network(self, teacher: Teacher, vocabulary: Vocabulary) -> None:
         student, collecting = self._experiment.student, self.problems.collecting
         with collecting():
-            self._check_checkpoint(
+            is_known = self._check_checkpoint(
                 "Teacher.checkpoint", teacher.checkpoint, teacher.model, vocabulary
             )
+            is_known = is_known or teacher.vocabulary is not None
+            check_padding(student.model, teacher, vocabulary, is_known=is_known)
         with collecting():
-            if teacher.model.vocab_size != student.model.vocab_size:
-                raise ValueError(
-                    "the teacher's output layer must have the student's size; got "
-                    f"{teacher.model.vocab_size} (teacher) and {student.model.vocab_size} "
-                    "(student). Set vocab_size of both models to the same number."
-                )
+            check_vocab_size(teacher.model, vocabulary, whose="teacher")
         with collecting():
             if teacher.vocabulary is not None:
                 check_same_vocabulary(vocabulary, teacher.vocabulary)
@@ -243,10 +241,11 @@ class _Check:
 
     def _check_checkpoint(
         self, setting: str, path: str, model: LanguageModel, vocabulary: Vocabulary
-    ) -> None:
+    ) -> bool:
+        """Checks shapes and vocabulary; whether it tells, or will, what it was trained with."""
         if path in self._made_before:
             _check_same_shapes(setting, path, model, self._made_before[path])
-            return
+            return True
         try:
             info = load.check_compatible(path, model.abstract_params())
         except (ValueError, OSError) as error:
@@ -261,6 +260,7 @@ class _Check:
                 "DatasetConfig.vocabulary (VOCABULARY_PATH) to that one, or take another "
                 "checkpoint."
             )
+        return trained_with is not None
 
 
 def _check_same_shapes(
@@ -277,15 +277,6 @@ def _check_same_shapes(
         raise ValueError(
             f"{setting} {path} will hold a model of another shape; got {trained.config} there and "
             f"{model.config} here. Give both runs a model of the same sizes."
-        )
-
-
-def _check_vocab_size(model: LanguageModel, vocabulary: Vocabulary) -> None:
-    if model.vocab_size < vocabulary.size:
-        raise ValueError(
-            "the student's vocab_size must be at least that of its vocabulary; got "
-            f"{model.vocab_size} and {vocabulary.size} ({vocabulary.name}). "
-            f"Set vocab_size of the student's model to {vocabulary.size} or more."
         )
 
 
@@ -372,6 +363,9 @@ def describe_plan(experiment: Experiment, prepared: Prepared) -> str:
             f"teacher: {num_params(teacher_model):,} parameters, from "
             f"{teacher.source(experiment.start)}{used}"
         )
+    padding = describe_padding(experiment)
+    if padding is not None:
+        lines.append(padding)
     lines.append(f"objective: {experiment.objective}")
     sampled = experiment.outputs.student_data_fraction != 0
     lines.append(

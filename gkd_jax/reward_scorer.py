@@ -71,7 +71,7 @@ def make_scorer(experiment: Experiment, dataset: Dataset) -> Scorer | None:
     policy = rollout.policy
     return ReturnScorer(
         reward,
-        experiment.student.model,
+        experiment.student_model,
         experiment.teacher_model,
         experiment.partitioner,
         teacher_share=policy.teacher_share if isinstance(policy, TeacherMixed) else 0.0,

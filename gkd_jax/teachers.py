@@ -14,6 +14,7 @@ from typing import Any
 from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.combined import MixtureModel
+from gkd_jax.models.narrowed import narrowed
 
 
 class AbstractTeacher(abc.ABC):
@@ -23,9 +24,14 @@ class AbstractTeacher(abc.ABC):
     def source(self, start: str) -> str:
         """Where its parameters come from, as text; `start` tells it of the initial student."""
 
+    @property
+    def vocab_sizes(self) -> tuple[int, ...]:
+        """Sizes of the output layers of networks of its own; of a student's teacher none."""
+        return ()
+
     @abc.abstractmethod
     def model_for(self, student: LanguageModel) -> LanguageModel:
-        """The model that teaches this student's model."""
+        """The model that teaches this student's model, over no more entries than it has."""
 
     @abc.abstractmethod
     def restore(
@@ -57,10 +63,12 @@ class Teacher(AbstractTeacher):
     """One frozen network, restored in its compute dtype, without optimizer state, never saved.
 
     Attributes:
-      model: the teacher's model; its output layer must have the student's size.
+      model: the teacher's model. Where its output layer is padded to another size than the
+        student's, the two are compared over the entries that both have.
       checkpoint: a checkpoint of gkd_jax (a run's directory or one step of it) or of T5X.
       vocabulary: the teacher's own vocabulary, if it is at hand: it is then compared with the
-        student's, entry by entry. None takes it on trust that the two are the same.
+        student's, entry by entry. None takes it on trust that the two are the same, where the
+        output layers have one size and the checkpoint does not tell.
     """
 
     model: LanguageModel
@@ -72,10 +80,14 @@ class Teacher(AbstractTeacher):
         del start
         return self.checkpoint
 
+    @property
+    def vocab_sizes(self) -> tuple[int, ...]:
+        """That of its model."""
+        return (self.model.vocab_size,)
+
     def model_for(self, student: LanguageModel) -> LanguageModel:
         """Its own."""
-        del student
-        return self.model
+        return narrowed(self.model, student.vocab_size)
 
     def restore(
         self, *, network: Callable[["Teacher"], Any], initial_student: Callable[[], Any]
@@ -143,10 +155,16 @@ class TeacherMixture(AbstractTeacher):
             for weight, teacher in zip(self.shares, self.teachers, strict=True)
         )
 
+    @property
+    def vocab_sizes(self) -> tuple[int, ...]:
+        """Those of all models."""
+        return tuple(teacher.model.vocab_size for teacher in self.teachers)
+
     def model_for(self, student: LanguageModel) -> LanguageModel:
-        """The mixture of all models."""
-        del student
-        return MixtureModel(tuple(teacher.model for teacher in self.teachers), self.shares)
+        """The mixture of all models, over the entries that all have."""
+        common = min(student.vocab_size, *self.vocab_sizes)
+        models = tuple(narrowed(teacher.model, common) for teacher in self.teachers)
+        return MixtureModel(models, self.shares)
 
     def restore(
         self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]

@@ -107,7 +107,7 @@ class Trainer:
     def __init__(self, experiment: Experiment, dataset: Dataset):
         self.experiment = experiment
         self.dataset = dataset
-        student, partitioner = experiment.student.model, experiment.partitioner
+        student, partitioner = experiment.student_model, experiment.partitioner
         teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
         self.teacher_params = None if teacher is None else runtime.load_teacher(experiment)
         self._teacher_part = teacher.state_part if teacher else None

@@ -17,7 +17,8 @@ from gkd_jax import runtime, train
 from gkd_jax.checkpoints.store import save_params
 from gkd_jax.data.train_vocabulary import train_sentencepiece
 from gkd_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
-from gkd_jax.experiment import Checkpoints, Evaluation
+from gkd_jax.dry_run import dry_run
+from gkd_jax.experiment import Checkpoints, Evaluation, Student
 from gkd_jax.prepare import ConfigurationError
 from gkd_jax.teachers import Teacher
 
@@ -147,6 +148,21 @@ _SETTINGS = {
     ),
     "more data than there is": (
         "wmt_ende", {"DatasetConfig.num_examples": 1000}, ("num_examples is 1000", "at most 64"),
+    ),
+    "no rollout": (
+        "wmt_ende", {"Experiment.rollout": Gin("None")},
+        ("Experiment.rollout", "Rollout; got None", "leave the setting out"),
+    ),
+    "no objective": (
+        "wmt_ende", {"Experiment.objective": Gin("None")},
+        ("Experiment.objective", "Objective; got None", "Set Experiment.objective to one"),
+    ),
+    "a number for what holds it": (
+        "wmt_ende", {"Experiment.outputs": 0.5},
+        ("Experiment.outputs", "OutputMix; got 0.5", "with brackets"),
+    ),
+    "a model of None": (
+        "wmt_ende", {"Student.model": Gin("None")}, ("Student.model", "got None"),
     ),
     "missing field": (
         "gsm8k", {"gsm8k.question_field": "problem"}, ("'problem'", "'question', 'answer'"),
@@ -319,6 +335,7 @@ def test_a_run_of_other_shapes_in_model_dir(tiny_teacher, tmp_path):
         train.train(small_runs.sft(run, num_steps=6))
 
 
+@pytest.mark.pitfall(37)
 def test_a_vocabulary_that_is_not_the_teachers(recipes, tmp_path):
     """Of the same size, by name, and by what the teacher's own checkpoint tells."""
     recipe = recipes["wmt_ende"]
@@ -372,11 +389,36 @@ def test_a_run_records_its_vocabulary(tiny_teacher, tmp_path):
     assert "ShiftedBytes()" in problem
 
 
-def test_teacher_with_another_output_layer(tiny_teacher, tmp_path):
-    teacher = Teacher(small_runs.model(small_runs.TEACHER_WIDTH, vocab_size=300), "/nowhere")
-    experiment = small_runs.gkd(tmp_path, tiny_teacher)
-    with pytest.raises(ConfigurationError, match=r"got 300 \(teacher\) and 259 \(student\)"):
-        train.train(dataclasses.replace(experiment, teacher=teacher))
+@pytest.mark.pitfall(36)
+def test_teacher_with_another_output_layer(tmp_path):
+    """Accepted where its vocabulary is known, refused where nothing tells that it is padding."""
+
+    def plan(size: int, vocabulary=None, recorded=None):
+        model = small_runs.model(small_runs.TEACHER_WIDTH, vocab_size=size)
+        folder = tmp_path / f"teacher_{size}_{recorded is None}"
+        if not folder.exists():
+            described = {} if recorded is None else {"vocabulary": recorded}
+            save_params(folder, model.init(jax.random.key(0)), described)
+        teacher = Teacher(model, str(folder), vocabulary)
+        student = Student(small_runs.model(vocab_size=264))
+        experiment = small_runs.gkd(tmp_path, folder, student=student, evaluation=None)
+        return dry_run(dataclasses.replace(experiment, teacher=teacher))
+
+    with pytest.raises(
+        ConfigurationError, match=r"got 300 \(teacher\) and 264 \(student\)"
+    ) as error:
+        plan(300)
+    assert "set Teacher.vocabulary" in str(error.value)
+    with pytest.raises(ConfigurationError, match=r"teacher's vocab_size .* got 200 and 259"):
+        plan(200, ByteVocabulary())
+    assert "padding" not in plan(264)
+    line = "output layers of 264 (student) and 300 (teacher) entries"
+    assert line in plan(300, ByteVocabulary())
+    recorded = runtime.describe_vocabulary(ByteVocabulary())
+    assert line in plan(300, recorded=recorded)
+    cut = plan(259, ByteVocabulary())
+    assert "over the first 259" in cut
+    assert "student's last 5 are not trained" in cut
 
 
 def test_evaluation_with_another_vocabulary_or_batch(tiny_teacher, tmp_path):

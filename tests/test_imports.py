@@ -27,6 +27,7 @@ _FLOORS = {
     "experiment": 4,
     "prepare": 4,
     "output_checks": 4,
+    "vocabulary_checks": 4,
     "runtime": 4,
     "reward_scorer": 4,
     "plots": 4,

@@ -268,6 +268,7 @@ def test_temperature_zero_is_refused():
         Rollout(method=Sample(temperature=0))
 
 
+@pytest.mark.pitfall(48)
 def test_each_example_tosses_its_own_coin(policy):
     """A row has its sample, weights too, or the data's output; by example, whatever its row."""
     model, params = policy

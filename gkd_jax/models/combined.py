@@ -43,7 +43,7 @@ class CombinedModel(abc.ABC):
         if len(set(sizes)) > 1:
             raise ValueError(
                 f"{name}.models must have output layers of one size; got {sizes}. Set vocab_size "
-                "of all alike, on one vocabulary."
+                "of all alike, or give each as `narrowed` to the least, on one vocabulary."
             )
 
     @abc.abstractmethod

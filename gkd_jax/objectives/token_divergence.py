@@ -172,7 +172,8 @@ def _check(
         raise ValueError(
             "teacher and student must have output layers of one vocabulary size; got "
             f"{teacher_logits.shape[-1]} (teacher) and {student_logits.shape[-1]} (student). Set "
-            "vocab_size of both models alike, on one vocabulary."
+            "vocab_size of both models alike, or give the larger as `models.narrowed.narrowed` to "
+            "the entries that both have, on one vocabulary."
         )
     if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
         raise ValueError(

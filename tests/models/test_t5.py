@@ -215,12 +215,13 @@ def test_causal_shift(config, position):
 
 @pytest.mark.pitfall(21)
 @VARIANTS
-@pytest.mark.parametrize("padding_id", [0, 13])
-def test_padded_inputs_do_not_change_logits(config, padding_id):
+@pytest.mark.parametrize(("padding_id", "left"), [(0, 0), (13, 0), (0, 3), (13, 2)])
+def test_padded_inputs_do_not_change_logits(config, padding_id, left):
+    """On either side: distances between the tokens stay what they are."""
     model = T5(config)
     params, logits_fn = make_params(model), make_logits_fn(model)
     batch = make_batch(input_lengths=(6, 6, 6), source_length=6)
-    padding = ((0, 0), (0, 3))  # To the shape that other tests have compiled.
+    padding = ((0, 0), (left, 3 - left))  # To the shape that other tests have compiled.
     padded = batch.replace(
         inputs=jnp.pad(batch.inputs, padding, constant_values=padding_id),
         inputs_mask=jnp.pad(batch.inputs_mask, padding),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from divergence_references import np_divergence, np_gradient, prefix_weights, unembed
 
 from gkd_jax.objectives import (
     ForwardKL,
@@ -42,10 +43,6 @@ def form(request, monkeypatch):
     _form.reset(token)
 
 
-def prefix_weights(lengths, width=T):
-    return (np.arange(width) < np.asarray(lengths)[:, None]).astype(np.float32)
-
-
 def make_case(seed=0, lengths=LENGTHS, width=T):
     rng = np.random.default_rng(seed)
     shape = (len(lengths), width)
@@ -57,11 +54,6 @@ def make_case(seed=0, lengths=LENGTHS, width=T):
         "targets": rng.integers(0, V, shape).astype(np.int32),
         "loss_weights": prefix_weights(lengths, width),
     }
-
-
-def unembed(kernel, hidden):
-    """The output layer accumulates in float32, as the models' does."""
-    return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def loss_of(objective, case, weights):
@@ -105,41 +97,27 @@ def _run(form, objective, case, weights):
     return loss, per_token, {**gradients, "weights": of_weights}
 
 
-# The reference: float64 NumPy, gradient in the student's logits in closed form.
+# The reference in float64 NumPy.
 
 
-def np_log_softmax(logits):
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+def np_logits(case):
+    """Logits of the student and of the teacher."""
+    return [
+        case[f"{whose}_hidden"].astype(np.float64) @ case[f"{whose}_kernel"].astype(np.float64)
+        for whose in ("student", "teacher")
+    ]
 
 
 def np_per_token(objective, case):
-    hidden, kernel = (case[f"student_{x}"].astype(np.float64) for x in ("hidden", "kernel"))
-    student = hidden @ kernel / objective.student_temperature
-    hidden, kernel = (case[f"teacher_{x}"].astype(np.float64) for x in ("hidden", "kernel"))
-    teacher = hidden @ kernel / objective.teacher_temperature
-    log_q, log_p = np_log_softmax(student), np_log_softmax(teacher)
-    q, p = np.exp(log_q), np.exp(log_p)
-    divergence = objective.divergence
-    if isinstance(divergence, NegativeLogLikelihood):
-        one_hot = np.eye(V)[case["targets"]]
-        return -(one_hot * log_q).sum(-1), q - one_hot
-    if isinstance(divergence, ForwardKL):
-        return (p * (log_p - log_q)).sum(-1), q - p
-    if isinstance(divergence, ReverseKL):
-        value = (q * (log_q - log_p)).sum(-1)
-        return value, q * (log_q - log_p - value[..., None])
-    beta = divergence.beta
-    log_m = np.log(beta * p + (1 - beta) * q)
-    of_student = (q * (log_q - log_m)).sum(-1)
-    value = beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * of_student
-    return value, (1 - beta) * q * (log_q - log_m - of_student[..., None])
+    """Values, and gradients in the student's logits."""
+    temperatures = (objective.student_temperature, objective.teacher_temperature)
+    arguments = (objective.divergence, *np_logits(case), case["targets"], temperatures)
+    return np_divergence(*arguments), np_gradient(*arguments)
 
 
 def np_loss(objective, case):
     """The reduced loss and its gradient in the student's output layer, row by row."""
     values, of_logits = np_per_token(objective, case)
-    of_logits = of_logits / objective.student_temperature
     outer = np.einsum("btd,btv->btdv", case["student_hidden"].astype(np.float64), of_logits)
     rows = [
         (values[b][w > 0], outer[b][w > 0]) for b, w in enumerate(case["loss_weights"]) if w.any()
@@ -259,6 +237,7 @@ def test_microbatches_sum_to_the_same_loss_and_gradient(divergence, reduction):
 
 
 @pytest.mark.pitfall(30)
+@pytest.mark.pitfall(52)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_padding_a_batch_changes_nothing(reduction):
     objective = Objective(GeneralizedJSD(0.5), reduction=reduction, z_loss=1e-2)
@@ -281,7 +260,7 @@ def test_sampled_outputs_are_divided_by_their_own_lengths(reduction):
     # A rollout shortened the outputs; those of the data were longer. Only the new ones count.
     objective = Objective(ForwardKL(), reduction=reduction)
     case = make_case(6, lengths=(6, 6, 6, 6))
-    sampled = {**case, "loss_weights": prefix_weights([1, 2, 3, 1])}
+    sampled = {**case, "loss_weights": prefix_weights([1, 2, 3, 1], T)}
     loss, _, _ = run(objective, sampled)
     np.testing.assert_allclose(loss, np_loss(objective, sampled)[0], rtol=3e-6)
     total = jitted_final_weights(sampled["loss_weights"], reduction=reduction).sum()

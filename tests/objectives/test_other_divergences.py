@@ -7,6 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from divergence_references import OTHERS as ALL
+from divergence_references import STRICT_OTHERS as STRICT
+from divergence_references import (
+    TEMPERATURES,
+    np_divergence,
+    np_gradient,
+    np_softmax,
+    np_terms,
+    random_case,
+)
 
 from gkd_jax.objectives import (
     AlphaDivergence,
@@ -24,77 +34,6 @@ from gkd_jax.objectives import (
     WeightedSum,
     token_divergence,
 )
-
-# Which sums of terms are a divergence: not negative, and 0 at the minimum alone.
-STRICT = [
-    TotalVariation(),
-    SkewForwardKL(0.1),
-    SkewForwardKL(0.7),
-    SkewReverseKL(0.1),
-    SkewReverseKL(0.7),
-    AlphaDivergence(0.2),
-    AlphaDivergence(0.5),
-    AlphaDivergence(0.9),
-    EntropyAware(threshold=1.5, forward_weight=0.5),
-]
-MIXED = WeightedSum((ForwardKL(), NegativeLogLikelihood()), (0.3, 0.7))
-ALL = [*STRICT, ClippedForwardKL(0.05), MIXED]
-TEMPERATURES = [(1.0, 1.0), (2.0, 1.0), (1.0, 0.1), (0.7, 1.3)]
-
-
-def np_softmax(logits, temperature=1.0):
-    scaled = np.asarray(logits, np.float64) / temperature
-    exps = np.exp(scaled - scaled.max(-1, keepdims=True))
-    return exps / exps.sum(-1, keepdims=True)
-
-
-def np_terms(p, q):
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(p > 0, p * np.log(p / q), 0.0)
-
-
-def np_divergence(divergence, student, teacher, targets, temperatures=(1.0, 1.0)):
-    """Textbook definitions in float64."""
-    q, p = np_softmax(student, temperatures[0]), np_softmax(teacher, temperatures[1])
-    match divergence:
-        case TotalVariation():
-            return 0.5 * np.abs(p - q).sum(-1)
-        case SkewForwardKL(alpha):
-            return np_terms(p, alpha * p + (1 - alpha) * q).sum(-1)
-        case SkewReverseKL(alpha):
-            return np_terms(q, alpha * q + (1 - alpha) * p).sum(-1)
-        case AlphaDivergence(alpha):
-            return (1 - (p**alpha * q ** (1 - alpha)).sum(-1)) / (alpha * (1 - alpha))
-        case ClippedForwardKL(limit):
-            return np.minimum(np_terms(p, q), limit).sum(-1)
-        case EntropyAware(threshold, weight):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                entropy = -np.where(p > 0, p * np.log(p), 0.0).sum(-1)
-            forward = np.where(entropy >= threshold, weight * np_terms(p, q).sum(-1), 0.0)
-            return np_terms(q, p).sum(-1) + forward
-        case WeightedSum():
-            of_target = -np.log(np.take_along_axis(q, targets[..., None], -1)[..., 0])
-            return 0.3 * np_terms(p, q).sum(-1) + 0.7 * of_target
-    raise AssertionError(divergence)
-
-
-def np_gradient(divergence, student, teacher, targets, temperatures=(1.0, 1.0), step=1e-5):
-    student = np.asarray(student, np.float64)
-    gradient = np.zeros_like(student)
-    for v in range(student.shape[-1]):
-        shift = np.zeros(student.shape[-1])
-        shift[v] = step
-        above = np_divergence(divergence, student + shift, teacher, targets, temperatures)
-        below = np_divergence(divergence, student - shift, teacher, targets, temperatures)
-        gradient[..., v] = (above - below) / (2 * step)
-    return gradient
-
-
-def random_case(seed, *, shape=(3, 5), vocab=11, scale=2.0):
-    rng = np.random.default_rng(seed)
-    student = (scale * rng.normal(size=(*shape, vocab))).astype(np.float32)
-    teacher = (scale * rng.normal(size=(*shape, vocab))).astype(np.float32)
-    return student, teacher, rng.integers(0, vocab, shape).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
