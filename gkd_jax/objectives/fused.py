@@ -17,8 +17,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from gkd_jax.array_types import Array, Float, Int, Params
+from gkd_jax.batch import TeacherDistributions
 from gkd_jax.objectives.objective import Objective, Predictions, check_predictions
-from gkd_jax.objectives.token_divergence import divergence_and_gradient
+from gkd_jax.objectives.token_divergence import TokenTeacher, divergence_and_gradient
 
 CHUNK_ENTRIES = 1 << 22
 """Logits that one model makes at a time on a CPU, for its caches: 16 MB in float32."""
@@ -48,7 +49,7 @@ def fused_weighted_loss(
     objective: Objective,
     *,
     student: Predictions,
-    teacher: Predictions | None,
+    teacher: Predictions | TeacherDistributions | None,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
@@ -58,16 +59,26 @@ def fused_weighted_loss(
     vocabulary may be split over another axis. There are no second derivatives.
     """
     check_predictions(objective.divergence, student, teacher, weights)
-    if teacher is not None:
-        teacher = teacher.without_gradient()
-    functions = _Functions(objective, student.unembed, None if teacher is None else teacher.unembed)
+    of_teacher: _Teacher | None = None
+    make_teacher: Callable[[Params, Any], TokenTeacher] = _as_stored
+    if isinstance(teacher, Predictions):
+        of_teacher, make_teacher = (teacher.hidden, teacher.head), teacher.unembed
+    elif teacher is not None:
+        of_teacher = (teacher, None)
+    functions = _Functions(objective, student.unembed, make_teacher)
     others = (
-        None if teacher is None else (teacher.hidden, teacher.head),
+        lax.stop_gradient(of_teacher),
         targets,
         lax.stop_gradient(weights.astype(jnp.float32)),
     )
     loss, per_token = _fused(functions, (student.hidden, student.head), others)
     return loss, lax.stop_gradient(per_token)
+
+
+def _as_stored(head: None, distributions: TeacherDistributions) -> TeacherDistributions:
+    """A store has no output layer: its distributions are made already."""
+    del head
+    return distributions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +87,15 @@ class _Functions:
 
     objective: Objective
     student_unembed: Callable[[Params, Array], Array]
-    teacher_unembed: Callable[[Params, Array], Array] | None
+    make_teacher: Callable[[Params, Any], TokenTeacher]
 
 
-# Hidden states and head: of the student, and with those its gradients; of the teacher.
+# Hidden states and head of the student, and with those its gradients.
 _Model: TypeAlias = tuple[Float[Array, "B T D"], Params]
+# What there is of the teacher at each position, hidden states or stored distributions, and its head.
+_Teacher: TypeAlias = tuple[Any, Params]
 # The teacher, the targets and the weights: what gets no gradient.
-_Others: TypeAlias = tuple[_Model | None, Int[Array, "B T"], Float[Array, "B T"]]
+_Others: TypeAlias = tuple[_Teacher | None, Int[Array, "B T"], Float[Array, "B T"]]
 # The loss, and the divergence per token.
 _Values: TypeAlias = tuple[Float[Array, ""], Float[Array, "B T"]]
 # All of it; the gradients are of type _Model, or None where they are not wanted.
@@ -201,13 +214,15 @@ def _all_chunks(
         def put(x: Array, part: Array) -> Array:
             return lax.dynamic_update_slice_in_dim(x, part, index * size, axis=0)
 
-        teacher_logits = None
-        if teacher is not None and functions.teacher_unembed is not None:
-            teacher_hidden = teacher[0].reshape(num_positions, -1)
-            teacher_logits = functions.teacher_unembed(teacher[1], take(teacher_hidden))
+        of_teacher = None
+        if teacher is not None:
+            at_positions = jax.tree.map(
+                lambda x: take(x.reshape(num_positions, *x.shape[2:])), teacher[0]
+            )
+            of_teacher = functions.make_teacher(teacher[1], at_positions)
         logits, pullback = jax.vjp(functions.student_unembed, head, take(hidden))
         value, of_loss, of_logits = _of_chunk(
-            functions.objective, logits, teacher_logits, take(targets), take(weights)
+            functions.objective, logits, of_teacher, take(targets), take(weights)
         )
         if with_gradients:
             of_head, of_hidden = pullback(of_logits.astype(logits.dtype))
@@ -237,7 +252,7 @@ def _all_chunks(
 def _of_chunk(
     objective: Objective,
     logits: Float[Array, "C V"],
-    teacher_logits: Float[Array, "C V"] | None,
+    teacher: TokenTeacher | None,
     targets: Int[Array, " C"],
     weights: Float[Array, " C"],
 ) -> tuple[Float[Array, " C"], Float[Array, ""], Float[Array, "C V"]]:
@@ -245,7 +260,7 @@ def _of_chunk(
     value, gradient = divergence_and_gradient(
         objective.divergence,
         logits,
-        teacher_logits,
+        teacher,
         targets,
         student_temperature=objective.student_temperature,
         teacher_temperature=objective.teacher_temperature,

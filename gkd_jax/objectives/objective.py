@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax.array_types import Array, Bool, Float, Int, Params
+from gkd_jax.batch import TeacherDistributions
 from gkd_jax.objectives.divergences import Divergence
 from gkd_jax.objectives.token_divergence import token_divergence
 
@@ -125,7 +126,7 @@ def weighted_loss(
     objective: Objective,
     *,
     student: Predictions,
-    teacher: Predictions | None,
+    teacher: Predictions | TeacherDistributions | None,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
@@ -139,7 +140,8 @@ def weighted_loss(
     Args:
       objective: the divergence and its settings; its reduction is already in `weights`.
       student: hidden states and head of the student.
-      teacher: likewise; None where the divergence needs no teacher.
+      teacher: likewise, or distributions from a store, to which the objective's teacher
+        temperature has been applied; None where the divergence needs no teacher.
       targets: the output tokens.
       weights: from `final_weights`, perhaps multiplied by further factors.
 
@@ -154,11 +156,13 @@ def weighted_loss(
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
     counts = weights != 0
     student_logits = student.logits(counts)
-    teacher_logits = None if teacher is None else teacher.without_gradient().logits(counts)
+    of_teacher = teacher
+    if isinstance(teacher, Predictions):
+        of_teacher = teacher.without_gradient().logits(counts)
     per_token = token_divergence(
         objective.divergence,
         student_logits,
-        teacher_logits,
+        of_teacher,
         targets,
         student_temperature=objective.student_temperature,
         teacher_temperature=objective.teacher_temperature,
@@ -195,7 +199,10 @@ def _check_reduction(reduction: str) -> None:
 
 
 def check_predictions(
-    divergence: Divergence, student: Predictions, teacher: Predictions | None, weights: Array
+    divergence: Divergence,
+    student: Predictions,
+    teacher: Predictions | TeacherDistributions | None,
+    weights: Array,
 ) -> None:
     """Checks that there is a teacher exactly where it is read, and the shapes.
 
@@ -214,8 +221,11 @@ def check_predictions(
             "use another divergence."
         )
     for one in (student, *(() if teacher is None else (teacher,))):
-        if one.hidden.shape[:-1] != weights.shape:
+        what, array = ("hidden states", one.hidden) if isinstance(one, Predictions) else (
+            "stored distributions", one.log_probs
+        )  # fmt: skip
+        if array.shape[:-1] != weights.shape:
             raise ValueError(
-                "weights must have the shape of the hidden states without their width; got "
-                f"{weights.shape} and {one.hidden.shape}. Make the weights from the same batch."
+                f"weights must have the shape of the {what} without their width; got "
+                f"{weights.shape} and {array.shape}. Make the weights from the same batch."
             )
