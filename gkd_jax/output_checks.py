@@ -23,6 +23,11 @@ def check_policy(experiment: Experiment) -> None:
         )
     student = experiment.student.model
     network = teacher.model_for(student)
+    if network is None:
+        raise ValueError(
+            f"Rollout.policy = {policy} asks the teacher for its next token; got {teacher}, which "
+            "holds what it said of the data's outputs. Set Rollout.policy to None."
+        )
     if student.vocab_size == network.vocab_size:  # Otherwise said for the teacher itself.
         policy.combine(student, network)
     _check_not_estimated(experiment, f"Rollout.policy = {policy}", "Rollout.policy")

@@ -102,7 +102,11 @@ def make_loss_fn(
         hidden = student.hidden_states(student_params, batch, dropout_key=dropout_key)
         of_student = Predictions(hidden, student.head(student_params), student.unembed)
         of_teacher: Predictions | TeacherDistributions | None = None
-        if needs_teacher and teacher is None:
+        if needs_teacher and teacher is not None:
+            teacher_params = jax.lax.stop_gradient(teacher_params)
+            hidden = teacher.hidden_states(teacher_params, batch)
+            of_teacher = Predictions(hidden, teacher.head(teacher_params), teacher.unembed)
+        elif needs_teacher:
             of_teacher = batch.stored_teacher
             if of_teacher is None:
                 raise ValueError(
@@ -110,10 +114,6 @@ def make_loss_fn(
                     "got no teacher, and a batch without a stored one. Set Experiment.teacher, or "
                     "train with NegativeLogLikelihood."
                 )
-        elif needs_teacher:
-            teacher_params = jax.lax.stop_gradient(teacher_params)
-            hidden = teacher.hidden_states(teacher_params, batch)
-            of_teacher = Predictions(hidden, teacher.head(teacher_params), teacher.unembed)
         return fused_weighted_loss(
             objective,
             student=of_student,

@@ -16,34 +16,34 @@ from gkd_jax.array_types import Array, Bool, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The student's distribution in buckets.
+    """A distribution in buckets.
 
     Attributes:
       ids: the tokens of the first E buckets, the vocabulary's size where there is none.
       rest: log q_v of the tokens of the tail, -inf on the others.
-      student_log_probs: log of the student's probability of each bucket, the tail's at the end;
-        -inf for an empty one.
+      log_probs: log of the probability of each bucket, the tail's at the end; -inf for an empty
+        one.
     """
 
     ids: Int[Array, "*n E"]
     rest: Float[Array, "*n V"]
-    student_log_probs: Float[Array, "*n E1"]
+    log_probs: Float[Array, "*n E1"]
 
     @classmethod
-    def of(cls, student_log_probs: Float[Array, "*n V"], ids: Int[Array, "*n E"]) -> "Buckets":
-        """Sums the student's probabilities, which are normalised over the whole vocabulary.
+    def of(cls, log_probs: Float[Array, "*n V"], ids: Int[Array, "*n E"]) -> "Buckets":
+        """Sums probabilities that are normalised over the whole vocabulary.
 
         Args:
-          student_log_probs: log q_v.
+          log_probs: log q_v.
           ids: different tokens; -1 for a place that holds none.
         """
-        vocab_size = student_log_probs.shape[-1]
+        vocab_size = log_probs.shape[-1]
         is_entry = ids >= 0
         # Out of bounds: nothing is written there.
         ids = jnp.where(is_entry, ids, vocab_size)
-        of_entries = jnp.take_along_axis(student_log_probs, jnp.where(is_entry, ids, 0), axis=-1)
+        of_entries = jnp.take_along_axis(log_probs, jnp.where(is_entry, ids, 0), axis=-1)
         of_entries = jnp.where(is_entry, of_entries, -jnp.inf)
-        rest = _put(student_log_probs, ids, jnp.full(ids.shape, -jnp.inf, of_entries.dtype))
+        rest = _put(log_probs, ids, jnp.full(ids.shape, -jnp.inf, of_entries.dtype))
         # Not log(1 - sum of the entries): where these are nearly all, no digit would be left.
         tail = jax.nn.logsumexp(rest, axis=-1, keepdims=True)
         return cls(ids, rest, jnp.concatenate([of_entries, tail], axis=-1))
@@ -59,7 +59,7 @@ class Buckets:
 
         d log q_tail / d log q_v = q_v / q_tail: each token of the tail takes its share.
         """
-        tail = self.student_log_probs[..., -1:]
+        tail = self.log_probs[..., -1:]
         # Of an empty tail no token is left to take any.
         share = jnp.exp(self.rest - jnp.where(jnp.isneginf(tail), 0.0, tail))
         of_tail = jnp.where(share > 0, share * slope[..., -1:], 0.0)

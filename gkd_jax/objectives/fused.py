@@ -92,7 +92,7 @@ class _Functions:
 
 # Hidden states and head of the student, and with those its gradients.
 _Model: TypeAlias = tuple[Float[Array, "B T D"], Params]
-# What there is of the teacher at each position, hidden states or stored distributions, and its head.
+# Of the teacher, what there is at each position (hidden states, or from a store), and its head.
 _Teacher: TypeAlias = tuple[Any, Params]
 # The teacher, the targets and the weights: what gets no gradient.
 _Others: TypeAlias = tuple[_Teacher | None, Int[Array, "B T"], Float[Array, "B T"]]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from gkd_jax.array_types import Array, Bool, Float, Int, Params
 from gkd_jax.batch import TeacherDistributions
 from gkd_jax.objectives.divergences import Divergence
-from gkd_jax.objectives.token_divergence import token_divergence
+from gkd_jax.objectives.token_divergence import TokenTeacher, token_divergence
 
 Reduction: TypeAlias = Literal["per_sequence", "per_token"]
 """'per_sequence' is the mean over a sequence's tokens, then over sequences (the paper's);
@@ -156,9 +156,11 @@ def weighted_loss(
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
     counts = weights != 0
     student_logits = student.logits(counts)
-    of_teacher = teacher
+    of_teacher: TokenTeacher | None
     if isinstance(teacher, Predictions):
         of_teacher = teacher.without_gradient().logits(counts)
+    else:
+        of_teacher = teacher
     per_token = token_divergence(
         objective.divergence,
         student_logits,

@@ -74,7 +74,7 @@ def divergence_and_gradient(
       The divergence per token, and its gradient per logit, in the same dtype.
     """
     _check(divergence, student_logits, teacher, targets)
-    student = _log_probs(student_logits, student_temperature)
+    student = tempered_log_probs(student_logits, student_temperature)
     buckets = None
     if isinstance(teacher, TeacherDistributions) and teacher.ids is not None:
         buckets = Buckets.of(student, teacher.ids)
@@ -84,7 +84,7 @@ def divergence_and_gradient(
             targets.dtype, student.shape, student.ndim - 1
         )
     entries = VocabularyEntries(
-        student if buckets is None else buckets.student_log_probs,
+        student if buckets is None else buckets.log_probs,
         _teacher_log_probs(teacher, teacher_temperature),
         is_target,
     )
@@ -101,12 +101,13 @@ def _teacher_log_probs(teacher: TokenTeacher | None, temperature: float) -> Arra
     if teacher is None:
         return None
     if not isinstance(teacher, TeacherDistributions):
-        return _log_probs(teacher, temperature)
-    log_probs = teacher.log_probs.astype(jnp.float32)
-    if teacher.ids is None:
-        return log_probs
-    assert teacher.tail is not None, "entries that are not all have a tail"
-    return jnp.concatenate([log_probs, teacher.tail.astype(jnp.float32)[..., None]], axis=-1)
+        return tempered_log_probs(teacher, temperature)
+    log_probs = teacher.log_probs
+    if teacher.ids is not None:
+        assert teacher.tail is not None, "entries that are not all have a tail"
+        log_probs = jnp.concatenate([log_probs, teacher.tail[..., None]], axis=-1)
+    # The temperature is in them; few digits may have been kept, whose sum is not quite 1.
+    return tempered_log_probs(log_probs, 1.0)
 
 
 def _term_and_slope(divergence: Divergence, entries: VocabularyEntries) -> tuple[Array, Array]:
@@ -168,7 +169,7 @@ def _backward(
 _token_divergence.defvjp(_forward, _backward)
 
 
-def _log_probs(logits: Array, temperature: float) -> Array:
+def tempered_log_probs(logits: Array, temperature: float) -> Array:
     """log softmax(logits / temperature) in at least float32.
 
     The maximum is subtracted before the division, so that large logits and low temperatures
