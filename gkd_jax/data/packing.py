@@ -140,7 +140,7 @@ class Counts(Packing):
 
     def unpack(self, block: bytes, num_tokens: int, rows: Any, row: int) -> None:
         """log(count / N); there is no tail."""
-        num_entries = np.frombuffer(block[: 2 * num_tokens], "<u2")
+        num_entries = np.frombuffer(block[: 2 * num_tokens], "<u2").astype(np.int64)
         total = int(num_entries.sum())
         split = 2 * num_tokens + total * id_bytes(self.vocab_size)
         ids = _unpack_ids(block[2 * num_tokens : split], self.vocab_size)

@@ -130,6 +130,7 @@ def values_and_gradients(divergence, student, teacher, targets, temperature=1.0)
     return values, gradient
 
 
+@pytest.mark.pitfall(8)
 @pytest.mark.pitfall(10)
 @pytest.mark.pitfall(11)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -222,6 +223,7 @@ def test_zero_probabilities_give_no_nan(divergence):
     assert np.all(np.isfinite(gradient[np.isfinite(values)]))
 
 
+@pytest.mark.pitfall(10)
 def test_a_tail_next_to_nothing_keeps_its_digits():
     """1 - sum would be 0 in float32, and the forward KL infinite."""
     student = np.array([[30.0, 28.0, 0.0, -2.0]], np.float32)
