@@ -17,7 +17,7 @@ from gkd_jax import prepare, runtime
 from gkd_jax.array_types import Array, Key, Params
 from gkd_jax.batch import Batch
 from gkd_jax.data.pipeline import Dataset
-from gkd_jax.data.teacher_store import StoreWriter
+from gkd_jax.data.teacher_store import Block, StoreWriter
 from gkd_jax.experiment import Experiment, Storing
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.token_divergence import tempered_log_probs
@@ -70,10 +70,10 @@ def store_teacher(experiment: Experiment) -> str:
             continue
         batch = experiment.partitioner.shard_batch(batch)
         chosen = choose(teacher.params, batch, key)
-        rows = experiment.partitioner.fetch_to_host((batch.example_id, batch.loss_weights, chosen))
+        rows, chosen = experiment.partitioner.fetch_to_host((batch, chosen))
         if writer is not None:
             packing = storing.support.packing(model.vocab_size)
-            writer.append(list(_blocks(packing, *rows, first=num_done)))
+            writer.append(list(_blocks(packing, rows, chosen, first=num_done)))
         logging.log_every_n_seconds(
             logging.INFO, "store_teacher: %d of %d examples are done", 10, end,
             dataset.num_examples,
@@ -117,20 +117,20 @@ def make_choose(
 
 
 def _blocks(
-    packing: Any,
-    example_id: np.ndarray,
-    loss_weights: np.ndarray,
-    chosen: tuple[np.ndarray, ...],
-    *,
-    first: int,
-) -> Iterator[tuple[bytes, int, int]]:
+    packing: Any, rows: Batch, chosen: tuple[np.ndarray, ...], *, first: int
+) -> Iterator[Block]:
     """Each real row whose example is `first` or later, packed; only tokens that count."""
-    for row, example in enumerate(example_id.tolist()):
+    for row, example in enumerate(np.asarray(rows.example_id).tolist()):
         if example < first:  # Done before, or a filler row (-1).
             continue
-        counts = loss_weights[row] > 0
-        block, num_entries = packing.pack(*(array[row][counts] for array in chosen))
-        yield block, int(counts.sum()), num_entries
+        counts = np.asarray(rows.loss_weights)[row] > 0
+        content, num_entries = packing.pack(*(array[row][counts] for array in chosen))
+        yield Block(
+            content,
+            num_entries,
+            inputs=np.asarray(rows.inputs)[row][np.asarray(rows.inputs_mask)[row]],
+            targets=np.asarray(rows.targets)[row][counts],
+        )
 
 
 def _describe(

@@ -30,6 +30,7 @@ from gkd_jax.supports import Draws, Full, TopK
 from gkd_jax.teachers import StoredTeacher
 
 SUPPORTS = {"full": Full(), "top_k": TopK(5), "draws": Draws(20)}
+ENTRY_BYTES = 24  # Of an example in the index.
 NUM_EXAMPLES = 10  # Not a multiple of the batch size.
 TEMPERATURE = 0.8
 OBJECTIVE = Objective(GeneralizedJSD(beta=0.3), teacher_temperature=TEMPERATURE)
@@ -95,19 +96,19 @@ def teacher_log_probs(tiny_teacher, tmp_path_factory):
     return found
 
 
-def read(path, examples, lengths):
-    store = TeacherStore(path)
-    return store.read(np.asarray(examples), np.asarray(lengths), target_length=24)
+def read(path, examples):
+    rows = Dataset(small_runs.data())._rows.read(np.asarray(examples))
+    return TeacherStore(path).read(np.asarray(examples), rows.tokens(), target_length=24)
 
 
 def test_what_is_stored_is_what_the_teacher_says(stores, teacher_log_probs):
     """Of each example by its number: the whole, the best with their tail, counts of draws."""
     for example, (log_p, targets) in teacher_log_probs.items():
         length = len(targets)
-        full = read(stores["full"], [example, -1], [length, 0])
+        full = read(stores["full"], [example, -1])
         np.testing.assert_allclose(full.log_probs[0, :length], log_p, atol=2e-6)
 
-        best = read(stores["top_k"], [example], [length])
+        best = read(stores["top_k"], [example])
         assert best.ids.shape == (1, 24, 6)
         for t in range(length):
             ids, p = best.ids[0, t], np.exp(log_p[t].astype(np.float64))
@@ -118,7 +119,7 @@ def test_what_is_stored_is_what_the_teacher_says(stores, teacher_log_probs):
             np.testing.assert_allclose(np.exp(best.tail[0, t]), 1 - p[ids].sum(), rtol=1e-2)
         assert np.all(best.ids[0, length:] == -1)
 
-        drawn = read(stores["draws"], [example], [length])
+        drawn = read(stores["draws"], [example])
         assert np.all(np.any(drawn.ids[0, :length] == targets[:, None], axis=-1))
         counts = np.exp(drawn.log_probs[0, :length]) * 20
         np.testing.assert_allclose(counts, np.round(counts), atol=1e-4)
@@ -130,7 +131,7 @@ def test_draws_follow_the_teacher(stores, teacher_log_probs):
     """Over all tokens: the share of draws on each token's likeliest entry is its probability."""
     share, wanted, variance = [], [], []
     for example, (log_p, targets) in teacher_log_probs.items():
-        drawn = read(stores["draws"], [example], [len(targets)])
+        drawn = read(stores["draws"], [example])
         best = np.argmax(log_p, axis=-1)
         is_best = drawn.ids[0, : len(targets)] == best[:, None]
         share += np.where(is_best, np.exp(drawn.log_probs[0, : len(targets)]), 0).sum(-1).tolist()
@@ -144,7 +145,7 @@ def test_draws_follow_the_teacher(stores, teacher_log_probs):
 def test_bytes_a_token(stores):
     """Two bytes an id (259 of them), two a float16, four a float32, one a count."""
     num_tokens = TeacherStore(stores["full"]).num_tokens
-    index = 20 * NUM_EXAMPLES
+    index = ENTRY_BYTES * NUM_EXAMPLES
     sizes = {name: TeacherStore(path).num_bytes - index for name, path in stores.items()}
     assert sizes["full"] == num_tokens * 259 * 4
     assert sizes["top_k"] == num_tokens * (6 * 2 + 7 * 2)
@@ -167,7 +168,7 @@ def test_a_stopped_store_is_completed_to_the_same(name, cut, stores, tiny_teache
     elif cut == "within an example":
         data.write_bytes(whole[data.name][: len(whole[data.name]) // 2])
     else:
-        index.write_bytes(whole[index.name][: 20 * 7 + 3])
+        index.write_bytes(whole[index.name][: ENTRY_BYTES * 7 + 3])
     if cut != "nothing written":
         with pytest.raises(ValueError, match=r"is not complete: it has \d+ of 10 examples"):
             TeacherStore(path)
@@ -192,14 +193,22 @@ def test_another_store_refuses_the_old_folder(stores, tiny_teacher, tmp_path):
 def test_a_damaged_store_is_noticed(stores, tmp_path):
     path = tmp_path / "store"
     shutil.copytree(stores["top_k"], path)
-    length = int(TeacherStore(path)._index["num_tokens"][0])
     content = bytearray((path / "distributions.bin").read_bytes())
     content[5] ^= 1
     (path / "distributions.bin").write_bytes(content)
     with pytest.raises(ValueError, match="is damaged: the bytes of example 0"):
-        read(path, [0], [length])
-    with pytest.raises(ValueError, match=r"has \d+ tokens for the output of example 1"):
-        read(path, [1], [1])
+        read(path, [0])
+    read(path, [1])
+
+
+def test_other_tokens_than_those_of_the_store_are_noticed(stores):
+    """Of a prompt or of an output, where the data pass for the same."""
+    store, rows = TeacherStore(stores["top_k"]), Dataset(small_runs.data())._rows
+    for feature in ("inputs", "targets"):
+        changed = rows.read(np.array([3]))
+        getattr(changed, feature)[0, 2] += 1
+        with pytest.raises(ValueError, match="of another prompt or output of example 3"):
+            store.read(np.array([3]), changed.tokens(), target_length=24)
 
 
 def steps_of(experiment):

@@ -165,8 +165,7 @@ class Dataset:
         if self.stored_teacher is None:
             return batch
         length = self.config.feature_lengths["targets"]
-        lengths = np.minimum(rows.full_lengths[:, 1], length)
-        stored = self.stored_teacher.read(examples, lengths, target_length=length)
+        stored = self.stored_teacher.read(examples, rows.tokens(), target_length=length)
         return dataclasses.replace(batch, stored_teacher=stored)
 
     def _check_vocabulary(self) -> None:
@@ -260,7 +259,7 @@ class Dataset:
             "order": [self.source_index(position) for position in range(8)],
         }
         if self.stored_teacher is not None:
-            parts["stored_teacher"] = self.stored_teacher.description
+            parts["stored_teacher"] = self.stored_teacher.fingerprint
         return json.dumps(parts, sort_keys=True)
 
     def check_fingerprint(self, saved: str) -> None:

@@ -2,10 +2,12 @@
 
 `meta.json` says what they are: teacher, data, vocabulary, temperature, and how they are packed.
 `distributions.bin` holds a block of bytes for each example, in the order of the data set, and
-`index.bin` where each ends, its length and its checksum. A block is written before its entry in the
+`index.bin` where each ends, its checksum, and that of the tokens that it is of. A block is written before its entry in the
 index, so that what a stopped run left half done is known and made again.
 """
 
+import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -22,8 +24,31 @@ from gkd_jax.data.packing import Packing, packing_of
 _FORMAT = "gkd_jax teacher store 1"
 _META, _DATA, _INDEX = "meta.json", "distributions.bin", "index.bin"
 _INDEX_ENTRY = np.dtype(
-    [("end", "<u8"), ("checksum", "<u4"), ("num_tokens", "<u4"), ("num_entries", "<u4")]
+    [(name, "<u4") for name in ("checksum", "of_tokens", "num_tokens", "num_entries")]
+    + [("end", "<u8")]
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What a store holds of one example.
+
+    Attributes:
+      content: its distributions, packed.
+      num_entries: the most entries of a token.
+      inputs: the prompt's tokens, without padding.
+      targets: the output's, one for each distribution.
+    """
+
+    content: bytes
+    num_entries: int
+    inputs: Int[np.ndarray, " s"]
+    targets: Int[np.ndarray, " t"]
+
+
+def _checksum_of_tokens(inputs: np.ndarray, targets: np.ndarray) -> int:
+    tokens = np.concatenate([[len(inputs)], inputs, targets])
+    return zlib.crc32(tokens.astype("<i4").tobytes())
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -92,15 +117,20 @@ class StoreWriter:
         """Examples that are in it."""
         return self._num_done
 
-    def append(self, blocks: Sequence[tuple[bytes, int, int]]) -> None:
-        """Adds the next examples: each its bytes, its tokens, and the most entries of a token."""
+    def append(self, blocks: Sequence[Block]) -> None:
+        """Adds the next examples."""
         index = np.zeros(len(blocks), _INDEX_ENTRY)
-        for place, (block, num_tokens, num_entries) in enumerate(blocks):
-            self._end += len(block)
-            index[place] = (self._end, zlib.crc32(block), num_tokens, num_entries)
-        for name, content in ((_DATA, b"".join(b for b, *_ in blocks)), (_INDEX, index.tobytes())):
+        for entry, block in zip(index, blocks, strict=True):
+            self._end += len(block.content)
+            entry["end"] = self._end
+            entry["checksum"] = zlib.crc32(block.content)
+            entry["of_tokens"] = _checksum_of_tokens(block.inputs, block.targets)
+            entry["num_tokens"] = len(block.targets)
+            entry["num_entries"] = block.num_entries
+        data = b"".join(block.content for block in blocks)
+        for name, added in ((_DATA, data), (_INDEX, index.tobytes())):
             with open(self._folder / name, "ab") as file:
-                file.write(content)
+                file.write(added)
                 file.flush()
                 os.fsync(file.fileno())
         self._num_done += len(blocks)
@@ -171,37 +201,48 @@ class TeacherStore:
             f"{self.num_tokens:,} tokens of {self.num_bytes / max(self.num_tokens, 1):.1f} bytes"
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """What it is, in words and as a digest."""
+        text = json.dumps(self.description, sort_keys=True)
+        return f"{self} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
+
     def read(
-        self, examples: Int[np.ndarray, " B"], lengths: Int[np.ndarray, " B"], *, target_length: int
+        self,
+        examples: Int[np.ndarray, " B"],
+        tokens: Sequence[tuple[Int[np.ndarray, " s"], Int[np.ndarray, " t"]]],
+        *,
+        target_length: int,
     ) -> TeacherDistributions:
         """Distributions at the outputs of some examples, as NumPy arrays.
 
         Args:
           examples: their numbers in the data set; -1 is a filler row.
-          lengths: tokens of each output, which must be those of the store.
+          tokens: prompt and output of each, without padding.
           target_length: T, to which rows are filled up.
 
         Raises:
-          ValueError: a length differs, or the bytes are not those that were written.
+          ValueError: the tokens differ from those of the store, or its bytes are not those that
+            were written.
         """
         rows = self.packing.empty(len(examples), target_length, self._num_entries)
-        for row, (example, length) in enumerate(
-            zip(examples.tolist(), lengths.tolist(), strict=True)
-        ):
+        for row, example in enumerate(examples.tolist()):
             if example >= 0:
-                self.packing.unpack(self._block(example, length), length, rows, row)
+                inputs, targets = tokens[row]
+                block = self._block(example, inputs, targets)
+                self.packing.unpack(block, len(targets), rows, row)
         return rows
 
-    def _block(self, example: int, length: int) -> bytes:
+    def _block(self, example: int, inputs: np.ndarray, targets: np.ndarray) -> bytes:
         entry = self._index[example]
         start = int(self._index["end"][example - 1]) if example else 0
         block = self._data[start : int(entry["end"])].tobytes()
-        if int(entry["num_tokens"]) != length:
+        if entry["of_tokens"] != _checksum_of_tokens(inputs, targets):
             raise ValueError(
-                f"the store {self._folder} has {entry['num_tokens']} tokens for the output of "
-                f"example {example}, which has {length}. Write the store again for these data."
+                f"the store {self._folder} is of another prompt or output of example {example}. "
+                "Write the store again for these data."
             )
-        if zlib.crc32(block) != entry["checksum"]:
+        if entry["checksum"] != zlib.crc32(block):
             raise ValueError(
                 f"the store {self._folder} is damaged: the bytes of example {example} are not "
                 "those that were written. Copy it again from its source, or write it again."
