@@ -3,9 +3,9 @@
     python benchmarks/store.py --vocab_size=32000 --num_threads=1
 
 One line a support: bytes a token as they are packed, the time to unpack a batch, and the median of
-the ratio of a step's time, the batch's transfer included, to that of a step with the teacher itself,
-over alternating runs. All outputs have the full length. A random teacher is unsure: draws from it
-are nearly all different, so their bytes are the most that they can be.
+the ratio of a step's time, the batch's transfer included, to that of a step with the teacher, over
+alternating runs. All outputs have the full length. A random teacher is unsure: draws from it are
+nearly all different, so their bytes are the most that they can be.
 """
 
 import argparse

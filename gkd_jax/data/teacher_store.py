@@ -2,8 +2,8 @@
 
 `meta.json` says what they are: teacher, data, vocabulary, temperature, and how they are packed.
 `distributions.bin` holds a block of bytes for each example, in the order of the data set, and
-`index.bin` where each ends, its checksum, and that of the tokens that it is of. A block is written before its entry in the
-index, so that what a stopped run left half done is known and made again.
+`index.bin` where each ends, its checksum, and that of the tokens that it is of. A block is written
+before its entry in the index, so that what a stopped run left half done is known and made again.
 """
 
 import dataclasses
