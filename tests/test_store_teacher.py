@@ -318,11 +318,11 @@ def test_a_store_of_another_vocabulary_is_refused(stores, tiny_teacher, tmp_path
     """Of the same size, whose ids mean other bytes."""
 
     class Rotated(ByteVocabulary):
-        fingerprint = "rotated"
+        name, fingerprint = "Rotated()", "rotated"
 
     data = small_runs.data(vocabulary=Rotated(), num_examples=NUM_EXAMPLES)
     experiment = from_store(experiment_of(tmp_path, tiny_teacher, train_data=data), stores["top_k"])
-    with pytest.raises(ConfigurationError, match=r"vocabulary: \w+ before, rotated now"):
+    with pytest.raises(ConfigurationError, match=r"got ByteVocabulary\(\) .* and Rotated\(\) .*"):
         prepare.prepare(experiment, run_mode="train")
 
 

@@ -150,6 +150,14 @@ class Dataset:
           FileNotFoundError, ValueError: there is no complete store, or it is one of other data.
         """
         store = TeacherStore(path)
+        there, here = store.description["vocabulary"], self.config.vocabulary
+        if there["fingerprint"] != here.fingerprint:
+            raise ValueError(
+                f"the store {path} is of another vocabulary, so that its token ids mean other "
+                f"pieces; got {there['name']} ({there['size']} ids, {there['fingerprint'][:12]}) "
+                f"there and {here.name} ({here.size} ids, {here.fingerprint[:12]}) here. Set "
+                "DatasetConfig.vocabulary (VOCABULARY_PATH) to that one, or write the store again."
+            )
         differing = differences(store.description["data"], self.content)
         if differing:
             raise ValueError(
