@@ -1,8 +1,27 @@
-"""The one type that flows from data to rollout to step."""
+"""The one type that flows from data to rollout to step, and what a store adds to it."""
 
 import flax.struct
 
 from gkd_jax.array_types import Array, Bool, Float, Int
+
+
+@flax.struct.dataclass
+class TeacherDistributions:
+    """A teacher's next-token distributions at a batch's outputs, made once and kept (a store).
+
+    Of the whole vocabulary, or of some entries of it, the rest of which is one more entry, the
+    tail. The teacher's temperature is in them. Together with the tail they sum to 1.
+
+    Attributes:
+      log_probs: log p of each of E entries; -inf where it is 0.
+      ids: the entries' tokens, all different; -1 for a place that holds none, whose log p is
+        -inf. None: the entries are the whole vocabulary in its order.
+      tail: log of the probability of all other tokens together; None where there are no others.
+    """
+
+    log_probs: Float[Array, "B T E"]
+    ids: Int[Array, "B T E"] | None = None
+    tail: Float[Array, "B T"] | None = None
 
 
 @flax.struct.dataclass
@@ -26,6 +45,7 @@ class Batch:
         with no gradient to whatever they were made from. 0 where `loss_weights` is.
       importance: factor of each token's loss where outputs were drawn from another distribution
         than the student's; it is no part of what a mean divides by.
+      stored_teacher: what a store holds of the teacher for `targets`, where one teaches.
     """
 
     inputs: Int[Array, "B S"]
@@ -36,3 +56,4 @@ class Batch:
     sample_log_probs: Float[Array, "B T"] | None = None
     advantages: Float[Array, "B T"] | None = None
     importance: Float[Array, "B T"] | None = None
+    stored_teacher: TeacherDistributions | None = None

@@ -70,7 +70,8 @@ class Evaluator:
         self._needs_teacher = experiment.objective.divergence.needs_teacher
         teacher = experiment.teacher_model if self._needs_teacher else None
         self._objective = None
-        if teacher is not None or not self._needs_teacher:
+        stored = dataset.stored_teacher
+        if teacher is not None or stored is not None or not self._needs_teacher:
             self._objective = runtime.jit_eval_step(
                 student, teacher, experiment.objective, partitioner
             )
@@ -112,11 +113,15 @@ class Evaluator:
         batch: Batch,
         step: int,
     ) -> None:
-        """Adds the objective on the data's outputs, and with a teacher on the student's own."""
-        if self._objective is None or (self._needs_teacher and teacher_params is None):
+        """Adds the objective on the data's outputs, and with a teacher on the student's own.
+
+        A stored teacher knows the data's outputs alone.
+        """
+        can_score = teacher_params is not None or batch.stored_teacher is not None
+        if self._objective is None or (self._needs_teacher and not can_score):
             return
         sums.add("on_data", self._objective(params, teacher_params, batch))
-        if self._needs_teacher:
+        if self._needs_teacher and teacher_params is not None:
             key = make_key(self.experiment.seed, Purpose.EVALUATION_SAMPLES, step)
             sampled = self._rollout(params, batch, key)
             sums.add("samples", self._output_metrics(sampled))

@@ -17,6 +17,7 @@ from gkd_jax.rewards import RewardMix, SequenceReverseKL
 from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.decode import DecodingMethod
 from gkd_jax.sampling.methods import Greedy, Sample
+from gkd_jax.supports import Support, TopK
 from gkd_jax.teachers import AbstractTeacher
 
 
@@ -178,6 +179,30 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Storing:
+    """What `--run_mode=store_teacher` writes: the teacher's distributions for the data's outputs.
+
+    At the objective's teacher temperature. `teachers.StoredTeacher` reads them back.
+
+    Attributes:
+      data: the examples, such as those of training; the order is of no account.
+      output: the folder to write.
+      support: what is kept of a distribution: the whole, the likeliest tokens, or draws from it.
+    """
+
+    data: DatasetConfig
+    output: str
+    support: Support = dataclasses.field(default_factory=TopK)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.support, Support):
+            raise ValueError(
+                f"Storing.support must be a support; got {self.support!r}. Use Full(), TopK() or "
+                "Draws() of gkd_jax.supports; in gin, @supports.TopK() with brackets."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """One run, complete.
 
@@ -189,8 +214,8 @@ class Experiment:
       num_steps: updates in all.
       model_dir: where checkpoints, metrics and predictions go. A run that was stopped goes on
         from the last checkpoint in it.
-      teacher: who scores: a network, several, or the student itself at another time
-        (`gkd_jax.teachers`); None for fine-tuning (SFT).
+      teacher: who scores: a network, several, the student itself at another time, or a store of
+        what a teacher said (`gkd_jax.teachers`); None for fine-tuning (SFT).
       outputs: Algorithm 1's coin: how often a step trains on the student's own outputs.
       rollout: how the student's outputs are sampled in training.
       reward: a reward of the student's own outputs beside the divergence (`RewardMix`: RL), or
@@ -199,6 +224,7 @@ class Experiment:
       replay: keeps sampled outputs to train on them again; None trains on each once.
       evaluation: what is measured on held-out examples; None for nothing.
       generation: what `--run_mode=generate` writes.
+      storing: what `--run_mode=store_teacher` writes.
       partitioner: the device mesh and the rules that shard arrays over it.
       num_microbatches: parts of the batch whose gradients are added up before an update.
       checkpoints: when states are saved and which are kept.
@@ -221,6 +247,7 @@ class Experiment:
     replay: Replay | None = None
     evaluation: Evaluation | None = None
     generation: Generation | None = None
+    storing: Storing | None = None
     partitioner: Partitioner = dataclasses.field(default_factory=Partitioner)
     num_microbatches: int = 1
     checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
@@ -262,5 +289,8 @@ class Experiment:
 
     @property
     def teacher_model(self) -> LanguageModel | None:
-        """The model that scores, over the entries that the student has too; None without one."""
+        """The model that scores, over the entries that the student has too.
+
+        None without a teacher, or where it is a store.
+        """
         return None if self.teacher is None else self.teacher.model_for(self.student_model)

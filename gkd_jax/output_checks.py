@@ -27,7 +27,13 @@ def check_policy(experiment: Experiment) -> None:
             "Experiment.teacher and a divergence to it, or Rollout.policy to None."
         )
     student = experiment.student_model
-    policy.combine(student, teacher.model_for(student))
+    network = teacher.model_for(student)
+    if network is None:
+        raise ValueError(
+            f"Rollout.policy = {policy} asks the teacher for its next token; got {teacher}, which "
+            "holds what it said of the data's outputs. Set Rollout.policy to None."
+        )
+    policy.combine(student, network)
     _check_not_estimated(experiment, f"Rollout.policy = {policy}", "Rollout.policy")
 
 

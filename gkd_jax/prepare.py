@@ -19,6 +19,7 @@ from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
 from gkd_jax.output_checks import check_policy, check_replay, check_reward
 from gkd_jax.rewards import RewardMix
 from gkd_jax.sampling.methods import Sample
+from gkd_jax.store_checks import attach_stored_teacher, check_stored_teacher, storing_of
 from gkd_jax.teachers import Teacher
 from gkd_jax.vocabulary_checks import check_padding, check_vocab_size, describe_padding
 
@@ -42,6 +43,7 @@ class Prepared:
     train_data: Dataset | None = None
     eval_data: Dataset | None = None
     generation_data: Dataset | None = None
+    storing_data: Dataset | None = None
 
 
 class Problems:
@@ -75,7 +77,7 @@ def prepare(
 
     Args:
       experiment: what is to run.
-      run_mode: 'train', 'eval' or 'generate': decides what is needed.
+      run_mode: 'train', 'eval', 'generate' or 'store_teacher': decides what is needed.
       made_before: folders of checkpoints that other runs will have made by then, and the models
         in them: they need not exist yet.
 
@@ -86,7 +88,13 @@ def prepare(
       ConfigurationError: listing everything that is wrong, each with its remedy.
     """
     check = _Check(experiment, made_before or {})
-    {"train": check.train, "eval": check.evaluate, "generate": check.generate}[run_mode]()
+    checks = {
+        "train": check.train,
+        "eval": check.evaluate,
+        "generate": check.generate,
+        "store_teacher": check.store_teacher,
+    }
+    checks[run_mode]()
     check.problems.raise_if_any()
     return Prepared(**check.opened)
 
@@ -106,7 +114,7 @@ class _Check:
         vocabulary = experiment.train_data.vocabulary
         self._open("train_data", experiment.train_data, experiment.num_microbatches)
         for check in (
-            *(_check_objective, check_policy, check_replay, check_reward),
+            *(_check_objective, check_stored_teacher, check_policy, check_replay, check_reward),
             _check_best_metric,
         ):
             with collecting():
@@ -155,17 +163,30 @@ class _Check:
             _check_writable("Generation.output", folder, remedy="Set it to a file in")
         if generation.model == "student":
             self._check_student_to_use(generation.data.vocabulary)
-        elif experiment.teacher is None:
+        elif experiment.teacher_model is None:
             self.problems.texts.append(
-                "Generation.model = 'teacher' needs a teacher; got Experiment.teacher = None. Set "
-                "Experiment.teacher, or Generation.model to 'student'."
+                f"Generation.model = 'teacher' needs a teacher; got Experiment.teacher = "
+                f"{experiment.teacher}. Set Experiment.teacher to one with a model, or "
+                "Generation.model to 'student'."
             )
         else:
             self._check_teacher_to_use(generation.data.vocabulary)
 
+    def store_teacher(self) -> None:
+        """The data, a teacher that can be asked, and where the store goes."""
+        experiment, collecting = self._experiment, self.problems.collecting
+        with collecting():
+            storing = storing_of(experiment)
+            self._open("storing_data", storing.data)
+            with collecting():
+                folder = epath.Path(storing.output)
+                _check_writable("Storing.output", folder, remedy="Set it to a folder in")
+            self._check_teacher_to_use(storing.data.vocabulary)
+
     def _open(self, name: str, config: DatasetConfig, num_microbatches: int = 1) -> None:
         with self.problems.collecting():
             self.opened[name] = Dataset(config)
+            attach_stored_teacher(self._experiment, name, self.opened[name])
         with self.problems.collecting():
             self._experiment.partitioner.check_batch_size(config.batch_size, num_microbatches)
 
@@ -357,12 +378,12 @@ def describe_plan(experiment: Experiment, prepared: Prepared) -> str:
     student, teacher = experiment.student, experiment.teacher
     lines = [f"student: {num_params(student.model):,} parameters, from {experiment.start}"]
     teacher_model = experiment.teacher_model
-    if teacher is not None and teacher_model is not None:
+    if teacher is not None:
         used = "" if experiment.objective.divergence.needs_teacher else " (not used in training)"
-        lines.append(
-            f"teacher: {num_params(teacher_model):,} parameters, from "
-            f"{teacher.source(experiment.start)}{used}"
-        )
+        size = "stored" if teacher_model is None else f"{num_params(teacher_model):,} parameters"
+        lines.append(f"teacher: {size}, from {teacher.source(experiment.start)}{used}")
+        if prepared.train_data is not None and prepared.train_data.stored_teacher is not None:
+            lines.append(f"  {prepared.train_data.stored_teacher}")
     padding = describe_padding(experiment)
     if padding is not None:
         lines.append(padding)

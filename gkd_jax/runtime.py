@@ -36,6 +36,7 @@ class Purpose(enum.IntEnum):
     GENERATION = 4
     EVALUATION_SAMPLES = 5
     EXAMPLE_COIN = 6
+    STORED_DRAWS = 7
 
 
 def make_key(seed: int, purpose: Purpose, step: int = 0) -> Key[Array, ""]:

@@ -1,8 +1,9 @@
-"""Who teaches: other networks, one or several, or the student itself at another time.
+"""Who teaches: other networks, one or several, the student at another time, or what was stored.
 
-A kind of teacher says three things, and nothing else asks which kind it is: its model; what is
-restored before training and then handed to every jitted function as an argument; and, where it is
-made from the run itself, which part of the training state it is.
+A kind of teacher says these things, and nothing else asks which kind it is: its model; what is
+restored before training and then handed to every jitted function as an argument; where it is
+made from the run itself, which part of the training state it is; and, where it has no model, which
+files hold what it says of the data's outputs.
 """
 
 import abc
@@ -30,8 +31,11 @@ class AbstractTeacher(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def model_for(self, student: LanguageModel) -> LanguageModel:
-        """The model that teaches this student's model, over no more entries than it has."""
+    def model_for(self, student: LanguageModel) -> LanguageModel | None:
+        """The model that teaches this student's model, over no more entries than it has.
+
+        None where only what it said is kept.
+        """
 
     @abc.abstractmethod
     def restore(
@@ -55,6 +59,14 @@ class AbstractTeacher(abc.ABC):
     @property
     def average_decay(self) -> float | None:
         """The decay of the average that the run keeps in its state; None for no average."""
+        return None
+
+    def store_for(self, data: str) -> str | None:
+        """The folder of its distributions for 'train_data' or 'eval_data'; None where it has none.
+
+        Only a teacher without a model has any.
+        """
+        del data
         return None
 
 
@@ -275,6 +287,42 @@ class LiveStudent(_InState):
     def state_part(self) -> str:
         """The student's parameters."""
         return "params"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTeacher(AbstractTeacher):
+    """What a teacher said of the data's outputs, written by `--run_mode=store_teacher`.
+
+    No network is in memory or run. It knows those outputs only, so it teaches on the data's outputs
+    alone: `OutputMix.student_data_fraction` is 0.
+
+    Attributes:
+      path: the store of the training data.
+      evaluation_path: a store of the evaluation's data; None leaves the divergence out of
+        evaluations.
+    """
+
+    path: str
+    evaluation_path: str | None = None
+
+    def source(self, start: str) -> str:
+        """The folder."""
+        del start
+        return self.path
+
+    def model_for(self, student: LanguageModel) -> None:
+        """There is none."""
+        del student
+
+    def restore(
+        self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]
+    ) -> Any:
+        """Nothing."""
+        del network, initial_student
+
+    def store_for(self, data: str) -> str | None:
+        """The two paths."""
+        return {"train_data": self.path, "eval_data": self.evaluation_path}[data]
 
 
 def _is_number(value: object) -> bool:

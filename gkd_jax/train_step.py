@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gkd_jax.array_types import Array, Float, Int, Key, Metrics, Params
-from gkd_jax.batch import Batch
+from gkd_jax.batch import Batch, TeacherDistributions
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.fused import fused_weighted_loss
@@ -81,7 +81,8 @@ def make_loss_fn(
 
     Args:
       student: the model that is trained.
-      teacher: the model that scores; None for an objective that needs none.
+      teacher: the model that scores; None for an objective that needs none, and where batches
+        hold a stored teacher.
       objective: divergence, temperatures and reduction.
 
     Returns:
@@ -90,14 +91,9 @@ def make_loss_fn(
       argument, never closed over, and get no gradient. The teacher never drops out.
 
     Raises:
-      ValueError: if the objective needs a teacher and there is none.
+      ValueError: from that function, if the objective needs a teacher and there is none.
     """
     needs_teacher = objective.divergence.needs_teacher
-    if needs_teacher and teacher is None:
-        raise ValueError(
-            f"{type(objective.divergence).__name__} compares the student with a teacher; got no "
-            "teacher. Set Experiment.teacher, or train with NegativeLogLikelihood."
-        )
 
     def loss_fn(
         student_params: Params,
@@ -108,12 +104,19 @@ def make_loss_fn(
     ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
         hidden = student.hidden_states(student_params, batch, dropout_key=dropout_key)
         of_student = Predictions(hidden, student.head(student_params), student.unembed)
-        of_teacher = None
-        if needs_teacher:
-            assert teacher is not None
+        of_teacher: Predictions | TeacherDistributions | None = None
+        if needs_teacher and teacher is not None:
             teacher_params = jax.lax.stop_gradient(teacher_params)
             hidden = teacher.hidden_states(teacher_params, batch)
             of_teacher = Predictions(hidden, teacher.head(teacher_params), teacher.unembed)
+        elif needs_teacher:
+            of_teacher = batch.stored_teacher
+            if of_teacher is None:
+                raise ValueError(
+                    f"{type(objective.divergence).__name__} compares the student with a teacher; "
+                    "got no teacher, and a batch without a stored one. Set Experiment.teacher, or "
+                    "train with NegativeLogLikelihood."
+                )
         return fused_weighted_loss(
             objective,
             student=of_student,

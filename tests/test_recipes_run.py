@@ -140,6 +140,33 @@ def test_generated_outputs_train_a_student(tmp_path):
     assert "task 'teacher_outputs', split 'train': 64 examples" in plan
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("support", ["TopK", "Full", "Draws"])
+def test_a_store_of_the_teacher_trains_a_student(support, tmp_path):
+    """Two commands after a recipe of parallel text; the second one reads no teacher."""
+    recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "data")
+    store = f"--gin.STORE_PATH={str(tmp_path / 'store')!r}"
+    flags = [
+        *recipe.flags(tmp_path / "none"),
+        *("--gin_file=gin_configs/store_teacher.gin", store, "--run_mode=store_teacher"),
+        f"--gin.STORE_SUPPORT='@supports.{support}()'".replace("'", ""),
+    ]
+    status, out, err = run_main(*flags)
+    assert status == 0, err
+    assert out.startswith(f"written: {tmp_path / 'store'}: ")
+    assert "a token (float32 of the whole vocabulary: 400)" in out
+    no_teacher = {name: None for name in recipe.settings if name.startswith("TEACHER")}
+    flags = [
+        *recipe.flags(tmp_path / "run", **no_teacher),
+        *("--gin_file=gin_configs/methods/stored_teacher.gin", store),
+    ]
+    status, out, err = run_main(*flags)
+    assert status == 0, err
+    assert "eval/bleu: " in out
+    names = {name for row in small_runs.metrics(tmp_path / "run") for name in row}
+    assert "train/data/loss" in names
+
+
 _TASKS = """
     import seqio
     import tensorflow as tf

@@ -34,13 +34,14 @@ def _is_included_only(name: str) -> bool:
 # Files that are given after a recipe, and one that they fit; small/X.gin is given after X.gin.
 _AFTER = {
     "gin_configs/generate.gin": "gin_configs/wmt_ende.gin",
+    "gin_configs/store_teacher.gin": "gin_configs/wmt_ende.gin",
     "gin_configs/methods/seqkd.gin": "gin_configs/sft/wmt_ende.gin",
     **{
         f"gin_configs/methods/{name}.gin": "gin_configs/gsm8k.gin"
         for name in (
             *("supervised_kd", "on_policy_kd", "imitkd", "f_distill", "self_distillation"),
             *("distillm", "speculative_kd"),
-            *("ema_teacher", "sft", "gkd", "rl_gkd", "minillm"),
+            *("ema_teacher", "sft", "gkd", "rl_gkd", "minillm", "stored_teacher"),
         )
     },
     "examples/entailment_reward.gin": "gin_configs/xsum.gin",

@@ -191,8 +191,10 @@ def test_the_teacher_is_used():
 
 
 def test_a_missing_teacher_is_refused_by_name():
+    loss = train_step.make_loss_fn(STUDENT, None, Objective(ForwardKL()))
+    batch = make_batch()
     with pytest.raises(ValueError, match=r"ForwardKL .* Set Experiment\.teacher"):
-        train_step.make_loss_fn(STUDENT, None, Objective(ForwardKL()))
+        jax.eval_shape(loss, STUDENT.abstract_params(), None, batch, batch.loss_weights)
 
 
 @pytest.mark.pitfall(35)

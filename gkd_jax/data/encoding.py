@@ -95,6 +95,11 @@ class Rows:
     targets: Int[np.ndarray, "B T"]
     full_lengths: Int[np.ndarray, "B 2"]
 
+    def tokens(self) -> list[tuple[Int[np.ndarray, " s"], Int[np.ndarray, " t"]]]:
+        """Prompt and output of each row, without padding."""
+        rows = zip(self.inputs, self.targets, self.full_lengths.tolist(), strict=True)
+        return [(inputs[:s], targets[:t]) for inputs, targets, (s, t) in rows]
+
     def batch(self, example_id: Int[np.ndarray, " B"]) -> Batch:
         """A batch of NumPy arrays with explicit masks and weights."""
 

@@ -21,6 +21,7 @@ from gkd_jax.array_types import Int
 from gkd_jax.batch import Batch
 from gkd_jax.data.encoding import Encoder, RowReader
 from gkd_jax.data.task import Task, TextExample, get_task
+from gkd_jax.data.teacher_store import TeacherStore, differences
 from gkd_jax.data.vocabularies import Vocabulary
 
 _FEATURES = ("inputs", "targets")
@@ -139,7 +140,41 @@ class Dataset:
         )
         order = grain.MapDataset.range(self.num_examples)
         self._order = (order.shuffle(config.seed) if config.shuffle else order).repeat()
+        self.stored_teacher: TeacherStore | None = None
         self._check_prompts_differ()
+
+    def use_stored_teacher(self, path: str) -> None:
+        """Gives the batches that follow what a store holds of a teacher for their outputs.
+
+        Raises:
+          FileNotFoundError, ValueError: there is no complete store, or it is one of other data.
+        """
+        store = TeacherStore(path)
+        there, here = store.description["vocabulary"], self.config.vocabulary
+        if there["fingerprint"] != here.fingerprint:
+            raise ValueError(
+                f"the store {path} is of another vocabulary, so that its token ids mean other "
+                f"pieces; got {there['name']} ({there['size']} ids, {there['fingerprint'][:12]}) "
+                f"there and {here.name} ({here.size} ids, {here.fingerprint[:12]}) here. Set "
+                "DatasetConfig.vocabulary (VOCABULARY_PATH) to that one, or write the store again."
+            )
+        differing = differences(store.description["data"], self.content)
+        if differing:
+            raise ValueError(
+                f"the store {path} is of other data, or of other tokens of them ({differing}). Set "
+                "StoredTeacher.path to the store of these data, or write one with "
+                "--run_mode=store_teacher."
+            )
+        self.stored_teacher = store
+
+    def _batch(self, examples: Int[np.ndarray, " B"], example_id: Int[np.ndarray, " B"]) -> Batch:
+        rows = self._rows.read(examples)
+        batch = rows.batch(example_id)
+        if self.stored_teacher is None:
+            return batch
+        length = self.config.feature_lengths["targets"]
+        stored = self.stored_teacher.read(examples, rows.tokens(), target_length=length)
+        return dataclasses.replace(batch, stored_teacher=stored)
 
     def _check_vocabulary(self) -> None:
         wanted = self.task.vocabulary_fingerprint
@@ -209,11 +244,10 @@ class Dataset:
         return int(self._order[position])
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """All that decides which rows come at which position, as JSON; batch size does not."""
+    def content(self) -> dict[str, Any]:
+        """All that decides the rows of each example by its number, whatever their order."""
         texts = [dataclasses.astuple(self.raw(int(example))) for example in self._sample(8)]
-        order = [self.source_index(position) for position in range(8)]
-        parts = {
+        return {
             "source": self._source.fingerprint,
             "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
             "num_examples": self.num_examples,
@@ -221,11 +255,19 @@ class Dataset:
             "inputs_eos": self._encoder.inputs_eos,
             "eos_after_cut_targets": self._encoder.eos_after_cut_targets,
             "vocabulary": self.config.vocabulary.fingerprint,
-            "eos_ids": self.config.vocabulary.eos_ids,
+            "eos_ids": list(self.config.vocabulary.eos_ids),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """All that decides which rows come at which position, as JSON; batch size does not."""
+        parts = self.content | {
             "shuffle": self.config.shuffle,
             "seed": self.config.seed,
-            "order": order,
+            "order": [self.source_index(position) for position in range(8)],
         }
+        if self.stored_teacher is not None:
+            parts["stored_teacher"] = self.stored_teacher.fingerprint
         return json.dumps(parts, sort_keys=True)
 
     def check_fingerprint(self, saved: str) -> None:
@@ -236,20 +278,14 @@ class Dataset:
         """
         if saved == self.fingerprint:
             return
-        now: dict[str, Any] = json.loads(self.fingerprint)
         try:
             before = dict(json.loads(saved))
         except (ValueError, TypeError):
             before = {}
-        differing = [
-            f"{key}: {before.get(key, 'unknown')} before, {now.get(key, 'unknown')} now"
-            for key in sorted({*before, *now})
-            if before.get(key) != now.get(key)
-        ]
         raise ValueError(
             "The position in the training data cannot be restored, since the data are not those "
-            f"it was saved for ({'; '.join(differing)}). Restore the data and DatasetConfig of "
-            "that run, or start in a new MODEL_DIR."
+            f"it was saved for ({differences(before, json.loads(self.fingerprint))}). Restore the "
+            "data and DatasetConfig of that run, or start in a new MODEL_DIR."
         )
 
     def train_iterator(
@@ -275,7 +311,7 @@ class Dataset:
         def make(start: int) -> Batch:
             positions = start + first_row + np.arange(num_rows, dtype=np.int64)
             examples = np.array([self._order[int(one)] for one in positions], np.int64)
-            return self._rows.read(examples).batch(positions % MAX_EXAMPLE_ID)
+            return self._batch(examples, positions % MAX_EXAMPLE_ID)
 
         batches = self._read_ahead(range(position, _LAST_POSITION, batch_size), make)
         return TrainIterator(batches, position=position, batch_size=batch_size)
@@ -297,7 +333,7 @@ class Dataset:
         def make(start: int) -> tuple[Batch, Int[np.ndarray, " B"]]:
             examples = start + first_row + np.arange(num_rows, dtype=np.int64)
             examples[examples >= self.num_examples] = -1
-            return self._rows.read(examples).batch(examples), examples
+            return self._batch(examples, examples), examples
 
         starts = range(0, self.num_examples, self.config.batch_size)
         return self._closing(self._read_ahead(starts, make))

@@ -82,10 +82,13 @@ class Divergence(abc.ABC):
     Attributes:
       needs_teacher: whether the term reads the teacher's log-probabilities.
       needs_advantages: whether it reads the advantages of the output tokens.
+      is_linear_in_teacher: whether the slopes are linear in the teacher's probabilities. Then the
+        gradient to an unbiased estimate of them, such as counts of draws, is unbiased.
     """
 
     needs_teacher: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = False
+    is_linear_in_teacher: ClassVar[bool] = False
 
     @abc.abstractmethod
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
@@ -110,6 +113,7 @@ class NegativeLogLikelihood(Divergence):
     """-log q of the output token: supervised fine-tuning, or SeqKD on a teacher's outputs."""
 
     needs_teacher: ClassVar[bool] = False
+    is_linear_in_teacher: ClassVar[bool] = True
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """-log q_v on the output token, 0 elsewhere."""
@@ -126,6 +130,8 @@ class ForwardKL(Divergence):
 
     +inf where the teacher gives probability to an entry that the student excludes.
     """
+
+    is_linear_in_teacher: ClassVar[bool] = True
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """p d + (q - p), which is never negative; the bracket sums to 0."""

@@ -17,8 +17,13 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from gkd_jax.array_types import Array, Float, Int, Params
+from gkd_jax.batch import TeacherDistributions
 from gkd_jax.objectives.objective import Objective, Predictions, check_predictions
-from gkd_jax.objectives.token_divergence import check_advantages, divergence_and_gradient
+from gkd_jax.objectives.token_divergence import (
+    TokenTeacher,
+    check_advantages,
+    divergence_and_gradient,
+)
 
 CHUNK_ENTRIES = 1 << 22
 """Logits that one model makes at a time on a CPU, for its caches: 16 MB in float32."""
@@ -48,7 +53,7 @@ def fused_weighted_loss(
     objective: Objective,
     *,
     student: Predictions,
-    teacher: Predictions | None,
+    teacher: Predictions | TeacherDistributions | None,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     advantages: Float[Array, "B T"] | None = None,
@@ -60,11 +65,15 @@ def fused_weighted_loss(
     """
     check_predictions(objective.divergence, student, teacher, weights)
     check_advantages(objective.divergence, advantages, targets)
-    if teacher is not None:
-        teacher = teacher.without_gradient()
-    functions = _Functions(objective, student.unembed, None if teacher is None else teacher.unembed)
+    of_teacher: _Teacher | None = None
+    make_teacher: Callable[[Params, Any], TokenTeacher] = _as_stored
+    if isinstance(teacher, Predictions):
+        of_teacher, make_teacher = (teacher.hidden, teacher.head), teacher.unembed
+    elif teacher is not None:
+        of_teacher = (teacher, None)
+    functions = _Functions(objective, student.unembed, make_teacher)
     others = (
-        None if teacher is None else (teacher.hidden, teacher.head),
+        lax.stop_gradient(of_teacher),
         targets,
         lax.stop_gradient(weights.astype(jnp.float32)),
         lax.stop_gradient(advantages),
@@ -73,20 +82,28 @@ def fused_weighted_loss(
     return loss, lax.stop_gradient(per_token)
 
 
+def _as_stored(head: None, distributions: TeacherDistributions) -> TeacherDistributions:
+    """A store has no output layer: its distributions are made already."""
+    del head
+    return distributions
+
+
 @dataclasses.dataclass(frozen=True)
 class _Functions:
     """What is no array."""
 
     objective: Objective
     student_unembed: Callable[[Params, Array], Array]
-    teacher_unembed: Callable[[Params, Array], Array] | None
+    make_teacher: Callable[[Params, Any], TokenTeacher]
 
 
-# Hidden states and head: of the student, and with those its gradients; of the teacher.
+# Hidden states and head of the student, and with those its gradients.
 _Model: TypeAlias = tuple[Float[Array, "B T D"], Params]
+# Of the teacher, what there is at each position (hidden states, or from a store), and its head.
+_Teacher: TypeAlias = tuple[Any, Params]
 # The teacher, the targets, the weights and the advantages: what gets no gradient.
 _Others: TypeAlias = tuple[
-    _Model | None, Int[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"] | None
+    _Teacher | None, Int[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"] | None
 ]
 # The loss, and the divergence per token.
 _Values: TypeAlias = tuple[Float[Array, ""], Float[Array, "B T"]]
@@ -207,15 +224,17 @@ def _all_chunks(
         def put(x: Array, part: Array) -> Array:
             return lax.dynamic_update_slice_in_dim(x, part, index * size, axis=0)
 
-        teacher_logits = None
-        if teacher is not None and functions.teacher_unembed is not None:
-            teacher_hidden = teacher[0].reshape(num_positions, -1)
-            teacher_logits = functions.teacher_unembed(teacher[1], take(teacher_hidden))
+        of_teacher = None
+        if teacher is not None:
+            at_positions = jax.tree.map(
+                lambda x: take(x.reshape(num_positions, *x.shape[2:])), teacher[0]
+            )
+            of_teacher = functions.make_teacher(teacher[1], at_positions)
         logits, pullback = jax.vjp(functions.student_unembed, head, take(hidden))
         value, of_loss, of_logits = _of_chunk(
             functions.objective,
             logits,
-            teacher_logits,
+            of_teacher,
             take(targets),
             take(weights),
             None if advantages is None else take(advantages.ravel()),
@@ -248,7 +267,7 @@ def _all_chunks(
 def _of_chunk(
     objective: Objective,
     logits: Float[Array, "C V"],
-    teacher_logits: Float[Array, "C V"] | None,
+    teacher: TokenTeacher | None,
     targets: Int[Array, " C"],
     weights: Float[Array, " C"],
     advantages: Float[Array, " C"] | None,
@@ -257,7 +276,7 @@ def _of_chunk(
     value, gradient = divergence_and_gradient(
         objective.divergence,
         logits,
-        teacher_logits,
+        teacher,
         targets,
         student_temperature=objective.student_temperature,
         teacher_temperature=objective.teacher_temperature,

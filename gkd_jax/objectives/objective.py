@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax.array_types import Array, Bool, Float, Int, Params
+from gkd_jax.batch import TeacherDistributions
 from gkd_jax.objectives.divergences import Divergence
-from gkd_jax.objectives.token_divergence import token_divergence
+from gkd_jax.objectives.token_divergence import TokenTeacher, token_divergence
 
 Reduction: TypeAlias = Literal["per_sequence", "per_token"]
 """'per_sequence' is the mean over a sequence's tokens, then over sequences (the paper's);
@@ -125,7 +126,7 @@ def weighted_loss(
     objective: Objective,
     *,
     student: Predictions,
-    teacher: Predictions | None,
+    teacher: Predictions | TeacherDistributions | None,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     advantages: Float[Array, "B T"] | None = None,
@@ -140,7 +141,8 @@ def weighted_loss(
     Args:
       objective: the divergence and its settings; its reduction is already in `weights`.
       student: hidden states and head of the student.
-      teacher: likewise; None where the divergence needs no teacher.
+      teacher: likewise, or distributions from a store, to which the objective's teacher
+        temperature has been applied; None where the divergence needs no teacher.
       targets: the output tokens.
       weights: from `final_weights`, perhaps multiplied by further factors.
       advantages: of the output tokens, where the divergence needs them.
@@ -156,11 +158,15 @@ def weighted_loss(
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
     counts = weights != 0
     student_logits = student.logits(counts)
-    teacher_logits = None if teacher is None else teacher.without_gradient().logits(counts)
+    of_teacher: TokenTeacher | None
+    if isinstance(teacher, Predictions):
+        of_teacher = teacher.without_gradient().logits(counts)
+    else:
+        of_teacher = teacher
     per_token = token_divergence(
         objective.divergence,
         student_logits,
-        teacher_logits,
+        of_teacher,
         targets,
         student_temperature=objective.student_temperature,
         teacher_temperature=objective.teacher_temperature,
@@ -198,7 +204,10 @@ def _check_reduction(reduction: str) -> None:
 
 
 def check_predictions(
-    divergence: Divergence, student: Predictions, teacher: Predictions | None, weights: Array
+    divergence: Divergence,
+    student: Predictions,
+    teacher: Predictions | TeacherDistributions | None,
+    weights: Array,
 ) -> None:
     """Checks that there is a teacher exactly where it is read, and the shapes.
 
@@ -217,8 +226,11 @@ def check_predictions(
             "use another divergence."
         )
     for one in (student, *(() if teacher is None else (teacher,))):
-        if one.hidden.shape[:-1] != weights.shape:
+        what, array = ("hidden states", one.hidden) if isinstance(one, Predictions) else (
+            "stored distributions", one.log_probs
+        )  # fmt: skip
+        if array.shape[:-1] != weights.shape:
             raise ValueError(
-                "weights must have the shape of the hidden states without their width; got "
-                f"{weights.shape} and {one.hidden.shape}. Make the weights from the same batch."
+                f"weights must have the shape of the {what} without their width; got "
+                f"{weights.shape} and {array.shape}. Make the weights from the same batch."
             )

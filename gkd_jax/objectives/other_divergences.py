@@ -272,6 +272,11 @@ class WeightedSum(Divergence):
         """Whether any of them does."""
         return any(divergence.needs_advantages for divergence in self.divergences)
 
+    @property
+    def is_linear_in_teacher(self) -> bool:  # type: ignore[override]
+        """Whether all of them are."""
+        return all(divergence.is_linear_in_teacher for divergence in self.divergences)
+
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """The weighted sum of their terms."""
         return self._sum(lambda divergence: divergence.term(entries))

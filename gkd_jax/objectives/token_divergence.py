@@ -2,19 +2,24 @@
 
 import dataclasses
 import functools
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from gkd_jax.array_types import Array, Float, Int
+from gkd_jax.batch import TeacherDistributions
+from gkd_jax.objectives.buckets import Buckets
 from gkd_jax.objectives.divergences import Divergence, VocabularyEntries
+
+TokenTeacher: TypeAlias = Float[Array, "*n V"] | TeacherDistributions
+"""A teacher's logits, or its distributions as a store gives them."""
 
 
 def token_divergence(
     divergence: Divergence,
     student_logits: Float[Array, "*n V"],
-    teacher_logits: Float[Array, "*n V"] | None,
+    teacher: TokenTeacher | None,
     targets: Int[Array, "*n"],
     *,
     student_temperature: float = 1.0,
@@ -27,10 +32,15 @@ def token_divergence(
     applied. Entries that are -inf in both are outside both distributions and contribute 0. A
     token whose cotangent is 0 has gradient 0, even where its divergence is infinite.
 
+    Of a teacher that is known at some entries only, it is the divergence of two bucketed
+    distributions: those entries, and all others as one. The student is normalised over its whole
+    vocabulary all the same.
+
     Args:
       divergence: which one.
       student_logits: as the model gives them, without temperature.
-      teacher_logits: likewise; None exactly where the divergence needs no teacher.
+      teacher: logits likewise; or stored distributions, in which the temperature already is; None
+        exactly where the divergence needs no teacher.
       targets: the output tokens, which the negative log-likelihood and the sampled reverse KL
         read.
       student_temperature: divides the student's logits, here and nowhere else; above 0.
@@ -44,17 +54,17 @@ def token_divergence(
     Raises:
       ValueError: the teacher or the advantages are missing or not needed, or shapes differ.
     """
-    _check(divergence, student_logits, teacher_logits, targets)
+    _check(divergence, student_logits, teacher, targets)
     check_advantages(divergence, advantages, targets)
     temperatures = (float(student_temperature), float(teacher_temperature))
-    constants = jax.lax.stop_gradient((teacher_logits, targets, advantages))
+    constants = jax.lax.stop_gradient((teacher, targets, advantages))
     return _token_divergence(divergence, temperatures, student_logits, constants)
 
 
 def divergence_and_gradient(
     divergence: Divergence,
     student_logits: Float[Array, "*n V"],
-    teacher_logits: Float[Array, "*n V"] | None,
+    teacher: TokenTeacher | None,
     targets: Int[Array, "*n"],
     *,
     student_temperature: float = 1.0,
@@ -69,34 +79,66 @@ def divergence_and_gradient(
     Returns:
       The divergence per token, and its gradient per logit, in the same dtype.
     """
-    _check(divergence, student_logits, teacher_logits, targets)
+    _check(divergence, student_logits, teacher, targets)
     check_advantages(divergence, advantages, targets)
-    student = _log_probs(student_logits, student_temperature)
-    teacher = None if teacher_logits is None else _log_probs(teacher_logits, teacher_temperature)
-    is_target = targets[..., None] == jax.lax.broadcasted_iota(
-        targets.dtype, student.shape, student.ndim - 1
-    )
+    student = tempered_log_probs(student_logits, student_temperature)
+    buckets = None
+    if isinstance(teacher, TeacherDistributions) and teacher.ids is not None:
+        buckets = Buckets.of(student, teacher.ids)
+        is_target = buckets.holds(targets)
+    else:
+        is_target = targets[..., None] == jax.lax.broadcasted_iota(
+            targets.dtype, student.shape, student.ndim - 1
+        )
     if advantages is not None:
         advantages = jax.lax.stop_gradient(advantages)[..., None].astype(student.dtype)
-    entries = VocabularyEntries(student, teacher, is_target, advantages)
-    if teacher is None:
-        term, slope = divergence.term(entries), divergence.slope(entries)
-    else:
-        # -inf minus -inf is NaN: such an entry is given equal values, then counted as 0.
-        excluded = jnp.isneginf(student) & jnp.isneginf(teacher)
-        entries = dataclasses.replace(
-            entries,
-            student_log_probs=jnp.where(excluded, 0.0, student),
-            teacher_log_probs=jnp.where(excluded, 0.0, teacher),
-        )
-        term = jnp.where(excluded, 0.0, divergence.term(entries))
-        slope = jnp.where(excluded, 0.0, divergence.slope(entries))
-    gradient = slope - jnp.exp(student) * jnp.sum(slope, axis=-1, keepdims=True)
+    entries = VocabularyEntries(
+        student if buckets is None else buckets.log_probs,
+        _teacher_log_probs(teacher, teacher_temperature),
+        is_target,
+        advantages,
+    )
+    term, slope = _term_and_slope(divergence, entries)
+    total = jnp.sum(slope, axis=-1, keepdims=True)
+    if buckets is not None:
+        slope = buckets.spread(slope)
+    gradient = slope - jnp.exp(student) * total
     return jnp.sum(term, axis=-1), gradient / student_temperature
 
 
-# Teacher's logits, output tokens and their advantages: what gets no gradient.
-_Constants: TypeAlias = tuple[Array | None, Array, Array | None]
+def _teacher_log_probs(teacher: TokenTeacher | None, temperature: float) -> Array | None:
+    """log p of every entry."""
+    if teacher is None:
+        return None
+    if not isinstance(teacher, TeacherDistributions):
+        return tempered_log_probs(teacher, temperature)
+    log_probs = teacher.log_probs
+    if teacher.ids is not None:
+        assert teacher.tail is not None, "entries that are not all have a tail"
+        log_probs = jnp.concatenate([log_probs, teacher.tail[..., None]], axis=-1)
+    # The temperature is in them; few digits may have been kept, whose sum is not quite 1.
+    return tempered_log_probs(log_probs, 1.0)
+
+
+def _term_and_slope(divergence: Divergence, entries: VocabularyEntries) -> tuple[Array, Array]:
+    """Both of each entry; 0 where neither distribution has any probability."""
+    student, teacher = entries.student_log_probs, entries.teacher_log_probs
+    if teacher is None:
+        return divergence.term(entries), divergence.slope(entries)
+    # -inf minus -inf is NaN: such an entry is given equal values, then counted as 0.
+    excluded = jnp.isneginf(student) & jnp.isneginf(teacher)
+    entries = dataclasses.replace(
+        entries,
+        student_log_probs=jnp.where(excluded, 0.0, student),
+        teacher_log_probs=jnp.where(excluded, 0.0, teacher),
+    )
+    term = jnp.where(excluded, 0.0, divergence.term(entries))
+    slope = jnp.where(excluded, 0.0, divergence.slope(entries))
+    return term, slope
+
+
+# The teacher, the output tokens and their advantages: what gets no gradient.
+_Constants: TypeAlias = tuple[Any, Array, Array | None]
 
 
 # One [*n, V] array is kept for the backward pass, the gradient itself: both logits are free as
@@ -117,11 +159,11 @@ def _forward(
     student_logits: Array,
     constants: _Constants,
 ) -> tuple[Array, Array]:
-    teacher_logits, targets, advantages = constants
+    teacher, targets, advantages = constants
     value, gradient = divergence_and_gradient(
         divergence,
         student_logits,
-        teacher_logits,
+        teacher,
         targets,
         student_temperature=temperatures[0],
         teacher_temperature=temperatures[1],
@@ -143,7 +185,7 @@ def _backward(
 _token_divergence.defvjp(_forward, _backward)
 
 
-def _log_probs(logits: Array, temperature: float) -> Array:
+def tempered_log_probs(logits: Array, temperature: float) -> Array:
     """log softmax(logits / temperature) in at least float32.
 
     The maximum is subtracted before the division, so that large logits and low temperatures
@@ -155,32 +197,24 @@ def _log_probs(logits: Array, temperature: float) -> Array:
 
 
 def _check(
-    divergence: Divergence, student_logits: Array, teacher_logits: Array | None, targets: Array
+    divergence: Divergence,
+    student_logits: Array,
+    teacher: TokenTeacher | None,
+    targets: Array,
 ) -> None:
     name = type(divergence).__name__
-    if divergence.needs_teacher and teacher_logits is None:
+    if divergence.needs_teacher and teacher is None:
         raise ValueError(
             f"{name} compares the student with a teacher; got no teacher logits. Give a "
             "teacher, or use NegativeLogLikelihood."
         )
-    if not divergence.needs_teacher and teacher_logits is not None:
+    if not divergence.needs_teacher and teacher is not None:
         raise ValueError(
             f"{name} reads no teacher; got teacher logits, whose signal would be lost. Leave the "
             "teacher out, or use ForwardKL, ReverseKL or GeneralizedJSD."
         )
-    if teacher_logits is not None and teacher_logits.shape[-1] != student_logits.shape[-1]:
-        raise ValueError(
-            "teacher and student must have output layers of one vocabulary size; got "
-            f"{teacher_logits.shape[-1]} (teacher) and {student_logits.shape[-1]} (student). Set "
-            "vocab_size of both models alike, or give the larger as `models.narrowed.narrowed` to "
-            "the entries that both have, on one vocabulary."
-        )
-    if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
-        raise ValueError(
-            "teacher and student logits must have one shape; got "
-            f"{teacher_logits.shape} (teacher) and {student_logits.shape} (student). Give both "
-            "models the same batch."
-        )
+    if teacher is not None:
+        _check_teacher_shape(student_logits, teacher)
     if targets.shape != student_logits.shape[:-1]:
         raise ValueError(
             f"targets must have the shape of the logits without the vocabulary; got "
@@ -209,4 +243,27 @@ def check_advantages(divergence: Divergence, advantages: Array | None, targets: 
         raise ValueError(
             f"advantages must have the shape of the targets; got {advantages.shape} and "
             f"{targets.shape}. Give one for each output token."
+        )
+
+
+def _check_teacher_shape(student_logits: Array, teacher: TokenTeacher) -> None:
+    shape = student_logits.shape
+    of_teacher, whose = teacher, "teacher"
+    if isinstance(teacher, TeacherDistributions):
+        of_teacher, whose = teacher.log_probs, "stored teacher"
+        if teacher.ids is not None:  # Any number of entries.
+            shape = (*shape[:-1], teacher.ids.shape[-1])
+    assert not isinstance(of_teacher, TeacherDistributions)
+    if of_teacher.shape[-1] != shape[-1]:
+        raise ValueError(
+            "teacher and student must have output layers of one vocabulary size; got "
+            f"{of_teacher.shape[-1]} ({whose}) and {shape[-1]} (student). Set "
+            "vocab_size of both models alike, or give the larger as `models.narrowed.narrowed` to "
+            "the entries that both have, on one vocabulary."
+        )
+    if of_teacher.shape != shape:
+        raise ValueError(
+            "teacher and student logits must have one shape; got "
+            f"{of_teacher.shape} ({whose}) and {shape} (student). Give both "
+            "models the same batch."
         )

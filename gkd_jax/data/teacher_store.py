@@ -1,0 +1,250 @@
+"""Files of a teacher's next-token distributions for the outputs of a data set.
+
+`meta.json` says what they are: teacher, data, vocabulary, temperature, and how they are packed.
+`distributions.bin` holds a block of bytes for each example, in the order of the data set, and
+`index.bin` where each ends, its checksum, and that of the tokens that it is of. A block is written
+before its entry in the index, so that what a stopped run left half done is known and made again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gkd_jax.array_types import Int
+from gkd_jax.batch import TeacherDistributions
+from gkd_jax.data.packing import Packing, packing_of
+
+_FORMAT = "gkd_jax teacher store 1"
+_META, _DATA, _INDEX = "meta.json", "distributions.bin", "index.bin"
+_INDEX_ENTRY = np.dtype(
+    [(name, "<u4") for name in ("checksum", "of_tokens", "num_tokens", "num_entries")]
+    + [("end", "<u8")]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What a store holds of one example.
+
+    Attributes:
+      content: its distributions, packed.
+      num_entries: the most entries of a token.
+      inputs: the prompt's tokens, without padding.
+      targets: the output's, one for each distribution.
+    """
+
+    content: bytes
+    num_entries: int
+    inputs: Int[np.ndarray, " s"]
+    targets: Int[np.ndarray, " t"]
+
+
+def _checksum_of_tokens(inputs: np.ndarray, targets: np.ndarray) -> int:
+    tokens = np.concatenate([[len(inputs)], inputs, targets])
+    return zlib.crc32(tokens.astype("<i4").tobytes())
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two descriptions, as 'name: ... before, ... now'; empty if nothing."""
+    return "; ".join(
+        f"{key}: {before.get(key, 'unknown')} before, {now.get(key, 'unknown')} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    )
+
+
+class StoreWriter:
+    """Writes a store, example by example; goes on where an earlier one of the same was stopped.
+
+    Raises:
+      ValueError: the folder holds something else.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], description: Mapping[str, Any]):
+        """Begins a store, or opens it to go on.
+
+        Args:
+          folder: where it lies.
+          description: all that decides its content, as JSON.
+        """
+        self._folder = pathlib.Path(folder)
+        # As it will be read again: tuples become lists.
+        wanted = json.loads(json.dumps({"format": _FORMAT, **description}))
+        if (self._folder / _META).exists():
+            found = json.loads((self._folder / _META).read_text(encoding="utf-8"))
+            if found != wanted:
+                raise ValueError(
+                    f"Storing.output {folder} holds a store of something else "
+                    f"({differences(found, wanted)}). Set Storing.output to a new folder, or "
+                    "remove that one."
+                )
+        else:
+            self._begin(wanted)
+        self._num_done, self._end = self._repair()
+
+    def _begin(self, description: Mapping[str, Any]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if any(child.name != f"{_META}.new" for child in self._folder.iterdir()):
+            raise ValueError(
+                f"Storing.output {self._folder} is a folder of other files. Set Storing.output to "
+                "a new folder."
+            )
+        scratch = self._folder / f"{_META}.new"
+        scratch.write_text(json.dumps(description, indent=1), encoding="utf-8")
+        scratch.rename(self._folder / _META)
+
+    def _repair(self) -> tuple[int, int]:
+        """Removes what is not complete; returns the number of examples, and where they end."""
+        for name in (_DATA, _INDEX):
+            (self._folder / name).touch()
+        index = _read_index(self._folder)
+        size = (self._folder / _DATA).stat().st_size
+        index = index[: np.searchsorted(index["end"], size, side="right")]
+        end = int(index["end"][-1]) if len(index) else 0
+        os.truncate(self._folder / _INDEX, len(index) * _INDEX_ENTRY.itemsize)
+        os.truncate(self._folder / _DATA, end)
+        return len(index), end
+
+    @property
+    def num_done(self) -> int:
+        """Examples that are in it."""
+        return self._num_done
+
+    def append(self, blocks: Sequence[Block]) -> None:
+        """Adds the next examples."""
+        index = np.zeros(len(blocks), _INDEX_ENTRY)
+        for entry, block in zip(index, blocks, strict=True):
+            self._end += len(block.content)
+            entry["end"] = self._end
+            entry["checksum"] = zlib.crc32(block.content)
+            entry["of_tokens"] = _checksum_of_tokens(block.inputs, block.targets)
+            entry["num_tokens"] = len(block.targets)
+            entry["num_entries"] = block.num_entries
+        data = b"".join(block.content for block in blocks)
+        for name, added in ((_DATA, data), (_INDEX, index.tobytes())):
+            with open(self._folder / name, "ab") as file:
+                file.write(added)
+                file.flush()
+                os.fsync(file.fileno())
+        self._num_done += len(blocks)
+
+    def summary(self) -> tuple[int, int]:
+        """Tokens that are in it, and bytes that it takes, the index included."""
+        index = _read_index(self._folder)
+        return int(index["num_tokens"].sum()), self._end + index.nbytes
+
+
+def _read_index(folder: pathlib.Path) -> np.ndarray:
+    content = (folder / _INDEX).read_bytes()
+    whole = len(content) // _INDEX_ENTRY.itemsize * _INDEX_ENTRY.itemsize
+    return np.frombuffer(content[:whole], _INDEX_ENTRY)
+
+
+class TeacherStore:
+    """A complete store, to be read from; safe to read from several threads.
+
+    Attributes:
+      description: what its writer was given.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is of another format, or not complete.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self._folder = pathlib.Path(folder)
+        if not (self._folder / _META).is_file():
+            raise FileNotFoundError(
+                f"StoredTeacher.path names {str(folder)!r}, which is no store of a teacher. Write "
+                "one with --run_mode=store_teacher (gin_configs/store_teacher.gin)."
+            )
+        text = (self._folder / _META).read_text(encoding="utf-8")
+        self.description: dict[str, Any] = json.loads(text)
+        if self.description["format"] != _FORMAT:
+            raise ValueError(
+                f"the store {folder} is of the format {self.description['format']!r}, where "
+                f"{_FORMAT!r} is wanted. Write it again with --run_mode=store_teacher."
+            )
+        self.packing: Packing = packing_of(self.description["packing"])
+        self._index = _read_index(self._folder)
+        num_examples = self.description["data"]["num_examples"]
+        size = (self._folder / _DATA).stat().st_size
+        if len(self._index) != num_examples or size < self._index["end"][-1]:
+            raise ValueError(
+                f"the store {folder} is not complete: it has {len(self._index)} of {num_examples} "
+                "examples. Give the command that wrote it again: it goes on where it stopped."
+            )
+        self._data = np.memmap(self._folder / _DATA, np.uint8, mode="r")
+        self._num_entries = int(self._index["num_entries"].max())
+
+    @property
+    def num_bytes(self) -> int:
+        """All that it takes."""
+        return int(self._index["end"][-1]) + self._index.nbytes
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens in it."""
+        return int(self._index["num_tokens"].sum())
+
+    def __str__(self) -> str:
+        about = self.description
+        return (
+            f"{about['support']} of {about['teacher']} at temperature {about['temperature']}, "
+            f"{self.num_tokens:,} tokens of {self.num_bytes / max(self.num_tokens, 1):.1f} bytes"
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """What it is, in words and as a digest."""
+        text = json.dumps(self.description, sort_keys=True)
+        return f"{self} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
+
+    def read(
+        self,
+        examples: Int[np.ndarray, " B"],
+        tokens: Sequence[tuple[Int[np.ndarray, " s"], Int[np.ndarray, " t"]]],
+        *,
+        target_length: int,
+    ) -> TeacherDistributions:
+        """Distributions at the outputs of some examples, as NumPy arrays.
+
+        Args:
+          examples: their numbers in the data set; -1 is a filler row.
+          tokens: prompt and output of each, without padding.
+          target_length: T, to which rows are filled up.
+
+        Raises:
+          ValueError: the tokens differ from those of the store, or its bytes are not those that
+            were written.
+        """
+        rows = self.packing.empty(len(examples), target_length, self._num_entries)
+        for row, example in enumerate(examples.tolist()):
+            if example >= 0:
+                inputs, targets = tokens[row]
+                block = self._block(example, inputs, targets)
+                self.packing.unpack(block, len(targets), rows, row)
+        return rows
+
+    def _block(self, example: int, inputs: np.ndarray, targets: np.ndarray) -> bytes:
+        entry = self._index[example]
+        start = int(self._index["end"][example - 1]) if example else 0
+        block = self._data[start : int(entry["end"])].tobytes()
+        if entry["of_tokens"] != _checksum_of_tokens(inputs, targets):
+            raise ValueError(
+                f"the store {self._folder} is of another prompt or output of example {example}. "
+                "Write the store again for these data."
+            )
+        if entry["checksum"] != zlib.crc32(block):
+            raise ValueError(
+                f"the store {self._folder} is damaged: the bytes of example {example} are not "
+                "those that were written. Copy it again from its source, or write it again."
+            )
+        return block
