@@ -1,32 +1,87 @@
-"""Compares the loss in chunks with its plain form: time with gradients, and peak temporary memory.
+"""Compares the loss in chunks with its plain form: time with gradients, and temporary memory.
 
-    python benchmarks/loss.py --vocab_sizes=32128,131072 --num_threads=1
+    python benchmarks/loss.py --num_threads=1
+    python benchmarks/loss.py --memory
 
-One line a vocabulary: bytes from the compiler's account, the head's gradient among them, and the
-median over alternating runs of the ratio of times. With `--memory_only` nothing is run, so that
-sizes may exceed the machine.
+The first runs both forms in turns, over sizes of the vocabulary (V), of the batch (B*T) and of
+the models (D, the student's width and the teacher's), and then chunks of several sizes. The
+second runs nothing: it prints what the compiler says that it needs, so that sizes may exceed the
+machine.
 """
 
 import argparse
-import os
-import statistics
-import time
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import timing
 
 from gkd_jax.array_types import Array
 from gkd_jax.objectives import (
     GeneralizedJSD,
     Objective,
     Predictions,
+    fused,
     fused_weighted_loss,
     weighted_loss,
 )
 
-FORMS = {"plain": weighted_loss, "fused": fused_weighted_loss}
+FORMS: dict[str, Callable[..., Any]] = {"plain": weighted_loss, "fused": fused_weighted_loss}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One size of the loss; all positions count."""
+
+    vocab_size: int = 32_128
+    positions: int = 1024
+    student_dim: int = 128
+    teacher_dim: int = 384
+
+    def arrays(self) -> Any:
+        """Hidden states and head of both models, targets and weights."""
+        shape = (8, self.positions // 8)
+        keys = jax.random.split(jax.random.key(0), 5)
+
+        def model(keys: Array, dim: int) -> Any:
+            hidden = jax.random.normal(keys[0], (*shape, dim))
+            return hidden, jax.random.normal(keys[1], (dim, self.vocab_size)) / dim**0.5
+
+        targets = jax.random.randint(keys[4], shape, 0, self.vocab_size)
+        weights = jnp.full(shape, 1.0 / self.positions)
+        student, teacher = model(keys[:2], self.student_dim), model(keys[2:4], self.teacher_dim)
+        return student, teacher, targets, weights
+
+    def columns(self) -> tuple[str, ...]:
+        """As a table has it."""
+        dims = f"{self.student_dim}, {self.teacher_dim}"
+        return f"{self.vocab_size:,}", f"{self.positions:,}", dims
+
+
+TIMED = (
+    Case(vocab_size=8_192),
+    Case(),
+    Case(vocab_size=131_072, positions=256),
+    Case(vocab_size=262_144, positions=256),
+    Case(positions=256),
+    Case(positions=4096),
+    Case(student_dim=512, teacher_dim=1024),
+)
+COMPILED = (
+    Case(vocab_size=8_192, positions=4096),
+    Case(positions=4096),
+    Case(vocab_size=131_072, positions=4096),
+    Case(vocab_size=262_144, positions=4096),
+    Case(positions=1024),
+    Case(positions=16_384),
+    Case(positions=4096, student_dim=512, teacher_dim=1024),
+)
+QUICK = (Case(vocab_size=8_192, positions=256), Case(positions=256))
+CURVE = tuple(1 << power for power in range(19, 25))
 
 
 def unembed(kernel: Array, hidden: Array) -> Array:
@@ -34,8 +89,8 @@ def unembed(kernel: Array, hidden: Array) -> Array:
     return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
 
 
-def make_loss(form: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of all arrays to the loss and the gradients of the student's."""
+def compile_loss(form: Callable[..., Any], case: Case) -> Any:
+    """A compiled function of a case's arrays to the loss and the gradients of the student's."""
     objective = Objective(GeneralizedJSD(0.5))
 
     def loss(student: Any, teacher: Any, targets: Array, weights: Array) -> Array:
@@ -47,66 +102,103 @@ def make_loss(form: Callable[..., Any]) -> Callable[..., Any]:
             weights=weights,
         )[0]
 
-    return jax.jit(jax.value_and_grad(loss))
+    return jax.jit(jax.value_and_grad(loss)).lower(*jax.eval_shape(case.arrays)).compile()
 
 
-def make_arrays(args: argparse.Namespace, vocab_size: int) -> Any:
-    """Hidden states and heads of both models, targets and weights; all positions count."""
-    shape = (args.batch_size, args.target_length)
-    keys = jax.random.split(jax.random.key(0), 5)
-
-    def model(keys: Array, dim: int) -> Any:
-        hidden = jax.random.normal(keys[0], (*shape, dim))
-        return hidden, jax.random.normal(keys[1], (dim, vocab_size)) / dim**0.5
-
-    targets = jax.random.randint(keys[4], shape, 0, vocab_size)
-    weights = jnp.full(shape, 1.0 / (shape[0] * shape[1]))
-    return model(keys[:2], args.student_dim), model(keys[2:4], args.teacher_dim), targets, weights
+def temporary_megabytes(compiled: Any) -> float:
+    """The compiler's own account, MB of 10^6 bytes."""
+    return compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
-def median_ratio(compiled: dict[str, Any], arrays: Any, repeats: int) -> tuple[float, float]:
-    """Median seconds of the plain form, and median of fused over plain in alternating runs."""
-    seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for _ in range(repeats + 1):
-        for name, function in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function(*arrays))
-            seconds[name].append(time.perf_counter() - start)
-    plain, fused = (seconds[name][1:] for name in ("plain", "fused"))
-    ratios = [one / other for one, other in zip(fused, plain, strict=True)]
-    return statistics.median(plain), statistics.median(ratios)
+def memory_table(cases: tuple[Case, ...]) -> str:
+    """What both forms need beside arguments and results."""
+    rows = []
+    for case in cases:
+        plain, chunks = (temporary_megabytes(compile_loss(form, case)) for form in FORMS.values())
+        head = 4 * case.student_dim * case.vocab_size / 1e6
+        rows.append(
+            (*case.columns(), f"{plain:.0f}", f"{chunks:.0f}", f"{head:.0f}", f"1/{plain / chunks:.0f}")
+        )
+    header = ("V", "B*T", "D", "plain, MB", "fused, MB", "of which the head's gradient", "fused/plain")
+    return timing.table(header, rows)
+
+
+def time_table(cases: tuple[Case, ...], *, num_threads: int, repeats: int) -> str:
+    """Both forms, in turns."""
+    rows = []
+    for case in cases:
+        seconds = run(
+            {name: compile_loss(form, case) for name, form in FORMS.items()},
+            case,
+            num_threads=num_threads,
+            repeats=repeats,
+        )
+        ratio = seconds["fused"] / seconds["plain"]
+        rows.append(
+            (*case.columns(), f"{seconds['plain']:.3f}", f"{seconds['fused']:.3f}", f"{ratio:.2f}")
+        )
+    return timing.table(("V", "B*T", "D", "plain, s", "fused, s", "fused/plain"), rows)
+
+
+def curve_table(case: Case, *, num_threads: int, repeats: int) -> str:
+    """Chunks of several sizes against the plain form, in turns."""
+    compiled = {"plain": compile_loss(weighted_loss, case)}
+    for entries in CURVE:
+        with chunks_of(entries):
+            compiled[f"{entries}"] = compile_loss(fused_weighted_loss, case)
+    seconds = run(compiled, case, num_threads=num_threads, repeats=repeats)
+    rows = []
+    for entries in CURVE:
+        with chunks_of(entries):
+            size = fused.chunk_positions(case.vocab_size, case.positions, platform="cpu")
+        rows.append(
+            (
+                f"{entries / 2**20:g}",
+                size,
+                f"{seconds[str(entries)] / seconds['plain']:.2f}",
+                f"{temporary_megabytes(compiled[str(entries)]):.0f}",
+                "<-" if entries == fused.CHUNK_ENTRIES else "",
+            )
+        )
+    header = ("logits a chunk, 2^20", "positions", "fused/plain", "temporary MB", "the rule's")
+    return timing.table(header, rows)
+
+
+def run(
+    compiled: dict[str, Any], case: Case, *, num_threads: int, repeats: int
+) -> dict[str, float]:
+    """Seconds of each, in turns."""
+    arrays = case.arrays()
+    contestants = {
+        name: lambda function=function: jax.block_until_ready(function(*arrays))
+        for name, function in compiled.items()
+    }
+    times = timing.turns(contestants, repeats=repeats)
+    return {name: time.seconds(num_threads) for name, time in times.items()}
+
+
+@contextlib.contextmanager
+def chunks_of(entries: int) -> Iterator[None]:
+    """With another number of logits a chunk than the rule's."""
+    with mock.patch.object(fused, "CHUNK_ENTRIES", entries):
+        yield
 
 
 def main() -> None:
-    """Prints one line a vocabulary."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--target_length", type=int, default=128)
-    parser.add_argument("--student_dim", type=int, default=128)
-    parser.add_argument("--teacher_dim", type=int, default=384)
-    parser.add_argument("--vocab_sizes", default="32128")
     parser.add_argument("--num_threads", type=int, help="Cores to keep to; all by default.")
-    parser.add_argument("--memory_only", action="store_true")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="Compile only.")
+    parser.add_argument("--quick", action="store_true", help="Small sizes, fewer turns.")
     args = parser.parse_args()
-    if args.num_threads:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.num_threads])
-    print(f"{jax.devices()[0].device_kind}, {vars(args)}")
-    for vocab_size in map(int, args.vocab_sizes.split(",")):
-        shapes = jax.eval_shape(lambda v=vocab_size: make_arrays(args, v))
-        compiled = {name: make_loss(form).lower(*shapes).compile() for name, form in FORMS.items()}
-        memory = {
-            name: one.memory_analysis().temp_size_in_bytes / 2**20 for name, one in compiled.items()
-        }
-        head = 4 * args.student_dim * vocab_size / 2**20
-        line = (
-            f"V {vocab_size}: plain {memory['plain']:6.0f} MiB, fused {memory['fused']:4.0f} MiB "
-            f"with the head's gradient ({head:.0f}), 1/{memory['plain'] / memory['fused']:.0f}"
-        )
-        if not args.memory_only:
-            plain, ratio = median_ratio(compiled, make_arrays(args, vocab_size), args.repeats)
-            line += f"; plain {plain:.2f} s, fused {ratio:.2f} of it"
-        print(line, flush=True)
+    num_threads = timing.keep_to_cores(args.num_threads)
+    if args.memory:
+        print(memory_table(QUICK if args.quick else COMPILED))
+        return
+    repeats = 3 if args.quick else 7
+    options = dict(num_threads=num_threads, repeats=repeats)
+    print(time_table(QUICK if args.quick else TIMED, **options), flush=True)
+    print(f"\n{curve_table(QUICK[1] if args.quick else Case(), **options)}")
 
 
 if __name__ == "__main__":

@@ -359,19 +359,20 @@ class T5:
             kernel, axis = params["token_embedder"]["embedding"], 1
         else:
             kernel, axis = params["decoder"]["logits_dense"]["kernel"], 0
-        if not hidden.dtype == kernel.dtype == jnp.bfloat16:
-            hidden, kernel = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
+        scale = math.sqrt(self.config.emb_dim) if self.config.logits_via_embedding else 1.0
         # Two bfloat16 operands stay so: their products are exact in float32, and a large
         # teacher's head is not copied.
+        is_exact = hidden.dtype == kernel.dtype == jnp.bfloat16
+        if not is_exact:
+            # Scaled here, where there are fewer numbers than there will be logits.
+            hidden, kernel = hidden.astype(jnp.float32) / scale, kernel.astype(jnp.float32)
         logits = lax.dot_general(
             hidden,
             kernel,
             (((hidden.ndim - 1,), (axis,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
-        if self.config.logits_via_embedding:
-            logits = logits / math.sqrt(self.config.emb_dim)
-        return logits
+        return logits / scale if is_exact else logits
 
     def prefill(
         self,

@@ -32,6 +32,11 @@ ACCELERATOR_CHUNK_ENTRIES = 1 << 25
 fewer than some hundred positions the memory's speed decides, not that of the matrix units."""
 MIN_CHUNK, MAX_CHUNK = 8, 1024
 
+GROUP_ENTRIES = 1 << 18
+"""Logits whose divergence a CPU makes at a time: 1 MB. Matrix products want all the positions of a
+chunk, but the dozen arrays between logits and gradient want to stay in a core's own cache. XLA
+writes each of them to memory otherwise, which takes two to three times as long."""
+
 # The mesh axis that sequences are split over; each shard runs through chunks of its own.
 _DATA_AXIS = "data"
 
@@ -47,6 +52,19 @@ def chunk_positions(vocab_size: int, num_positions: int, *, platform: str) -> in
     entries = CHUNK_ENTRIES if platform == "cpu" else ACCELERATOR_CHUNK_ENTRIES
     wanted = entries // vocab_size // MIN_CHUNK * MIN_CHUNK
     return max(1, min(num_positions, max(MIN_CHUNK, min(MAX_CHUNK, wanted))))
+
+
+def group_positions(vocab_size: int, chunk: int, *, platform: str) -> int:
+    """Positions of a chunk whose divergences are made at a time: all, but on a CPU.
+
+    At least two there: one alone is a vector to the compiler, which it is slower on.
+
+    Args:
+      vocab_size: entries that a device has.
+      chunk: positions in a chunk.
+      platform: 'cpu', 'tpu' or 'gpu'.
+    """
+    return min(chunk, max(2, GROUP_ENTRIES // vocab_size)) if platform == "cpu" else chunk
 
 
 def fused_weighted_loss(
@@ -207,7 +225,10 @@ def _all_chunks(
     num_parts = 1 if mesh.empty else mesh.size // mesh.shape.get(_DATA_AXIS, 1)
     if vocab_size % num_parts == 0:
         vocab_size //= num_parts
-    size = chunk_positions(vocab_size, num_positions, platform=jax.default_backend())
+    platform = jax.default_backend()
+    size = chunk_positions(vocab_size, num_positions, platform=platform)
+    group = group_positions(vocab_size, size, platform=platform)
+    size = -(-size // group) * group
     counts = weights != 0
     # Those that count come first; the places behind them are none, and read as 0.
     places = -(-num_positions // size) * size
@@ -238,6 +259,7 @@ def _all_chunks(
             take(targets),
             take(weights),
             None if advantages is None else take(advantages.ravel()),
+            group=group,
         )
         if with_gradients:
             of_head, of_hidden = pullback(of_logits.astype(logits.dtype))
@@ -271,8 +293,43 @@ def _of_chunk(
     targets: Int[Array, " C"],
     weights: Float[Array, " C"],
     advantages: Float[Array, " C"] | None,
+    *,
+    group: int,
 ) -> tuple[Float[Array, " C"], Float[Array, ""], Float[Array, "C V"]]:
-    """Divergence of each position, the loss, and its gradient in the student's logits."""
+    """Divergence of each position, the loss, and its gradient in the student's logits.
+
+    A group of positions at a time, whose gradients take the place of its logits.
+    """
+    parts = (logits, teacher, targets, weights, advantages)
+    if group == len(targets):
+        return _of_group(objective, *parts)
+
+    def one_group(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        values, loss, logits_or_gradients = carry
+
+        def take(x: Array) -> Array:
+            return lax.dynamic_slice_in_dim(x, index * group, group)
+
+        def put(x: Array, part: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), index * group, axis=0)
+
+        arguments = jax.tree.map(take, (logits_or_gradients, *parts[1:]))
+        value, of_loss, of_logits = _of_group(objective, *arguments)
+        return put(values, value), loss + of_loss, put(logits_or_gradients, of_logits)
+
+    start = (jnp.zeros(len(targets), jnp.float32), jnp.zeros((), jnp.float32), logits)
+    return lax.fori_loop(0, len(targets) // group, one_group, start)
+
+
+def _of_group(
+    objective: Objective,
+    logits: Float[Array, "G V"],
+    teacher: TokenTeacher | None,
+    targets: Int[Array, " G"],
+    weights: Float[Array, " G"],
+    advantages: Float[Array, " G"] | None,
+) -> tuple[Float[Array, " G"], Float[Array, ""], Float[Array, "G V"]]:
+    """As `_of_chunk`, all positions at once."""
     value, gradient = divergence_and_gradient(
         objective.divergence,
         logits,

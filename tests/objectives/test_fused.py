@@ -67,6 +67,7 @@ def make_loss(form, objective, unembed=unembed):
 def small_chunks(monkeypatch):
     monkeypatch.setattr(fused, "MIN_CHUNK", 4)
     monkeypatch.setattr(fused, "CHUNK_ENTRIES", 4 * V)
+    monkeypatch.setattr(fused, "GROUP_ENTRIES", 2 * V)
 
 
 def assert_close(one, other):

@@ -1,0 +1,281 @@
+"""Times a whole GKD step at lambda = 0 and at lambda = 1, and each of its parts alone.
+
+    python benchmarks/step.py --num_threads=1
+
+Batch 8, prompts of 64 tokens, outputs of 64 that do not end early, a vocabulary of 32,000,
+JSD(0.5), AdamW, float32. The T5s cost what the decoder-only models do that the peers' scripts
+build (a student of 4.95M and a teacher of 19.4M parameters): as many FLOPs a step, and more
+parameters, since a T5's encoder does not see the output. The parts are timed in the same turns,
+beside the time that their FLOPs take at the speed of a large matrix product.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import timing
+from work import SMALLEST, Llama, Sizes
+
+from gkd_jax import runtime
+from gkd_jax.batch import Batch
+from gkd_jax.models.config import T5Config
+from gkd_jax.models.t5 import T5
+from gkd_jax.objectives import GeneralizedJSD, Objective, Predictions, fused_weighted_loss
+from gkd_jax.objectives.objective import final_weights
+from gkd_jax.optimizers import AdamW, Constant
+from gkd_jax.partitioning import Partitioner
+from gkd_jax.rollout import Rollout
+from gkd_jax.sampling.methods import Greedy
+from gkd_jax.train import jit_step_functions
+
+OBJECTIVE = Objective(GeneralizedJSD(Sizes().beta))
+OPTIMIZER = AdamW(Constant(Sizes().learning_rate))
+
+
+def t5(sizes: Sizes, llama: Llama, *, mlp_dim: int) -> T5:
+    """As many layers in encoder and decoder each as the Llama has, of its width and heads.
+
+    The width of the MLPs makes up for the attention to the prompt, and for each token passing
+    through half of the layers only.
+    """
+    config = T5Config(
+        vocab_size=sizes.vocab_size,
+        emb_dim=llama.dim,
+        num_heads=llama.num_heads,
+        num_encoder_layers=sizes.num_layers,
+        num_decoder_layers=sizes.num_layers,
+        head_dim=llama.dim // llama.num_heads,
+        mlp_dim=mlp_dim,
+        mlp_activations=("silu", "linear"),
+        logits_via_embedding=True,
+        dtype="float32",
+    )
+    return T5(config)
+
+
+def student_and_teacher(sizes: Sizes) -> tuple[T5, T5]:
+    """T5s of the Llamas' cost."""
+    return t5(sizes, sizes.student, mlp_dim=304), t5(sizes, sizes.teacher, mlp_dim=768)
+
+
+class Work:
+    """The arrays and jitted functions of one run, as training has them."""
+
+    def __init__(self, sizes: Sizes):
+        self.sizes = sizes
+        self.student, self.teacher = student_and_teacher(sizes)
+        partitioner = Partitioner()
+        functions = jit_step_functions(
+            self.student, self.teacher, OBJECTIVE, OPTIMIZER, partitioner, num_microbatches=1
+        )
+        self.step_fn = functions.step
+        self.state = functions.init(jax.jit(self.student.init)(jax.random.key(0)))
+        self.teacher_params = jax.jit(self.teacher.init)(jax.random.key(1))
+        self.rollout_fn = self.make_rollout(Rollout())
+        self.greedy_fn = self.make_rollout(Rollout(Greedy()))
+        self.batch = self._make_batch()
+        self.num_steps = 0
+
+    def make_rollout(self, rollout: Rollout) -> Callable[..., Batch]:
+        """No output ends early."""
+        return runtime.jit_rollout(rollout, self.student, Partitioner(), eos_ids=(), pad_id=0)
+
+    def _make_batch(self) -> Batch:
+        inputs, targets = jnp.array(self.sizes.prompts()), jnp.array(self.sizes.outputs())
+        return Batch(
+            inputs=inputs,
+            inputs_mask=jnp.ones(inputs.shape, bool),
+            targets=targets,
+            loss_weights=jnp.ones(targets.shape),
+            example_id=jnp.arange(len(inputs)),
+        )
+
+    def next_key(self) -> jax.Array:
+        """A key of its own for every step."""
+        self.num_steps += 1
+        return jax.random.fold_in(jax.random.key(3), self.num_steps)
+
+    def step(self, *, on_policy: bool) -> None:
+        """One step of training; returns when the new parameters are there."""
+        batch = self.batch
+        if on_policy:
+            batch = self.rollout_fn(self.state.params, batch, self.next_key())
+            batch = runtime.without_log_probs(batch)
+        self.state, _ = self.step_fn(self.state, self.teacher_params, batch, self.next_key())
+        jax.block_until_ready(self.state)
+
+    def parts(self) -> dict[str, Callable[[], Any]]:
+        """The parts of a step, each alone."""
+        student, teacher, batch = self.student, self.teacher, self.batch
+        hidden_shape = jax.eval_shape(student.hidden_states, self.state.params, batch)
+        cotangent = jnp.ones(hidden_shape.shape)
+        weights = final_weights(batch.loss_weights, reduction=OBJECTIVE.reduction)
+
+        def student_layers(params: Any, cotangent: Any) -> Any:
+            hidden, pullback = jax.vjp(lambda p: student.hidden_states(p, batch), params)
+            return hidden, pullback(cotangent)[0]
+
+        def loss(hidden: Any, head: Any, of_teacher: Any) -> Any:
+            return fused_weighted_loss(
+                OBJECTIVE,
+                student=Predictions(hidden, head, student.unembed),
+                teacher=Predictions(*of_teacher, teacher.unembed),
+                targets=batch.targets,
+                weights=weights,
+            )[0]
+
+        def update(params: Any, opt_state: Any, grads: Any) -> Any:
+            updates, opt_state = OPTIMIZER.build().update(grads, opt_state, params)
+            return jax.tree.map(jnp.add, params, updates), opt_state
+
+        student_fn, teacher_fn = jax.jit(student_layers), jax.jit(teacher.hidden_states)
+        loss_fn = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        update_fn = jax.jit(update, donate_argnums=(0, 1))
+        hidden = student_fn(self.state.params, cotangent)[0]
+        of_teacher = (
+            teacher_fn(self.teacher_params, batch),
+            teacher.head(self.teacher_params),
+        )
+        params = jax.tree.map(jnp.copy, self.state.params)
+        grads = jax.tree.map(lambda leaf: 1e-3 * leaf, params)
+        updated = [params, OPTIMIZER.build().init(params)]
+
+        def one_update() -> None:
+            updated[:] = update_fn(*updated, grads)
+            jax.block_until_ready(updated)
+
+        def run(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+            return lambda: jax.block_until_ready(function(*arguments))
+
+        head = student.head(self.state.params)
+        head = jax.tree.map(jnp.copy, head)  # The state's own are donated by the next step.
+        params = jax.tree.map(jnp.copy, self.state.params)
+        return {
+            "rollout": run(self.rollout_fn, params, batch, jax.random.key(4)),
+            "greedy rollout": run(self.greedy_fn, params, batch, jax.random.key(4)),
+            "teacher's layers": run(teacher_fn, self.teacher_params, batch),
+            "student's layers and gradient": run(student_fn, params, cotangent),
+            "heads, divergence and gradient": run(loss_fn, hidden, head, of_teacher),
+            "AdamW": one_update,
+        }
+
+
+def count_parameters(params: Any) -> int:
+    """Numbers in a tree of arrays or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def flops(sizes: Sizes) -> dict[str, float]:
+    """Operations of the matrix products in each part: 2 a parameter and token, attention too.
+
+    Gradients cost twice the forward pass. Encoder layers see the prompt, decoder layers the
+    output; keys and values of the prompt are the decoder's parameters but see the prompt.
+    """
+
+    def layers(model: T5) -> float:
+        config = model.config
+        params = count_parameters(model.abstract_params()) - config.vocab_size * config.emb_dim
+        # Prompts and outputs are taken to be of one length, so it does not matter which a
+        # parameter sees.
+        tokens = sizes.batch_size * sizes.output
+        width = config.num_heads * config.head_dim
+        attention = 3 * config.num_decoder_layers * 4 * width * sizes.output
+        return tokens * (2.0 * params + attention)
+
+    def head(model: T5) -> float:
+        tokens = sizes.batch_size * sizes.output
+        return 2.0 * tokens * model.config.vocab_size * model.config.emb_dim
+
+    student, teacher = student_and_teacher(sizes)
+    rollout = layers(student) + head(student)
+    return {
+        "rollout": rollout,
+        "greedy rollout": rollout,
+        "teacher's layers": layers(teacher),
+        "student's layers and gradient": 3 * layers(student),
+        "heads, divergence and gradient": 3 * head(student) + head(teacher),
+        "AdamW": 0.0,
+    }
+
+
+def matrix_product() -> tuple[Callable[[], Any], float]:
+    """A large matrix product and its operations: the speed that a floor is stated at."""
+    left, right = jnp.ones((1024, 1024)), jnp.ones((1024, 4096))
+    product = jax.jit(jnp.matmul)
+    return lambda: jax.block_until_ready(product(left, right)), 2.0 * 1024 * 1024 * 4096
+
+
+def serve(sizes: Sizes, *, on_policy: bool) -> None:
+    """Steps on request, for a race with peers."""
+    work = Work(sizes)
+    work.step(on_policy=on_policy)
+    steps = timing.StepsOnRequest()
+    while steps.wait():
+        work.step(on_policy=on_policy)
+        steps.answer()
+
+
+def report(sizes: Sizes, *, num_threads: int, repeats: int) -> str:
+    """The table of a step and its parts."""
+    work = Work(sizes)
+    product, product_flops = matrix_product()
+    contestants = {
+        "step, lambda = 0": functools.partial(work.step, on_policy=False),
+        "step, lambda = 1": functools.partial(work.step, on_policy=True),
+        **work.parts(),
+        "matrix product": product,
+    }
+    times = timing.turns(contestants, repeats=repeats)
+    seconds = {name: time.seconds(num_threads) for name, time in times.items()}
+    rate = product_flops / seconds["matrix product"]
+    operations = flops(sizes)
+    whole = sum(count for name, count in operations.items() if "rollout" not in name)
+    operations["step, lambda = 0"] = whole
+    operations["step, lambda = 1"] = whole + operations["rollout"]
+    rows = []
+    for name in contestants:
+        if name == "matrix product":
+            continue
+        floor = operations[name] / rate
+        rows.append(
+            (
+                name,
+                f"{1e3 * seconds[name]:.1f}",
+                f"{seconds[name] / seconds['step, lambda = 1']:.2f}",
+                f"{operations[name] / 1e9:.1f}",
+                f"{1e3 * floor:.1f}",
+                f"{seconds[name] / floor:.2f}" if floor else "",
+            )
+        )
+    header = ("part", "ms", "of the step at lambda = 1", "GFLOP", "at the speed of matmul, ms", "ratio")
+    parameters = [count_parameters(model.abstract_params()) for model in (work.student, work.teacher)]
+    return (
+        f"{num_threads} threads, {rate / 1e9:.0f} GFLOP/s in a large matrix product; student "
+        f"{parameters[0]:,} and teacher {parameters[1]:,} parameters; peak of the process "
+        f"{timing.peak_megabytes():.0f} MB\n\n" + timing.table(header, rows)
+    )
+
+
+def main() -> None:
+    """Prints the table, or serves a race."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num_threads", type=int, help="Cores to keep to; all by default.")
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--quick", action="store_true", help="Fewer turns.")
+    parser.add_argument("--smallest", action="store_true", help="Only to see that it runs.")
+    parser.add_argument("--serve", choices=("data", "on_policy"), help="Steps on request.")
+    args = parser.parse_args()
+    repeats = args.repeats or (3 if args.quick else 8)
+    num_threads = timing.keep_to_cores(args.num_threads)
+    sizes = SMALLEST if args.smallest else Sizes()
+    if args.serve:
+        serve(sizes, on_policy=args.serve == "on_policy")
+    else:
+        print(report(sizes, num_threads=num_threads, repeats=repeats), flush=True)
+
+
+if __name__ == "__main__":
+    main()
