@@ -117,9 +117,23 @@ def memory_table(cases: tuple[Case, ...]) -> str:
         plain, chunks = (temporary_megabytes(compile_loss(form, case)) for form in FORMS.values())
         head = 4 * case.student_dim * case.vocab_size / 1e6
         rows.append(
-            (*case.columns(), f"{plain:.0f}", f"{chunks:.0f}", f"{head:.0f}", f"1/{plain / chunks:.0f}")
+            (
+                *case.columns(),
+                f"{plain:.0f}",
+                f"{chunks:.0f}",
+                f"{head:.0f}",
+                f"1/{plain / chunks:.0f}",
+            )
         )
-    header = ("V", "B*T", "D", "plain, MB", "fused, MB", "of which the head's gradient", "fused/plain")
+    header = (
+        "V",
+        "B*T",
+        "D",
+        "plain, MB",
+        "fused, MB",
+        "of which the head's gradient",
+        "fused/plain",
+    )
     return timing.table(header, rows)
 
 

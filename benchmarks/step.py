@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import timing
 from work import SMALLEST, Llama, Sizes
 
@@ -61,6 +62,17 @@ def student_and_teacher(sizes: Sizes) -> tuple[T5, T5]:
     return t5(sizes, sizes.student, mlp_dim=304), t5(sizes, sizes.teacher, mlp_dim=768)
 
 
+def restored_params(model: T5, *, seed: int) -> Any:
+    """Random numbers made outside of JAX, as parameters from a checkpoint are."""
+    generator = np.random.default_rng(seed)
+
+    def leaf(shape: Any) -> jax.Array:
+        scale = 1.0 if len(shape.shape) == 1 else shape.shape[0] ** -0.5
+        return jnp.asarray(scale * generator.standard_normal(shape.shape, np.float32))
+
+    return jax.tree.map(leaf, model.abstract_params())
+
+
 class Work:
     """The arrays and jitted functions of one run, as training has them."""
 
@@ -72,8 +84,8 @@ class Work:
             self.student, self.teacher, OBJECTIVE, OPTIMIZER, partitioner, num_microbatches=1
         )
         self.step_fn = functions.step
-        self.state = functions.init(jax.jit(self.student.init)(jax.random.key(0)))
-        self.teacher_params = jax.jit(self.teacher.init)(jax.random.key(1))
+        self.state = functions.init(restored_params(self.student, seed=0))
+        self.teacher_params = restored_params(self.teacher, seed=1)
         self.rollout_fn = self.make_rollout(Rollout())
         self.greedy_fn = self.make_rollout(Rollout(Greedy()))
         self.batch = self._make_batch()
@@ -250,8 +262,17 @@ def report(sizes: Sizes, *, num_threads: int, repeats: int) -> str:
                 f"{seconds[name] / floor:.2f}" if floor else "",
             )
         )
-    header = ("part", "ms", "of the step at lambda = 1", "GFLOP", "at the speed of matmul, ms", "ratio")
-    parameters = [count_parameters(model.abstract_params()) for model in (work.student, work.teacher)]
+    header = (
+        "part",
+        "ms",
+        "of the step at lambda = 1",
+        "GFLOP",
+        "at the speed of matmul, ms",
+        "ratio",
+    )
+    parameters = [
+        count_parameters(model.abstract_params()) for model in (work.student, work.teacher)
+    ]
     return (
         f"{num_threads} threads, {rate / 1e9:.0f} GFLOP/s in a large matrix product; student "
         f"{parameters[0]:,} and teacher {parameters[1]:,} parameters; peak of the process "

@@ -4,7 +4,7 @@ A draw costs a uniform a level of a tree over the vocabulary (three for up to 65
 instead of a random number an entry: each level picks one of 32 groups by its probability, the
 last level the entry. Uniforms are dense near 0 and cumulative sums run from small to large, so
 that an entry of any probability that float32 can hold is drawn at its own rate, and one of
-probability 0 never.
+probability 0 never. Neither cut sorts the vocabulary: see `_keep_top_k` and `_draw_top_p`.
 """
 
 import dataclasses
@@ -116,10 +116,13 @@ class Sample:
         """
         if keys is None:
             raise ValueError("Sample needs random keys; got None. Give one key a row.")
-        scaled = logits / self.temperature
-        uniforms = _dense_uniforms(keys, count=_num_levels(logits.shape[-1]))
-        kept = _truncate(scaled, top_k=self.top_k, top_p=self.top_p)
-        tokens, log_normaliser = _draw(kept, uniforms)
+        scaled = kept = logits / self.temperature
+        if self.top_k is not None and self.top_k < scaled.shape[-1]:
+            kept = _keep_top_k(scaled, self.top_k)
+        if self.top_p is not None and self.top_p < 1:
+            tokens, log_normaliser = _draw_top_p(kept, keys, self.top_p)
+        else:
+            tokens, log_normaliser = _draw(kept, _uniforms_of_draw(keys, kept))
         if kept is not scaled:
             log_normaliser = jax.nn.logsumexp(scaled, axis=-1)
         return tokens, _at(scaled, tokens) - log_normaliser
@@ -161,6 +164,10 @@ def _dense_uniforms(keys: Key[Array, " B"], *, count: int) -> Float[Array, "B n"
 def _num_levels(size: int) -> int:
     """Uniforms that a draw from `size` entries takes."""
     return 1 if size <= 2 * FANOUT else 1 + _num_levels(-(-size // FANOUT))
+
+
+def _uniforms_of_draw(keys: Key[Array, " B"], values: Float[Array, "B V"]) -> Float[Array, "B n"]:
+    return _dense_uniforms(keys, count=_num_levels(values.shape[-1]))
 
 
 def _columns(values: Float[Array, "B n"], *, fill: float) -> Float[Array, "B F m"]:
@@ -224,50 +231,68 @@ def _pick(masses: Float[Array, "B n"], uniform: Float[Array, " B"]) -> Int[Array
     return jnp.argmin(jnp.where(above, cumulative, jnp.inf), axis=-1).astype(jnp.int32)
 
 
-def _truncate(
-    scaled: Float[Array, "B V"], *, top_k: int | None, top_p: float | None
-) -> Float[Array, "B V"]:
-    """Sets all but the top-k, then all but the top-p entries to -inf."""
-    if top_k is not None and top_k < scaled.shape[-1]:
-        target = jnp.full((scaled.shape[0], 1), top_k, jnp.float32)
-        kept = _smallest_top_set(scaled, jnp.ones_like(scaled), target)
-        scaled = jnp.where(kept, scaled, -jnp.inf)
-    if top_p is not None and top_p < 1:
-        masses = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
-        target = top_p * jnp.sum(masses, axis=-1, keepdims=True)
-        scaled = jnp.where(_smallest_top_set(scaled, masses, target), scaled, -jnp.inf)
-    return scaled
+def _keep_top_k(values: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+    """Sets all but the k largest values to -inf; of equal ones the lower ids are kept.
 
-
-def _smallest_top_set(
-    values: Float[Array, "B V"], weights: Float[Array, "B V"], target: Float[Array, "B 1"]
-) -> Bool[Array, "B V"]:
-    """Finds the fewest largest values whose weights sum to the target; lower ids first.
-
-    Instead of a sort, finds the smallest value that belongs to the set bit by bit, then among
-    the entries equal to it the last id: one sum over the vocabulary a bit.
+    The k largest lie in the k groups of the largest maxima (or are equal to others that do), so
+    that what is ranked are the groups and then the entries of a few of them.
     """
-    bits = lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32)
-    # Unsigned integers in the order of the floats.
-    sign = jnp.uint32(1 << 31)
-    ranks = jnp.where(bits >= sign, ~bits, bits | sign)
-    ids = lax.broadcasted_iota(jnp.int32, values.shape, 1)
-    num_id_bits = values.shape[-1].bit_length()
+    candidates = values
+    if k * FANOUT <= values.shape[-1] // 4:
+        columns = _columns(values, fill=-jnp.inf)
+        _, groups = lax.top_k(jnp.max(columns, axis=1), k)
+        candidates = jnp.take_along_axis(columns, groups[:, None, :], axis=2)
+        candidates = candidates.reshape(values.shape[0], -1)
+    # Not the last one: XLA would take that for a reason to sort.
+    threshold = jnp.min(lax.top_k(candidates, k)[0], axis=-1, keepdims=True)
+    kept = values >= threshold
 
-    def total(kept: Bool[Array, "B V"]) -> Float[Array, "B 1"]:
-        return jnp.sum(jnp.where(kept, weights, 0.0), axis=-1, keepdims=True)
+    def without_higher_ids() -> Bool[Array, "B V"]:
+        above, equal = values > threshold, values == threshold
+        room = k - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+        return above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= room))
 
-    def lower_threshold(i: Array, threshold: Array) -> Array:
-        trial = threshold | lax.shift_right_logical(sign, i.astype(jnp.uint32))
-        return jnp.where(total(ranks >= trial) >= target, trial, threshold)
+    num_kept = jnp.sum(jnp.where(kept, 1.0, 0.0), axis=-1)
+    kept = lax.cond(jnp.any(num_kept > k), without_higher_ids, lambda: kept)
+    return jnp.where(kept, values, -jnp.inf)
 
-    zeros = jnp.zeros_like(ranks, shape=(values.shape[0], 1))
-    threshold = lax.fori_loop(0, 32, lower_threshold, zeros)
-    above, equal = ranks > threshold, ranks == threshold
 
-    def raise_last_id(i: Array, last: Array) -> Array:
-        trial = last | lax.shift_right_logical(jnp.int32(1 << (num_id_bits - 1)), i)
-        return jnp.where(total(above | (equal & (ids < trial))) < target, trial, last)
+def _draw_top_p(
+    scaled: Float[Array, "B V"], keys: Key[Array, " B"], top_p: float
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Draws from the fewest likeliest entries whose probabilities sum to `top_p`.
 
-    last_id = lax.fori_loop(0, num_id_bits, raise_last_id, zeros.astype(jnp.int32))
-    return above | (equal & (ids <= last_id))
+    Draws from all, and again while the token is not among those: it is where the entries before
+    it (the likelier ones, and equal ones of lower ids) have less than `top_p`. What was refused
+    ends the entries that are still drawn from. As all that is kept comes before it, this changes
+    no ratio between what is kept, and a row takes 1 + log(1 / top_p) draws on average or fewer.
+
+    Returns:
+      Tokens, and logsumexp(scaled) of all entries.
+    """
+    tokens, log_normaliser = _draw(scaled, _uniforms_of_draw(keys, scaled))
+    probs = jnp.exp(scaled - log_normaliser[:, None])
+    ids = lax.broadcasted_iota(jnp.int32, scaled.shape, 1)
+
+    def come_before(tokens: Int[Array, " B"]) -> Bool[Array, "B V"]:
+        values = _at(scaled, tokens)[:, None]
+        return (scaled > values) | ((scaled == values) & (ids < tokens[:, None]))
+
+    def is_kept(tokens: Int[Array, " B"]) -> Bool[Array, " B"]:
+        return jnp.sum(jnp.where(come_before(tokens), probs, 0.0), axis=-1) < top_p
+
+    def draw_again(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        draws, tokens, kept = carry
+        new_keys = position_keys(keys, draws)
+        left = jnp.where(come_before(tokens), scaled, -jnp.inf)
+        # A row that is done may have nothing left, and its draw is not used.
+        left = jnp.where(kept[:, None], scaled, left)
+        again, _ = _draw(left, _uniforms_of_draw(new_keys, scaled))
+        tokens = jnp.where(kept, tokens, again)
+        return draws + 1, tokens, is_kept(tokens) | is_broken
+
+    # A row with NaN has no such entries, and must not be drawn from for ever.
+    is_broken = ~jnp.isfinite(log_normaliser)
+    carry = (jnp.ones((), jnp.int32), tokens, is_kept(tokens) | is_broken)
+    _, tokens, _ = lax.while_loop(lambda carry: ~jnp.all(carry[2]), draw_again, carry)
+    return tokens, log_normaliser
