@@ -1,4 +1,4 @@
-"""What both TRL trainers are given: random Llamas, a tokenizer, arguments, a callback that times."""
+"""What both TRL trainers are given: random Llamas, a tokenizer, arguments, and a timer."""
 
 import sys
 import tempfile

@@ -262,6 +262,23 @@ def test_chunks_shrink_with_the_vocabulary():
     assert fused.chunk_positions(1 << 24, 100, platform="cpu") == 8
 
 
+def test_groups_stay_in_a_cache_on_a_cpu_alone():
+    vocabs = (100, 32_128, 262_144)
+    on_cpu = [fused.group_positions(vocab, 16, platform="cpu") for vocab in vocabs]
+    assert on_cpu == [16, 8, 2]
+    assert fused.group_positions(32_128, 1, platform="cpu") == 1
+    assert fused.group_positions(32_128, 128, platform="tpu") == 128
+
+
+def test_groups_that_do_not_divide_a_chunk(small_chunks, monkeypatch):
+    monkeypatch.setattr(fused, "GROUP_ENTRIES", 3 * V)
+    arrays, objective = make_arrays(3), Objective(GeneralizedJSD(0.1), z_loss=1e-3)
+    plain, chunks = (
+        jax.jit(make_loss(form, objective))(arrays) for form in (weighted_loss, fused_weighted_loss)
+    )
+    assert_close(chunks, plain)
+
+
 def test_evaluation_without_gradients_is_the_same():
     arrays = make_arrays(1)
     objective = Objective(ReverseKL(), student_temperature=2.0, teacher_temperature=0.5)

@@ -13,6 +13,7 @@ from gkd_jax.sampling.methods import (
     Greedy,
     Sample,
     _dense_uniforms,
+    _keep_top_k,
     _num_levels,
     _pick,
     position_keys,
@@ -163,6 +164,41 @@ def test_top_k_ties_keep_the_lowest_ids():
     logits = np.array([0.0, 1.0, 0.5, 0.5, 0.5, 0.5], np.float32)
     tokens, _ = draw(Sample(top_k=3), logits, 4_000)
     assert set(tokens) == {1, 2, 3}
+
+
+def test_top_k_of_a_large_vocabulary():
+    """Groups are ranked first: of equal values in and across groups the lowest ids are kept."""
+    vocab_size = 5 * FANOUT * 4
+    rng = np.random.default_rng(0)
+    for distinct in (7, vocab_size):
+        logits = rng.integers(0, distinct, (20, vocab_size)).astype(np.float32) / 4 - 1
+        logits[:10, ::3] = -np.inf
+        kept = np.isfinite(jax.jit(lambda x: _keep_top_k(x, 5))(logits))
+        wanted = np.zeros_like(kept)
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+        np.put_along_axis(wanted, order, True, axis=1)
+        np.testing.assert_array_equal(kept, wanted)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.9])
+def test_top_p_of_a_long_tail(top_p):
+    logits = long_tail(4 * FANOUT + 5, seed=4)
+    probs = softmax64(logits)
+    order = np.argsort(-probs)
+    kept = order[: 1 + int(np.sum(np.cumsum(probs[order]) < top_p))]
+    tokens, _ = draw(Sample(top_p=top_p), logits, 4_000)
+    wanted = np.zeros_like(probs)
+    wanted[kept] = probs[kept]
+    assert set(tokens) <= set(kept)
+    assert_frequencies(tokens, wanted / wanted.sum())
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, np.inf])
+def test_top_p_ends_on_rows_that_are_no_distribution(bad):
+    logits = np.zeros((2, 70), np.float32)
+    logits[0] = bad
+    tokens, _ = jax.jit(Sample(top_p=0.5).choose)(logits, keys=jax.random.split(jax.random.key(0)))
+    assert 0 <= tokens[1] < 35
 
 
 @pytest.mark.parametrize(
