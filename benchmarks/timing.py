@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import random
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -154,8 +154,11 @@ class StepsOnRequest:
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process has had, as the system counts it (MB of 10^6 bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    """The most memory that this program has had, as Linux counts it (MB of 10^6 bytes)."""
+    # Not ru_maxrss, which begins with that of the program that started this one.
+    status = pathlib.Path("/proc/self/status").read_text()
+    (kilobytes,) = re.findall(r"VmHWM:\s*(\d+) kB", status)
+    return int(kilobytes) * 1024 / 1e6
 
 
 def keep_to_cores(num_threads: int | None) -> int:

@@ -230,11 +230,12 @@ class _Check:
 
     def _check_network(self, teacher: Teacher, vocabulary: Vocabulary) -> None:
         student, collecting = self._experiment.student, self.problems.collecting
+        is_known = teacher.vocabulary is not None
         with collecting():
-            is_known = self._check_checkpoint(
+            is_known |= self._check_checkpoint(
                 "Teacher.checkpoint", teacher.checkpoint, teacher.model, vocabulary
             )
-            is_known = is_known or teacher.vocabulary is not None
+        with collecting():
             check_padding(student.model, teacher, vocabulary, is_known=is_known)
         with collecting():
             check_vocab_size(teacher.model, vocabulary, whose="teacher")

@@ -123,7 +123,7 @@ class Trainer:
         )
         functions = make_functions(experiment.objective)
         # The same function where no reward joins the divergence.
-        self._on_policy_step_fn = make_functions(on_policy_objective(experiment)).step
+        self.on_policy_step_fn = make_functions(on_policy_objective(experiment)).step
         self._scorer = make_scorer(experiment, dataset)
         self.abstract_state: PyTree[jax.ShapeDtypeStruct] = functions.abstract_state
         self._init_fn, self.step_fn = functions.init, functions.step
@@ -196,7 +196,7 @@ class Trainer:
             else:
                 batch = sampled
         key = make_key(seed, Purpose.DROPOUT, step)
-        step_fn = self._on_policy_step_fn if kind == "on_policy" else self.step_fn
+        step_fn = self.on_policy_step_fn if kind == "on_policy" else self.step_fn
         state, groups[kind] = step_fn(state, self.teacher_params, batch, key)
         return state, groups
 

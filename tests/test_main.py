@@ -194,7 +194,7 @@ _WRONG = {
     "unexpected argument": (["x.gin"], "--gin_file"),
     "study mode without a study": (
         ["--gin.MODEL_DIR='x'", "--run_mode=study"],
-        "set it to train, eval or generate",
+        "set it to train, eval, generate or store_teacher",
     ),
 }
 

@@ -209,7 +209,7 @@ def test_replayed_steps_draw_other_outputs_and_other_noise(tiny_teacher, tmp_pat
             keys.append(jax.random.key_data(key).tobytes())
             return state, {"target_tokens": (jnp.float32(1), jnp.float32(1))}
 
-        self.step_fn = keep
+        self.step_fn = self.on_policy_step_fn = keep
         return original(self, state, batch, step)
 
     monkeypatch.setattr(train.Trainer, "step", step)

@@ -281,7 +281,7 @@ def test_steps_at_the_same_prompt_draw_other_noise(tiny_teacher, tmp_path, monke
             samples[step].append(np.asarray(batch.targets))
             return state, {"target_tokens": (1.0, 1.0)}
 
-        self.step_fn = keep
+        self.step_fn = self.on_policy_step_fn = keep
         # The examples' numbers are part of the noise too: here the step alone makes it differ.
         batch = batch.replace(example_id=jnp.arange(small_runs.BATCH_SIZE, dtype=jnp.int32))
         result = original(self, state, batch, step)
