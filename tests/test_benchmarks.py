@@ -21,6 +21,12 @@ while steps.wait():
 """
 
 
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Benchmarks run as a user runs them: without the eight simulated devices of other tests."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+
+
 @pytest.fixture
 def load(monkeypatch):
     """Imports a module of the benchmarks' folder."""
