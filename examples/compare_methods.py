@@ -7,7 +7,8 @@
 Each method is a file of gin_configs/methods, given after the recipe; every run is a command of its
 own, which is printed. `{seed}` within a binding becomes the run's seed. What is finished is not run
 again. SeqKD first lets the teacher write its outputs; `--same_size_teacher` names the checkpoint of
-a better student, without which self_distillation is left out.
+a better student, without which self_distillation is left out. So is stored_teacher, which is
+supervised KD by another way.
 """
 
 import argparse
@@ -69,24 +70,28 @@ def score(folder: pathlib.Path, metric: str) -> tuple[float, float, float] | Non
     return first[f"eval/{metric}"], last[f"eval/{metric}"], last[f"eval/{metric}_se"]
 
 
+def default_methods(flags: argparse.Namespace) -> list[str]:
+    """All that need no more than the recipe and these flags."""
+    left_out = {"stored_teacher"}
+    if not flags.same_size_teacher:
+        left_out.add("self_distillation")
+    return sorted({path.stem for path in METHODS.glob("*.gin")} - left_out)
+
+
 def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gin_file", action="append", required=True, help="the recipe")
     parser.add_argument("--metric", required=True, help="the score to compare, e.g. bleu")
     parser.add_argument("--model_dir", required=True, help="a folder in it for each run")
-    parser.add_argument("--methods", help="names, with commas; default: all of gin_configs/methods")
+    parser.add_argument("--methods", help="names, with commas; default: all")
     parser.add_argument("--seeds", default="0", help="numbers, with commas")
     parser.add_argument("--same_size_teacher", help="the teacher of self_distillation")
     flags, flags.bindings = parser.parse_known_args()
     for binding in flags.bindings:
         if not binding.startswith("--gin."):
             parser.error(f"unknown argument {binding}; bindings are --gin.NAME=value")
-    methods = sorted(path.stem for path in METHODS.glob("*.gin"))
-    if flags.methods:
-        methods = flags.methods.split(",")
-    elif not flags.same_size_teacher:
-        methods.remove("self_distillation")
+    methods = flags.methods.split(",") if flags.methods else default_methods(flags)
     seeds = [int(seed) for seed in flags.seeds.split(",")]
 
     table: list[str] = []

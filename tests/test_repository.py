@@ -1,5 +1,7 @@
 """The repository as a whole: gin files, packaging, and what must not be in it."""
 
+import argparse
+import importlib
 import pathlib
 import re
 import subprocess
@@ -84,6 +86,28 @@ def test_gin_file_builds_all_that_it_names(name, monkeypatch):
     again = gin_utils.parse_text(config.text, roots=(config.root,), name="config.gin")
     assert again.settings == config.settings
     assert again.build() == experiment
+
+
+def test_methods_that_are_compared_need_no_more_than_the_recipe(monkeypatch):
+    """`examples/compare_methods.py` builds what it runs by default."""
+    monkeypatch.syspath_prepend(str(_ROOT / "examples"))
+    compare = importlib.import_module("compare_methods")
+    flags = argparse.Namespace(
+        gin_file=["gin_configs/arithmetic.gin"],
+        bindings=["--gin.INITIAL_CHECKPOINT_PATH='none'"],
+        model_dir="none",
+        same_size_teacher="none",
+    )
+    monkeypatch.setattr(compare, "run", lambda arguments: None)
+    methods = compare.default_methods(flags)
+    assert {"minillm", "self_distillation", "seqkd"} < set(methods)
+    for method in methods:
+        arguments = compare.method_flags(flags, method, seed=0)[3:]
+        files = [one.partition("=")[2] for one in arguments if one.startswith("--gin_file=")]
+        settings = [one.removeprefix("--gin.") for one in arguments if one.startswith("--gin.")]
+        gin_utils.parse(
+            roots=(Experiment,), gin_files=files, bindings=[*settings, "MODEL_DIR='none'"]
+        ).build()
 
 
 def test_every_part_is_included_by_a_gin_file():
