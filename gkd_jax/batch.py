@@ -45,6 +45,8 @@ class Batch:
         with no gradient to whatever they were made from. 0 where `loss_weights` is.
       importance: factor of each token's loss where outputs were drawn from another distribution
         than the student's; it is no part of what a mean divides by.
+      component: number of the source in the data's mixture that an example comes from, where
+        teachers are chosen by it.
       stored_teacher: what a store holds of the teacher for `targets`, where one teaches.
     """
 
@@ -56,4 +58,5 @@ class Batch:
     sample_log_probs: Float[Array, "B T"] | None = None
     advantages: Float[Array, "B T"] | None = None
     importance: Float[Array, "B T"] | None = None
+    component: Int[Array, " B"] | None = None
     stored_teacher: TeacherDistributions | None = None

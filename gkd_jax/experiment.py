@@ -7,6 +7,7 @@ from typing import Any
 
 from gkd_jax.data.pipeline import DatasetConfig
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.models.config import DTYPES
 from gkd_jax.models.narrowed import narrowed
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective
@@ -203,6 +204,32 @@ class Storing:
 
 
 @dataclasses.dataclass(frozen=True)
+class Export:
+    """What `--run_mode=export` writes: the student as a Hugging Face checkpoint.
+
+    Attributes:
+      output: the local directory to make, which does not exist yet.
+      dtype: of the weights, 'bfloat16' or 'float32'.
+      tokenizer: directory of a checkpoint whose tokenizer files are copied; None takes those of
+        the training's vocabulary.
+      shard_bytes: most bytes of a file of weights.
+    """
+
+    output: str
+    dtype: str = "bfloat16"
+    tokenizer: str | None = None
+    shard_bytes: int = 5_000_000_000
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "shard_bytes")
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"Export.dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}. Set it to "
+                "one of them."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """One run, complete.
 
@@ -225,6 +252,7 @@ class Experiment:
       evaluation: what is measured on held-out examples; None for nothing.
       generation: what `--run_mode=generate` writes.
       storing: what `--run_mode=store_teacher` writes.
+      export: what `--run_mode=export` writes.
       partitioner: the device mesh and the rules that shard arrays over it.
       num_microbatches: parts of the batch whose gradients are added up before an update.
       checkpoints: when states are saved and which are kept.
@@ -248,6 +276,7 @@ class Experiment:
     evaluation: Evaluation | None = None
     generation: Generation | None = None
     storing: Storing | None = None
+    export: Export | None = None
     partitioner: Partitioner = dataclasses.field(default_factory=Partitioner)
     num_microbatches: int = 1
     checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)

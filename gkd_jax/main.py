@@ -36,7 +36,7 @@ _GIN_SEARCH_PATHS = flags.DEFINE_list(
 _RUN_MODE = flags.DEFINE_enum(
     "run_mode",
     None,
-    ["train", "eval", "generate", "store_teacher", "study"],
+    ["train", "eval", "generate", "store_teacher", "export", "study"],
     "What to do. Default: study if the gin files bind a Study, else train.",
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything, print the plan and stop.")
@@ -118,7 +118,11 @@ def _choose_run_mode(*, binds_study: bool) -> str:
         bound = "a Study" if binds_study else "an Experiment"
         raise ValueError(
             f"--run_mode={run_mode} does not suit the gin files, which bind {bound}. Leave it out"
-            + ("." if binds_study else ", or set it to train, eval, generate or store_teacher.")
+            + (
+                "."
+                if binds_study
+                else ", or set it to train, eval, generate, store_teacher or export."
+            )
         )
     return run_mode
 
@@ -158,6 +162,10 @@ def _call(run_mode: str, experiment: Any, *, before_start: Callable[[], None]) -
         from gkd_jax import store_teacher
 
         return f"written: {store_teacher.store_teacher(experiment)}"
+    if run_mode == "export":
+        from gkd_jax import export
+
+        return f"written: {export.export(experiment)}"
     from gkd_jax import train
 
     scores_at_end = train.train(experiment, before_start=before_start).scores

@@ -2,6 +2,7 @@
 
 from gkd_jax.data.pipeline import MAX_EXAMPLE_ID
 from gkd_jax.experiment import Experiment
+from gkd_jax.models.combined import RoutedModel
 from gkd_jax.objectives.divergences import ReverseKL
 from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
 from gkd_jax.rewards import RewardMix
@@ -32,6 +33,11 @@ def check_policy(experiment: Experiment) -> None:
         raise ValueError(
             f"Rollout.policy = {policy} asks the teacher for its next token; got {teacher}, which "
             "holds what it said of the data's outputs. Set Rollout.policy to None."
+        )
+    if isinstance(network, RoutedModel):
+        raise ValueError(
+            f"Rollout.policy = {policy} asks the teacher for its next token; got RoutedTeachers, "
+            "which score outputs only. Set Rollout.policy to None."
         )
     policy.combine(student, network)
     _check_not_estimated(experiment, f"Rollout.policy = {policy}", "Rollout.policy")

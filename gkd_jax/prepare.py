@@ -13,13 +13,16 @@ from gkd_jax.checkpoints import load
 from gkd_jax.data.pipeline import Dataset, DatasetConfig
 from gkd_jax.data.vocabularies import Vocabulary, check_same_vocabulary
 from gkd_jax.experiment import Experiment
+from gkd_jax.export_checks import check_export
+from gkd_jax.hf_checks import check_same_config, check_same_tokenizer
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.models.combined import RoutedModel
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
 from gkd_jax.output_checks import check_policy, check_replay, check_reward
 from gkd_jax.rewards import RewardMix
 from gkd_jax.sampling.methods import Sample
-from gkd_jax.store_checks import attach_stored_teacher, check_stored_teacher, storing_of
+from gkd_jax.store_checks import attach_teacher, check_stored_teacher, storing_of
 from gkd_jax.teachers import Teacher
 from gkd_jax.vocabulary_checks import check_padding, check_vocab_size, describe_padding
 
@@ -77,7 +80,7 @@ def prepare(
 
     Args:
       experiment: what is to run.
-      run_mode: 'train', 'eval', 'generate' or 'store_teacher': decides what is needed.
+      run_mode: 'train', 'eval', 'generate', 'store_teacher' or 'export': decides what is needed.
       made_before: folders of checkpoints that other runs will have made by then, and the models
         in them: they need not exist yet.
 
@@ -93,6 +96,7 @@ def prepare(
         "eval": check.evaluate,
         "generate": check.generate,
         "store_teacher": check.store_teacher,
+        "export": check.export,
     }
     checks[run_mode]()
     check.problems.raise_if_any()
@@ -169,6 +173,11 @@ class _Check:
                 f"{experiment.teacher}. Set Experiment.teacher to one with a model, or "
                 "Generation.model to 'student'."
             )
+        elif isinstance(experiment.teacher_model, RoutedModel):
+            self.problems.texts.append(
+                "Generation.model = 'teacher' needs one that writes; got RoutedTeachers, which "
+                "score outputs only. Set Experiment.teacher to one of them."
+            )
         else:
             self._check_teacher_to_use(generation.data.vocabulary)
 
@@ -183,10 +192,18 @@ class _Check:
                 _check_writable("Storing.output", folder, remedy="Set it to a folder in")
             self._check_teacher_to_use(storing.data.vocabulary)
 
+    def export(self) -> None:
+        """A trained student, an architecture that can hold it, and where it goes."""
+        experiment, collecting = self._experiment, self.problems.collecting
+        with collecting():
+            folder = check_export(experiment)
+            _check_writable("Export.output", folder, remedy="Set it to a directory in")
+        self._check_student_to_use(experiment.train_data.vocabulary)
+
     def _open(self, name: str, config: DatasetConfig, num_microbatches: int = 1) -> None:
         with self.problems.collecting():
             self.opened[name] = Dataset(config)
-            attach_stored_teacher(self._experiment, name, self.opened[name])
+            attach_teacher(self._experiment, name, self.opened[name])
         with self.problems.collecting():
             self._experiment.partitioner.check_batch_size(config.batch_size, num_microbatches)
 
@@ -272,6 +289,9 @@ class _Check:
             info = load.check_compatible(path, model.abstract_params())
         except (ValueError, OSError) as error:
             raise ValueError(f"{setting}: {error}") from error
+        if info.kind == "hf":
+            check_same_config(setting, path, model)
+            return check_same_tokenizer(info.folder, vocabulary, setting=setting)
         trained_with = info.host.get("vocabulary")
         if trained_with is not None and trained_with["fingerprint"] != vocabulary.fingerprint:
             raise ValueError(

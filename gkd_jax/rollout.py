@@ -73,7 +73,7 @@ def sample_outputs(
     Returns:
       A batch of B * num_samples rows, prompt-major, with `targets`, `loss_weights` (1 up to and
       including the end of an output, all 1 where it did not end, 0 on filler rows) and
-      `sample_log_probs`. `example_id` repeats with its prompt.
+      `sample_log_probs`. `example_id` and `component` repeat with their prompt.
 
     Raises:
       ValueError: as `gkd_jax.sampling.decode.decode`.
@@ -92,8 +92,8 @@ def sample_outputs(
         num_samples=rollout.num_samples,
         chunk_size=rollout.chunk_size,
     )
-    inputs, inputs_mask, example_id = repeat_rows(
-        (batch.inputs, batch.inputs_mask, batch.example_id), rollout.num_samples
+    inputs, inputs_mask, example_id, component = repeat_rows(
+        (batch.inputs, batch.inputs_mask, batch.example_id, batch.component), rollout.num_samples
     )
     return Batch(
         inputs=inputs,
@@ -102,6 +102,7 @@ def sample_outputs(
         loss_weights=decoded.weights,
         example_id=example_id,
         sample_log_probs=decoded.log_probs,
+        component=component,
     )
 
 

@@ -205,6 +205,8 @@ def abstract_rollout(experiment: Experiment) -> PyTree[jax.ShapeDtypeStruct]:
         "loss_weights": jax.ShapeDtypeStruct(targets, jnp.float32),
         "example_id": jax.ShapeDtypeStruct(inputs[:1], jnp.int32),
     }
+    if experiment.teacher is not None and experiment.teacher.num_components is not None:
+        shapes["component"] = shapes["example_id"]
     return Batch(**shapes)
 
 

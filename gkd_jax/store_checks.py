@@ -22,20 +22,29 @@ def check_stored_teacher(experiment: Experiment) -> None:
         )
 
 
-def attach_stored_teacher(experiment: Experiment, name: str, dataset: Dataset) -> None:
-    """Lets a data set's batches hold the stored teacher, if there is one for them.
+def attach_teacher(experiment: Experiment, name: str, dataset: Dataset) -> None:
+    """Lets a data set's batches hold what the teacher reads in them.
+
+    That is the stored teacher, if there is one for them, or which source of a mixture each
+    example comes from.
 
     Args:
       experiment: whose teacher it is.
-      name: 'train_data' or 'eval_data'; others have none.
+      name: 'train_data', 'eval_data' or 'storing_data'; of others no teacher reads anything.
       dataset: opened.
 
     Raises:
       FileNotFoundError, ValueError: there is no such store, or it does not fit the data, the
-        student, the temperature or the divergence.
+        student, the temperature or the divergence; or the data are not such a mixture.
     """
     teacher, objective = experiment.teacher, experiment.objective
-    if teacher is None or not objective.divergence.needs_teacher:
+    if teacher is None:
+        return
+    if teacher.num_components is not None and (
+        name == "storing_data" or (name != "generation_data" and objective.divergence.needs_teacher)
+    ):
+        dataset.use_components(teacher.num_components)
+    if not objective.divergence.needs_teacher:
         return
     if name not in ("train_data", "eval_data"):
         return

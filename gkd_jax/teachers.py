@@ -9,12 +9,12 @@ files hold what it says of the data's outputs.
 import abc
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.models.base import LanguageModel
-from gkd_jax.models.combined import MixtureModel
+from gkd_jax.models.combined import MixtureModel, RoutedModel
 from gkd_jax.models.narrowed import narrowed
 
 
@@ -59,6 +59,11 @@ class AbstractTeacher(abc.ABC):
     @property
     def average_decay(self) -> float | None:
         """The decay of the average that the run keeps in its state; None for no average."""
+        return None
+
+    @property
+    def num_components(self) -> int | None:
+        """How many sources the data's mixture has, where they decide who teaches; else None."""
         return None
 
     def store_for(self, data: str) -> str | None:
@@ -129,17 +134,7 @@ class TeacherMixture(AbstractTeacher):
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        # Lists, as gin gives them, could not be hashed.
-        object.__setattr__(self, "teachers", tuple(self.teachers))
-        if not self.teachers:
-            raise ValueError("TeacherMixture.teachers is empty. Give at least one Teacher.")
-        for teacher in self.teachers:
-            if not isinstance(teacher, Teacher):
-                raise ValueError(
-                    f"TeacherMixture.teachers must each be a Teacher; got {teacher!r}. Give its "
-                    "model and checkpoint as a Teacher; a teacher made from the student itself "
-                    "cannot be part of a mixture."
-                )
+        object.__setattr__(self, "teachers", _checked_teachers(type(self), self.teachers))
         weights = self.weights
         if weights is None:
             weights = (1.0,) * len(self.teachers)
@@ -177,6 +172,73 @@ class TeacherMixture(AbstractTeacher):
         common = min(student.vocab_size, *self.vocab_sizes)
         models = tuple(narrowed(teacher.model, common) for teacher in self.teachers)
         return MixtureModel(models, self.shares)
+
+    def restore(
+        self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]
+    ) -> Any:
+        """The parameters of each network, in their order."""
+        del initial_student
+        return tuple(network(teacher) for teacher in self.teachers)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedTeachers(AbstractTeacher):
+    """Several frozen networks, each of which teaches its own sources of the data's mixture.
+
+    The training's and the evaluation's data are a `data.mixtures.Mixture`. All networks are in
+    memory, and all of them run on every batch, whose rows may belong to any.
+
+    Attributes:
+      teachers: the networks, over one vocabulary.
+      routes: for each of the mixture's sources, in order, the number of its teacher; None where
+        there are as many sources as teachers.
+
+    Raises:
+      ValueError: there are no teachers, one is no `Teacher`, or a route leads to none.
+    """
+
+    teachers: tuple[Teacher, ...]
+    routes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "teachers", _checked_teachers(type(self), self.teachers))
+        count = len(self.teachers)
+        routes = tuple(range(count)) if self.routes is None else tuple(self.routes)
+        object.__setattr__(self, "routes", routes)
+        if set(routes) != set(range(count)):
+            raise ValueError(
+                f"RoutedTeachers.routes must name teachers from 0 to {count - 1}, each at least "
+                f"once; got {routes}. Give the number of its teacher for each source of the "
+                "mixture, and leave out a teacher that has none."
+            )
+
+    @property
+    def num_components(self) -> int:
+        """The length of `routes`."""
+        assert self.routes is not None
+        return len(self.routes)
+
+    def source(self, start: str) -> str:
+        """Each checkpoint with the sources that it teaches."""
+        del start
+        assert self.routes is not None
+        parts = []
+        for number, teacher in enumerate(self.teachers):
+            own = [str(source) for source, route in enumerate(self.routes) if route == number]
+            parts.append(f"{teacher.checkpoint} (of source {', '.join(own)})")
+        return "; ".join(parts)
+
+    @property
+    def vocab_sizes(self) -> tuple[int, ...]:
+        """Those of all models."""
+        return tuple(teacher.model.vocab_size for teacher in self.teachers)
+
+    def model_for(self, student: LanguageModel) -> LanguageModel:
+        """All models, over the entries that all have, and which of them each row has."""
+        assert self.routes is not None
+        common = min(student.vocab_size, *self.vocab_sizes)
+        models = tuple(narrowed(teacher.model, common) for teacher in self.teachers)
+        return RoutedModel(models, self.routes)
 
     def restore(
         self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]
@@ -323,6 +385,22 @@ class StoredTeacher(AbstractTeacher):
     def store_for(self, data: str) -> str | None:
         """The two paths."""
         return {"train_data": self.path, "eval_data": self.evaluation_path}[data]
+
+
+def _checked_teachers(owner: type, teachers: Iterable[object]) -> tuple[Teacher, ...]:
+    """Networks as a tuple: a list, as gin gives it, could not be hashed."""
+    checked = []
+    for teacher in teachers:
+        if not isinstance(teacher, Teacher):
+            raise ValueError(
+                f"{owner.__name__}.teachers must each be a Teacher; got {teacher!r}. Give its "
+                "model and checkpoint as a Teacher; a teacher made from the student itself "
+                "cannot be one of several."
+            )
+        checked.append(teacher)
+    if not checked:
+        raise ValueError(f"{owner.__name__}.teachers is empty. Give at least one Teacher.")
+    return tuple(checked)
 
 
 def _is_number(value: object) -> bool:

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Makes an environment of its own in .venv, checks the code and runs the tests.
 #   bash tests/run.sh        the fast tests
-#   bash tests/run.sh --all  all of them
+#   bash tests/run.sh --all  all of them, and comparisons with transformers, which it then installs
 # It needs Python 3.11 or newer (PYTHON=python3.12 names another one). Tests on external data run
 # where GKD_JAX_DATA names its folder, and say that they were skipped elsewhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 tier=(-m "not slow")
+requirements=requirements-dev.txt
 if [ "${1:-}" = "--all" ]; then
   tier=()
+  requirements=requirements-parity.txt
 elif [ $# -gt 0 ]; then
   echo "unknown argument: $1 (only --all is known)" >&2
   exit 2
@@ -21,7 +23,7 @@ if ! [ -x "$python" ]; then
   "${PYTHON:-python3}" -m venv .venv
 fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-"$python" -m pip install --quiet -r requirements-dev.txt
+"$python" -m pip install --quiet -r "$requirements"
 "$python" -m pip install --quiet --no-deps -e .
 
 "$python" -m ruff check .

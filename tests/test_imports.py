@@ -23,6 +23,9 @@ _FLOORS = {
     "evaluate": 4,
     "generate": 4,
     "store_teacher": 4,
+    "export": 4,
+    "export_checks": 4,
+    "hf_checks": 4,
     "study": 4,
     "dry_run": 4,
     "experiment": 4,
@@ -55,6 +58,8 @@ _FLOORS = {
     "metrics.score": 1,
     "models.base": 0,
     "models.config": 0,
+    "models.decoder_config": 0,
+    "hub": 0,
     "batch": 0,
     "array_types": 0,
 }
@@ -75,6 +80,10 @@ _LAZY = {
     "matplotlib",
     "tensorboard",
     "t5x",
+    "huggingface_hub",
+    "tokenizers",
+    "transformers",
+    "torch",
 }
 
 

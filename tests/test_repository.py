@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import pathlib
 import re
 import subprocess
@@ -12,6 +13,9 @@ import pytest
 from gkd_jax import gin_utils
 from gkd_jax.experiment import Experiment
 from gkd_jax.gin_reader import MissingValues
+from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.models.decoder_only import DecoderOnly
+from gkd_jax.models.families import model_to_hf
 from gkd_jax.study import Study
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -22,7 +26,11 @@ _GIN_FILES = sorted(
     for path in (_ROOT / folder).rglob("*.gin")
 )
 # Parts of other files that neither base/ nor small/ shows to be such.
-_PARTS = ("examples/multi30k/sft.gin", "examples/multi30k/task.gin")
+_PARTS = (
+    "examples/multi30k/sft.gin",
+    "examples/multi30k/task.gin",
+    "examples/stories/task.gin",
+)
 
 
 def _is_included_only(name: str) -> bool:
@@ -37,6 +45,8 @@ def _is_included_only(name: str) -> bool:
 _AFTER = {
     "gin_configs/generate.gin": "gin_configs/wmt_ende.gin",
     "gin_configs/store_teacher.gin": "gin_configs/wmt_ende.gin",
+    "gin_configs/export.gin": "gin_configs/wmt_ende.gin",
+    "gin_configs/hf.gin": "gin_configs/gsm8k.gin",
     "gin_configs/methods/seqkd.gin": "gin_configs/sft/wmt_ende.gin",
     **{
         f"gin_configs/methods/{name}.gin": "gin_configs/gsm8k.gin"
@@ -65,22 +75,35 @@ def _placeholder(name: str) -> str:
     return f"'/nowhere/{name.lower()}'"
 
 
-def _parse_with_placeholders(names: list[str]) -> gin_utils.GinConfig:
+def _parse_with_placeholders(
+    names: list[str], bindings: tuple[str, ...] = ()
+) -> gin_utils.GinConfig:
     roots = (Study, Experiment)
     files = [str(_ROOT / name) for name in names]
     try:
-        return gin_utils.parse(roots=roots, gin_files=files)
-    except MissingValues as error:
-        bindings = [f"{name} = {_placeholder(name)}" for name in error.names]
         return gin_utils.parse(roots=roots, gin_files=files, bindings=bindings)
+    except MissingValues as error:
+        missing = [f"{name} = {_placeholder(name)}" for name in error.names]
+        return gin_utils.parse(roots=roots, gin_files=files, bindings=[*bindings, *missing])
+
+
+def _checkpoints_for(names: list[str], folder: pathlib.Path) -> tuple[str, ...]:
+    """Bindings to a checkpoint whose config.json makes the models, where one does."""
+    if not any("hf.hf_model" in (_ROOT / name).read_text() for name in names):
+        return ()
+    plain = DecoderConfig(256, 16, 2, 2, 8, 16, ("full",))
+    (folder / "config.json").write_text(json.dumps(model_to_hf(DecoderOnly(plain))))
+    given = ["TEACHER_CHECKPOINT_PATH"]
+    given += ["INITIAL_CHECKPOINT_PATH"] if "gin_configs/hf.gin" in names else []
+    return tuple(f"{name} = '{folder}'" for name in given)
 
 
 @pytest.mark.parametrize("name", [name for name in _GIN_FILES if not _is_included_only(name)])
-def test_gin_file_builds_all_that_it_names(name, monkeypatch):
+def test_gin_file_builds_all_that_it_names(name, monkeypatch, tmp_path):
     """By itself, or after the file that it is meant to follow."""
     monkeypatch.chdir(_ROOT)
     before = _AFTER.get(name, name.replace("gin_configs/small/", "gin_configs/"))
-    config = _parse_with_placeholders([before, name])
+    config = _parse_with_placeholders([before, name], _checkpoints_for([before, name], tmp_path))
     experiment = config.build()
     assert isinstance(experiment, Study | Experiment)
     again = gin_utils.parse_text(config.text, roots=(config.root,), name="config.gin")

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from gkd_jax import hub
 from gkd_jax.array_types import Params, PyTree
-from gkd_jax.checkpoints import layout
+from gkd_jax.checkpoints import hf, layout
 from gkd_jax.checkpoints.manifest import (
     MANIFEST,
     CorruptCheckpointError,
@@ -24,11 +25,11 @@ class CheckpointInfo:
 
     Attributes:
       kind: 'run' (a run's directory: its last checkpoint), 'state' (one checkpoint of a run),
-        'params' (exported parameters), 't5x-native' or 't5x-orbax'.
+        'params' (exported parameters), 't5x-native', 't5x-orbax' or 'hf' (Hugging Face).
       folder: the checkpoint itself.
       step: number of updates made, where known.
       shapes: name of each parameter, such as 'decoder/norm/scale', to shape and dtype.
-      host: what its writer kept beside the arrays; empty for T5X's.
+      host: what its writer kept beside the arrays; empty for others than ours.
     """
 
     kind: str
@@ -49,7 +50,8 @@ def load_params(
 
     Args:
       path: a run's directory (its last good checkpoint is used), one `checkpoint_<step>` of it,
-        what `save_params` wrote, or a checkpoint of T5X, native or Orbax.
+        what `save_params` wrote, a checkpoint of T5X, native or Orbax, a directory of Hugging
+        Face's with safetensors, or a name on its hub.
       abstract_params: shapes, the dtypes to convert to (bfloat16 for a teacher), and shardings.
       step: of a run's directory, the checkpoint of this step only.
       part: of a run's state, the field to load: 'average' where the run keeps one.
@@ -69,6 +71,9 @@ def load_params(
 
         _check_part({}, part, folder)
         return t5x.read_t5x_params(folder, abstract_params)
+    if kind == "hf":
+        _check_part({}, part, folder)
+        return hf.read_hf_params(folder, abstract_params)
     if kind == "run":
         store = CheckpointStore(folder, read_only=True)
         folder = store.folder(store.choose(step))
@@ -94,6 +99,8 @@ def describe_checkpoint(path: epath.PathLike, *, part: str = "params") -> Checkp
     kind = _kind(folder)
     if kind.startswith("t5x"):
         return _describe_t5x(folder, kind)
+    if kind == "hf":
+        return CheckpointInfo(kind, str(folder), None, hf.shapes(folder))
     if kind == "run":
         store = CheckpointStore(folder, read_only=True)
         latest = store.latest_step()
@@ -119,14 +126,15 @@ def check_compatible(
       As `load_params`; a ValueError for shapes names the first few parameters that differ.
     """
     info = describe_checkpoint(path, part=part)
-    _check_part({} if info.kind.startswith("t5x") else info.shapes, part, epath.Path(info.folder))
+    is_foreign = info.kind.startswith("t5x") or info.kind == "hf"
+    _check_part({} if is_foreign else info.shapes, part, epath.Path(info.folder))
     wanted = layout.shapes_of(abstract_params)
     layout.check_shapes(info.shapes, wanted, folder=epath.Path(info.folder))
     return info
 
 
 def _existing(path: epath.PathLike) -> epath.Path:
-    folder = epath.Path(path)
+    folder = hub.find(path)
     if not folder.exists():
         raise FileNotFoundError(
             f"there is no checkpoint at {folder}: the path does not exist. Set "
@@ -136,10 +144,12 @@ def _existing(path: epath.PathLike) -> epath.Path:
 
 
 def _kind(folder: epath.Path) -> str:
-    """Recognises 'run', 'folder' (one checkpoint of ours) and T5X's kinds."""
+    """Recognises 'run', 'folder' (one checkpoint of ours), 'hf' and T5X's kinds."""
     ours = (layout.HOST, MANIFEST, layout.UNFINISHED)
     if any((folder / name).exists() for name in ours):
         return "folder"
+    if hf.is_hf_checkpoint(folder):
+        return "hf"
     steps = [
         child
         for child in (folder.iterdir() if folder.is_dir() else ())
@@ -154,8 +164,9 @@ def _kind(folder: epath.Path) -> str:
         return f"t5x-{t5x_kind}"
     raise ValueError(
         f"{folder} is not a checkpoint. Looked for: checkpoint_<step> folders with {MANIFEST} (a "
-        f"run of gkd_jax), {MANIFEST} (one checkpoint of it, or exported parameters), and T5X's "
-        "`checkpoint` file or `state` folder. Give the path of one of those."
+        f"run of gkd_jax), {MANIFEST} (one checkpoint of it, or exported parameters), {hf.CONFIG} "
+        "(Hugging Face), and T5X's `checkpoint` file or `state` folder. Give the path of one of "
+        "those."
     )
 
 

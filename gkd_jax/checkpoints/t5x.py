@@ -8,7 +8,7 @@ with the same tree, all arrays in one OCDBT database. Only `target`, the paramet
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,12 +16,12 @@ import numpy as np
 from etils import epath
 
 from gkd_jax.array_types import Params, PyTree
+from gkd_jax.checkpoints.leaves import DAMAGED, read_leaf
 
 NATIVE = "native"
 ORBAX = "orbax"
 
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
-_DAMAGED = "The file is damaged or was not copied completely: copy the checkpoint again."
 
 Leaves = dict[str, Any]
 """Parameter name such as 'encoder/layers_0/mlp/wo/kernel' to an array or a TensorStore spec."""
@@ -79,7 +79,7 @@ def read_t5x_params(path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtype
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_params)
     wanted = {"/".join(str(key.key) for key in keys): leaf for keys, leaf in with_paths}
     _check_names(folder, stored=set(stored), wanted=set(wanted))
-    arrays = [_read(name, stored[name], wanted[name], folder) for name in wanted]
+    arrays = [read_leaf(name, stored[name], wanted[name], folder) for name in wanted]
     return jax.tree_util.tree_unflatten(treedef, arrays)
 
 
@@ -119,7 +119,7 @@ def _native_leaves(folder: epath.Path) -> Leaves:
     except (ValueError, KeyError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise ValueError(
             f"{file} must be T5X's msgpack file with optimizer/target in it; reading it failed: "
-            f"{error!r}. {_DAMAGED}"
+            f"{error!r}. {DAMAGED}"
         ) from error
     leaves: Leaves = {}
 
@@ -148,7 +148,7 @@ def _orbax_metadata(folder: epath.Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} must be Orbax's JSON description of the arrays; reading it failed: "
-            f"{error!r}. {_DAMAGED}"
+            f"{error!r}. {DAMAGED}"
         ) from error
 
 
@@ -205,56 +205,3 @@ def _some(names: list[str], *, at_most: int = 5) -> str:
     shown = ", ".join(names[:at_most])
     rest = len(names) - at_most
     return f"{shown} and {rest} more" if rest > 0 else shown
-
-
-def _read(name: str, leaf: Any, wanted: jax.ShapeDtypeStruct, folder: epath.Path) -> jax.Array:
-    """Reads one parameter; an array in the msgpack file and one in TensorStore alike."""
-    try:
-        shape, read_part = _reader(leaf)
-    except ValueError as error:
-        raise _damaged(name, folder, error) from error
-    if shape != wanted.shape:
-        raise ValueError(
-            f"{name} must have the shape of the model, {wanted.shape}; {folder} has {shape}. "
-            "Check that the model's sizes (emb_dim, num_heads, head_dim, mlp_dim, vocab_size) "
-            "are those of the checkpoint."
-        )
-    parts: dict[tuple, np.ndarray] = {}
-
-    def part(index: Any) -> np.ndarray:
-        # Devices that hold the same part share one read.
-        key = tuple((piece.start, piece.stop) for piece in index)
-        if key not in parts:
-            parts[key] = np.asarray(read_part(index)).astype(wanted.dtype)
-        return parts[key]
-
-    try:
-        if wanted.sharding is None:
-            return jax.numpy.asarray(part((slice(None),) * len(shape)))
-        return jax.make_array_from_callback(shape, wanted.sharding, part)
-    except ValueError as error:
-        raise _damaged(name, folder, error) from error
-
-
-def _reader(leaf: Any) -> tuple[tuple[int, ...], Callable[[tuple[slice, ...]], Any]]:
-    """Returns the shape, and a function that reads a part."""
-    if isinstance(leaf, np.ndarray):
-        _check_floating(leaf.dtype)
-        return leaf.shape, lambda index: leaf[index]
-    import tensorstore
-
-    # Without `fill_missing_data_reads: False`, a lost file of an array would read as zeros.
-    spec = {**leaf, "fill_missing_data_reads": False}
-    store = tensorstore.open(spec, open=True, read=True).result()
-    _check_floating(store.dtype.numpy_dtype)
-    return tuple(store.shape), lambda index: store[index].read().result()
-
-
-def _check_floating(dtype: np.dtype) -> None:
-    # T5X before version 3 stored the bits of bfloat16 as uint16, which are no numbers.
-    if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
-        raise ValueError(f"its values must be floating-point numbers; they are {dtype}")
-
-
-def _damaged(name: str, folder: epath.Path, error: Exception) -> ValueError:
-    return ValueError(f"{name} could not be read from {folder}: {error}. {_DAMAGED}")

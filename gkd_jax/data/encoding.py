@@ -27,6 +27,7 @@ class Encoder:
       inputs_length: longest prompt, end of sequence included.
       targets_length: longest output, end of sequence included.
       inputs_eos: whether prompts end with the end-of-sequence token.
+      inputs_bos: whether prompts begin with the vocabulary's `bos_id`, which it then has.
       eos_after_cut_targets: whether an output that was cut still ends with it.
     """
 
@@ -35,6 +36,7 @@ class Encoder:
     targets_length: int
     inputs_eos: bool = True
     eos_after_cut_targets: bool = True
+    inputs_bos: bool = False
 
     def encode(self, example: TextExample) -> tuple[list[int], list[int], int, int]:
         """Token ids of prompt and output, and how long each would be without cutting.
@@ -45,6 +47,9 @@ class Encoder:
         inputs = self._ids(example.inputs, example.inputs_ids, "inputs_ids")
         targets = self._ids(example.targets, example.targets_ids, "targets_ids")
         eos = self.vocabulary.eos_ids[:1]
+        bos_id = self.vocabulary.bos_id if self.inputs_bos else None
+        if bos_id is not None and inputs[:1] != [bos_id]:
+            inputs = [bos_id, *inputs]  # A chat template may have written it.
         inputs, inputs_full = _finish(inputs, self.inputs_length, eos if self.inputs_eos else ())
         targets, targets_full = _finish(
             targets, self.targets_length, eos, keep_eos=self.eos_after_cut_targets

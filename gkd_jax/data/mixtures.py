@@ -154,10 +154,10 @@ class Mixture:
         shares = sizes
         if weights is not None:
             shares = _divide(self.num_examples or sum(sizes), weights)
-        return _MixedSource(opened, sizes, shares)
+        return MixedSource(opened, sizes, shares)
 
 
-class _MixedSource:
+class MixedSource:
     """`shares[k]` examples of each source, one source after another."""
 
     def __init__(self, sources: list[Source], sizes: list[int], shares: list[int]):
@@ -170,10 +170,18 @@ class _MixedSource:
     def __len__(self) -> int:
         return self._stops[-1]
 
+    @property
+    def num_components(self) -> int:
+        return len(self._sources)
+
+    def component(self, index: int) -> int:
+        """The number of the source of an example."""
+        return bisect.bisect_right(self._stops, index)
+
     def __getitem__(self, index: int) -> RawExample:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} examples")
-        number = bisect.bisect_right(self._stops, index)
+        number = self.component(index)
         offset = index - (self._stops[number - 1] if number else 0)
         return self._sources[number][offset % self._sizes[number]]
 

@@ -20,6 +20,7 @@ import numpy as np
 from gkd_jax.array_types import Int
 from gkd_jax.batch import Batch
 from gkd_jax.data.encoding import Encoder, RowReader
+from gkd_jax.data.mixtures import MixedSource
 from gkd_jax.data.task import Task, TextExample, get_task
 from gkd_jax.data.teacher_store import TeacherStore, differences
 from gkd_jax.data.vocabularies import Vocabulary
@@ -49,6 +50,10 @@ class DatasetConfig:
       eos_after_cut_targets: whether an output too long for its length still ends with the
         end-of-sequence token, as seqio's do. False leaves it out, so that a student is not
         taught to stop in the middle of a sentence.
+      inputs_eos: whether prompts end with the end-of-sequence token; None does as the task says
+        (T5's do). A decoder-only model goes on from its prompt, so False there.
+      inputs_bos: whether prompts begin with the vocabulary's beginning of sequence, as
+        decoder-only models that have one were trained (Llama, Gemma).
       cache_bytes: token rows are kept in memory if those of all examples fit in this.
       read_threads: threads that make batches ahead of their use; 0 makes each when asked for.
     """
@@ -63,6 +68,8 @@ class DatasetConfig:
     num_examples: int | None = None
     task_module: str | None = None
     eos_after_cut_targets: bool = True
+    inputs_eos: bool | None = None
+    inputs_bos: bool = False
     cache_bytes: int = 1 << 28
     read_threads: int = 2
 
@@ -132,8 +139,9 @@ class Dataset:
             config.vocabulary,
             inputs_length=config.feature_lengths["inputs"],
             targets_length=config.feature_lengths["targets"],
-            inputs_eos=self.task.inputs_eos,
+            inputs_eos=self.task.inputs_eos if config.inputs_eos is None else config.inputs_eos,
             eos_after_cut_targets=config.eos_after_cut_targets,
+            inputs_bos=config.inputs_bos,
         )
         self._rows = RowReader(
             self.raw, self._encoder, num_examples=self.num_examples, cache_bytes=config.cache_bytes
@@ -141,6 +149,7 @@ class Dataset:
         order = grain.MapDataset.range(self.num_examples)
         self._order = (order.shuffle(config.seed) if config.shuffle else order).repeat()
         self.stored_teacher: TeacherStore | None = None
+        self._mixture: MixedSource | None = None
         self._check_prompts_differ()
 
     def use_stored_teacher(self, path: str) -> None:
@@ -167,9 +176,30 @@ class Dataset:
             )
         self.stored_teacher = store
 
+    def use_components(self, count: int) -> None:
+        """Gives the batches that follow the number of each example's source in the mixture.
+
+        Raises:
+          ValueError: the data are no mixture of so many sources.
+        """
+        source = self._source if isinstance(self._source, MixedSource) else None
+        found = 1 if source is None else source.num_components
+        if found != count:
+            raise ValueError(
+                f"RoutedTeachers.routes names a teacher for each of {count} sources of a mixture; "
+                f"got {found} in split {self.config.split!r} of task {self.task.name!r}. Give as "
+                "many routes as Mixture.sources of the training's and the evaluation's data has."
+            )
+        self._mixture = source
+
     def _batch(self, examples: Int[np.ndarray, " B"], example_id: Int[np.ndarray, " B"]) -> Batch:
         rows = self._rows.read(examples)
         batch = rows.batch(example_id)
+        if self._mixture is not None:
+            of: Any = np.array(
+                [self._mixture.component(int(one)) if one >= 0 else 0 for one in examples], np.int32
+            )
+            batch = dataclasses.replace(batch, component=of)
         if self.stored_teacher is None:
             return batch
         length = self.config.feature_lengths["targets"]
@@ -177,6 +207,11 @@ class Dataset:
         return dataclasses.replace(batch, stored_teacher=stored)
 
     def _check_vocabulary(self) -> None:
+        if self.config.inputs_bos and self.config.vocabulary.bos_id is None:
+            raise ValueError(
+                "DatasetConfig.inputs_bos begins prompts with the vocabulary's beginning of "
+                f"sequence; got {self.config.vocabulary.name}, which has none. Set it to False."
+            )
         wanted = self.task.vocabulary_fingerprint
         if wanted is not None and wanted != self.config.vocabulary.fingerprint:
             raise ValueError(
@@ -247,7 +282,8 @@ class Dataset:
     def content(self) -> dict[str, Any]:
         """All that decides the rows of each example by its number, whatever their order."""
         texts = [dataclasses.astuple(self.raw(int(example))) for example in self._sample(8)]
-        return {
+        begins = {"inputs_bos": True} if self._encoder.inputs_bos else {}
+        return begins | {
             "source": self._source.fingerprint,
             "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
             "num_examples": self.num_examples,

@@ -43,6 +43,11 @@ class _SeqioVocabulary:
         eos_id = self.vocabulary.eos_id
         return () if eos_id is None else (int(eos_id),)
 
+    @property
+    def bos_id(self) -> int | None:
+        bos_id = self.vocabulary.bos_id
+        return None if bos_id is None else int(bos_id)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         pieces = (f"{self.vocabulary.decode([token])}".encode() for token in range(self.size))

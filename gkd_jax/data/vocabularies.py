@@ -38,6 +38,11 @@ class Vocabulary(Protocol):
         ...
 
     @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text; None where there is none."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Hex digest of the mapping from id to piece."""
         ...
@@ -122,6 +127,10 @@ class ByteVocabulary:
         return (1,)
 
     @property
+    def bos_id(self) -> None:
+        return None
+
+    @property
     def fingerprint(self) -> str:
         specials = (b"<pad>", b"</s>", b"<unk>")
         return fingerprint_of_pieces((*specials, *(b"<0x%02X>" % byte for byte in range(256))))
@@ -186,6 +195,11 @@ class SentencePieceVocabulary:
             return (self.eos_id,)
         eos_id = self._processor.eos_id()
         return (eos_id,) if eos_id >= 0 else ()
+
+    @functools.cached_property
+    def bos_id(self) -> int | None:
+        bos_id = self._processor.bos_id()
+        return bos_id if bos_id >= 0 else None
 
     @functools.cached_property
     def fingerprint(self) -> str:

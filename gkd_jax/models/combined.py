@@ -47,8 +47,15 @@ class CombinedModel(abc.ABC):
             )
 
     @abc.abstractmethod
-    def combine(self, logits: tuple[Float[Array, "*n V"], ...]) -> Float[Array, "*n V"]:
-        """Float32 logits of the parts to the logarithm of the combined distribution."""
+    def combine(
+        self, logits: tuple[Float[Array, "*n V"], ...], rest: Float[Array, "*n R"]
+    ) -> Float[Array, "*n V"]:
+        """Float32 logits of the parts to those of the combined distribution.
+
+        Args:
+          logits: of each part.
+          rest: columns of the hidden states behind those of the parts; most models have none.
+        """
 
     @property
     def config(self) -> Any:
@@ -101,7 +108,7 @@ class CombinedModel(abc.ABC):
             part = hidden[..., start : start + model.hidden_size]
             logits.append(model.unembed(own, part).astype(jnp.float32))
             start += model.hidden_size
-        return self.combine(tuple(logits))
+        return self.combine(tuple(logits), hidden[..., start:])
 
     def prefill(
         self,
@@ -160,14 +167,71 @@ class MixtureModel(CombinedModel):
                 f"got {self.weights}. Leave out a model that is to have no weight."
             )
 
-    def combine(self, logits: tuple[Float[Array, "*n V"], ...]) -> Float[Array, "*n V"]:
+    def combine(
+        self, logits: tuple[Float[Array, "*n V"], ...], rest: Float[Array, "*n R"]
+    ) -> Float[Array, "*n V"]:
         """log sum_i w_i softmax(logits_i)."""
+        del rest
         total = sum(self.weights)
         parts = [
             jax.nn.log_softmax(one) + math.log(weight / total)
             for one, weight in zip(logits, self.weights, strict=True)
         ]
         return jax.nn.logsumexp(jnp.stack(parts), axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedModel(CombinedModel):
+    """Each row's distribution is that of one of the parts: of the one that its component names.
+
+    The batch must have a `component`. Every part runs on every row, since rows of all kinds are
+    in one batch: it costs what a mixture costs. The last column of hidden states is the part's
+    number, so that any slice of positions still tells. Prompts alone do not, so it cannot decode.
+
+    Attributes:
+      routes: the part that each component of the data has.
+    """
+
+    routes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "routes", tuple(self.routes))
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the parts' hidden states together, and one."""
+        return super().hidden_size + 1
+
+    def hidden_states(
+        self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of all parts, then the number of the row's own part."""
+        hidden = super().hidden_states(params, batch, dropout_key=dropout_key)
+        assert batch.component is not None, "the data set gives it to routed teachers"
+        part = jnp.array(self.routes)[batch.component]
+        column = jnp.broadcast_to(part[:, None, None], (*hidden.shape[:2], 1))
+        return _side_by_side([hidden, column.astype(hidden.dtype)])
+
+    def combine(
+        self, logits: tuple[Float[Array, "*n V"], ...], rest: Float[Array, "*n R"]
+    ) -> Float[Array, "*n V"]:
+        """The logits of each position's own part."""
+        chosen = logits[0]
+        for number, one in enumerate(logits[1:], start=1):
+            chosen = jnp.where(rest == number, one, chosen)
+        return chosen
+
+    def prefill(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+        """Refused.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(
+            "teachers that are chosen by an example's source score outputs, and cannot write them. "
+            "Take one of them as the teacher."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +267,11 @@ class CorrectedModel(CombinedModel):
                 f"got {self.top_k!r}. The paper uses 25."
             )
 
-    def combine(self, logits: tuple[Float[Array, "*n V"], ...]) -> Float[Array, "*n V"]:
+    def combine(
+        self, logits: tuple[Float[Array, "*n V"], ...], rest: Float[Array, "*n R"]
+    ) -> Float[Array, "*n V"]:
         """log of the accepted proposals' share plus the redrawn ones'."""
+        del rest
         student, teacher = (jax.nn.softmax(one) for one in logits)
         # Ties at the edge are all accepted: a mask by value needs no scatter.
         least = jax.lax.top_k(logits[1], self.top_k)[0][..., -1:]

@@ -46,26 +46,63 @@ def logical_param(
     return cast(Array, module.param(name, boxed_init, shape, jnp.float32))
 
 
+def soft_cap(logits: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """cap * tanh(logits / cap), which keeps logits within the cap; None leaves them."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def project(
+    hidden: Float[Array, "*n D"], kernel: Array, *, axis: int, divisor: float = 1.0
+) -> Float[Array, "*n V"]:
+    """Hidden states times an output layer, in float32, over `divisor`.
+
+    Args:
+      hidden: of any dtype.
+      kernel: [D, V] or [V, D].
+      axis: that of the kernel which is D.
+      divisor: of the product.
+    """
+    # Two bfloat16 operands stay so: their products are exact in float32, and a large teacher's
+    # head is not copied.
+    is_exact = hidden.dtype == kernel.dtype == jnp.bfloat16
+    if not is_exact:
+        # Divided here, where there are fewer numbers than there will be logits.
+        hidden, kernel = hidden.astype(jnp.float32) / divisor, kernel.astype(jnp.float32)
+    logits = lax.dot_general(
+        hidden,
+        kernel,
+        (((hidden.ndim - 1,), (axis,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return logits / divisor if is_exact else logits
+
+
 class Dense(nn.Module):
-    """Matrix product without bias, in `dtype`.
+    """Matrix product in `dtype`.
 
     Attributes:
       features: size of the output.
       axes: logical axes of the kernel, input first.
       dtype: compute dtype.
       kernel_init: initialiser of the kernel.
+      use_bias: whether a learnt bias is added; T5 has none.
     """
 
     features: int
     axes: tuple[str, str]
     dtype: Any
     kernel_init: Initializer = variance_scaling(1.0, "fan_in", "truncated_normal")
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (x.shape[-1], self.features)
         kernel = logical_param(self, "kernel", self.kernel_init, self.axes, shape)
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.use_bias:
+            return y
+        bias = logical_param(self, "bias", nn.initializers.zeros, self.axes[1:], shape[1:])
+        return y + jnp.expand_dims(bias.astype(self.dtype), tuple(range(y.ndim - 1)))
 
 
 class Dropout(nn.Module):
@@ -105,18 +142,19 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding: rows of a table of standard normals."""
+    """Token embedding: rows of a table, of standard normals in T5."""
 
     vocab_size: int
     features: int
     dtype: Any
+    embedding_init: Initializer = nn.initializers.normal(1.0)
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
         table = logical_param(
             self,
             "embedding",
-            nn.initializers.normal(1.0),
+            self.embedding_init,
             ("vocab", "embed"),
             (self.vocab_size, self.features),
         )

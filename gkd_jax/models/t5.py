@@ -355,24 +355,10 @@ class T5:
         The head's kernel (T5 1.1), or the embedding, scaled by 1/sqrt(D) (T5 1.0). Only that
         parameter is read, and a slice of its vocabulary axis gives that slice of the logits.
         """
-        if self.config.logits_via_embedding:
-            kernel, axis = params["token_embedder"]["embedding"], 1
-        else:
-            kernel, axis = params["decoder"]["logits_dense"]["kernel"], 0
-        scale = math.sqrt(self.config.emb_dim) if self.config.logits_via_embedding else 1.0
-        # Two bfloat16 operands stay so: their products are exact in float32, and a large
-        # teacher's head is not copied.
-        is_exact = hidden.dtype == kernel.dtype == jnp.bfloat16
-        if not is_exact:
-            # Scaled here, where there are fewer numbers than there will be logits.
-            hidden, kernel = hidden.astype(jnp.float32) / scale, kernel.astype(jnp.float32)
-        logits = lax.dot_general(
-            hidden,
-            kernel,
-            (((hidden.ndim - 1,), (axis,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        return logits / scale if is_exact else logits
+        if not self.config.logits_via_embedding:
+            return layers.project(hidden, params["decoder"]["logits_dense"]["kernel"], axis=0)
+        embedding = params["token_embedder"]["embedding"]
+        return layers.project(hidden, embedding, axis=1, divisor=math.sqrt(self.config.emb_dim))
 
     def prefill(
         self,

@@ -1,0 +1,145 @@
+"""Tokenizers of Hugging Face checkpoints as vocabularies, by the package `tokenizers`."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from gkd_jax import hub
+from gkd_jax.data.vocabularies import fingerprint_of_pieces, up_to_eos
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class HFTokenizer:
+    """A tokenizer.json, and what the files beside it say of special tokens.
+
+    Ends of sequence are those of generation_config.json (chat models have several), or else of
+    config.json or tokenizer_config.json. Where there is no padding, the first end of sequence
+    serves, or else id 0: masks are explicit, so any is safe.
+
+    Attributes:
+      path: a checkpoint's directory, or a tokenizer.json.
+      eos_id: overrides the ends of sequence by one id.
+    """
+
+    path: str | os.PathLike[str]
+    eos_id: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"HFTokenizer({os.fspath(self.path)!r})"
+
+    @functools.cached_property
+    def size(self) -> int:
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @functools.cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        if self.eos_id is not None:
+            return (self.eos_id,)
+        for file in ("generation_config.json", "config.json"):
+            found = self._settings(file).get("eos_token_id")
+            if found is not None:
+                return tuple(found) if isinstance(found, list) else (found,)
+        found = self._special("eos_token")
+        return () if found is None else (found,)
+
+    @functools.cached_property
+    def pad_id(self) -> int:
+        found = self._special("pad_token")
+        if found is None:
+            found = self._settings("config.json").get("pad_token_id")
+        if found is not None and found >= 0:
+            return found
+        return self.eos_ids[0] if self.eos_ids else 0
+
+    @functools.cached_property
+    def bos_id(self) -> int | None:
+        """The token that begins every text, where the tokenizer has one."""
+        return self._special("bos_token")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        pieces = (self._tokenizer.id_to_token(token) or "" for token in range(self.size))
+        # SentencePiece models of T5 with seqio's sentinels name these pieces so.
+        named = (f"▁{piece}" if re.fullmatch(r"<extra_id_\d+>", piece) else piece
+                 for piece in pieces)  # fmt: skip
+        return fingerprint_of_pieces(piece.encode("utf-8") for piece in named)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens that are written in the text are those tokens."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        tokens = up_to_eos(ids, self.eos_ids)
+        return self._tokenizer.decode(
+            [token for token in tokens if 0 <= token < self.size], skip_special_tokens=True
+        )
+
+    @functools.cached_property
+    def folder(self) -> epath.Path:
+        """Where its files are."""
+        path = hub.find(self.path)
+        return path.parent if path.name.endswith(".json") else path
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        file = self.folder / TOKENIZER
+        if epath.Path(self.path).name.endswith(".json"):
+            file = epath.Path(self.path)
+        if not file.exists():
+            raise FileNotFoundError(
+                f"HFTokenizer.path names {os.fspath(self.path)!r}, where there is no {TOKENIZER}. "
+                "Give the directory of a checkpoint that has one; a SentencePiece model "
+                "(tokenizer.model, spiece.model) is read by SentencePieceVocabulary."
+            )
+        try:
+            tokenizers = importlib.import_module("tokenizers")
+        except ImportError as error:
+            raise ValueError(
+                "HFTokenizer needs the package tokenizers, which cannot be imported "
+                f"({error}). Install it with: pip install 'gkd_jax[hf]'"
+            ) from error
+        try:
+            return tokenizers.Tokenizer.from_str(file.read_text())
+        # The package raises plain Exception for a broken file.
+        except Exception as error:
+            raise ValueError(
+                f"HFTokenizer.path names {os.fspath(file)!r}, which is no tokenizer: {error}. Copy "
+                "it again from its source."
+            ) from error
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        file = self.folder / name
+        if not file.exists():
+            return {}
+        try:
+            return dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{os.fspath(file)!r} beside HFTokenizer.path is not JSON: {error}. Copy it again "
+                "from its source."
+            ) from error
+
+    def _special(self, name: str) -> int | None:
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = self._settings(file).get(name)
+            text = token.get("content") if isinstance(token, dict) else token
+            if text is not None:
+                return self._tokenizer.token_to_id(text)
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The tokenizer is loaded again where the vocabulary is copied to.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)

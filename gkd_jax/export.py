@@ -1,0 +1,137 @@
+"""Run mode `export`: the student as a directory that `transformers` and servers load."""
+
+import json
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from gkd_jax import export_checks, hub, prepare, runtime
+from gkd_jax.checkpoints import hf
+from gkd_jax.data.vocabularies import Vocabulary
+from gkd_jax.experiment import Experiment
+
+_CARD = """---
+library_name: transformers
+tags: [distillation, gkd_jax]
+---
+
+# {name}
+
+A student distilled with gkd_jax ({source}, {num_params:,} parameters, written in {dtype}).
+
+| | |
+|---|---|
+| teacher | {teacher} |
+| started from | {start} |
+| objective | `{objective}` |
+| outputs trained on | `{outputs}`, `{rollout}` |
+| data | {data} |
+| steps | {step} of {num_steps}, {batch_size} examples each |
+| optimizer | `{optimizer}` |
+| vocabulary | {vocabulary} |
+
+{metrics}
+"""
+
+
+def export(experiment: Experiment) -> str:
+    """Writes the student's newest parameters as `Experiment.export` says.
+
+    The directory appears when it is complete: weights in safetensors, config.json,
+    generation_config.json, the tokenizer's files, and a model card that records the run.
+
+    Returns:
+      The path of the directory.
+
+    Raises:
+      gkd_jax.prepare.ConfigurationError: something is wrong with the experiment; lists all.
+    """
+    prepare.prepare(experiment, run_mode="export")
+    settings, model = experiment.export, experiment.student.model
+    assert settings is not None
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"--run_mode=export runs in one process; got {jax.process_count()}. Run it on one host."
+        )
+    student = runtime.student_to_use(experiment)
+    output = epath.Path(settings.output)
+    partial = epath.Path(f"{settings.output.rstrip('/')}.partial")
+    if partial.exists():
+        partial.rmtree()
+    start = experiment.student.initial_checkpoint
+    config = None
+    if start is not None and hf.is_hf_checkpoint(hub.find(start)):
+        config = hf.read_config(hub.find(start))
+    files = hf.write_hf_checkpoint(
+        partial, model, student.params, dtype=settings.dtype, config=config,
+        shard_bytes=settings.shard_bytes,
+    )  # fmt: skip
+    for name, file in export_checks.tokenizer_files(experiment).items():
+        (partial / name).write_bytes(file.read_bytes())
+    generation = partial / "generation_config.json"
+    if not generation.exists():
+        contents = _generation_config(model.config, experiment.train_data.vocabulary)
+        generation.write_text(json.dumps(contents, indent=2) + "\n")
+    (partial / "README.md").write_text(_card(experiment, student))
+    partial.rename(output)
+    logging.info("export: %d files of weights in %s", len(files) - 1, output)
+    return str(output)
+
+
+def _generation_config(config: Any, vocabulary: Vocabulary) -> dict[str, Any]:
+    ends: Any = list(vocabulary.eos_ids)
+    contents = {
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "pad_token_id": vocabulary.pad_id,
+    }
+    if vocabulary.bos_id is not None:
+        contents["bos_token_id"] = vocabulary.bos_id
+    if hasattr(config, "decoder_start_id"):
+        contents["decoder_start_token_id"] = config.decoder_start_id
+    return contents
+
+
+def _card(experiment: Experiment, student: runtime.TrainedStudent) -> str:
+    teacher, data = experiment.teacher, experiment.train_data
+    task = data.task if isinstance(data.task, str) else data.task.name
+    assert experiment.export is not None
+    return _CARD.format(
+        name=epath.Path(experiment.export.output).name,
+        source=student.source,
+        num_params=prepare.num_params(experiment.student.model),
+        dtype=experiment.export.dtype,
+        teacher="none" if teacher is None else teacher.source(experiment.start),
+        start=experiment.start,
+        objective=experiment.objective,
+        outputs=experiment.outputs,
+        rollout=experiment.rollout.method,
+        data=f"{task}, split {data.split}",
+        step=student.step,
+        num_steps=experiment.num_steps,
+        batch_size=data.batch_size,
+        optimizer=experiment.optimizer,
+        vocabulary=data.vocabulary.name,
+        metrics=_metrics(experiment, student.step),
+    )
+
+
+def _metrics(experiment: Experiment, step: int) -> str:
+    """The newest evaluation up to this step, as a table."""
+    path = epath.Path(experiment.model_dir) / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    measured = [
+        row
+        for row in rows
+        if row.get("step", step + 1) <= step and any(name.startswith("eval/") for name in row)
+    ]
+    if not measured:
+        return "No evaluation was made."
+    newest = measured[-1]
+    lines = [
+        f"| {name.removeprefix('eval/')} | {value:.6g} |"
+        for name, value in newest.items()
+        if name.startswith("eval/") and isinstance(value, int | float)
+    ]
+    return "\n".join([f"| evaluation at step {newest['step']} | |", "|---|---|", *lines])

@@ -1,0 +1,69 @@
+"""Checks of prepare on an export, and which tokenizer files it takes."""
+
+import os
+
+from etils import epath
+
+from gkd_jax import hub
+from gkd_jax.checkpoints import hf
+from gkd_jax.data.hf_tokenizer import HFTokenizer
+from gkd_jax.data.vocabularies import SentencePieceVocabulary
+from gkd_jax.experiment import Experiment
+from gkd_jax.models import families
+
+
+def check_export(experiment: Experiment) -> epath.Path:
+    """Refuses an export of nothing, to where something is, or that no architecture can hold.
+
+    Returns:
+      The folder that the export's directory is to be made in.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    export = experiment.export
+    if export is None:
+        raise ValueError(
+            "--run_mode=export writes what Experiment.export says; got None. Set it "
+            "(gin_configs/export.gin)."
+        )
+    if "://" in export.output:
+        raise ValueError(
+            f"Export.output must be a local directory; got {export.output!r}. Export to one, and "
+            "copy it."
+        )
+    if epath.Path(export.output).exists():
+        raise ValueError(
+            f"Export.output {export.output} exists already, and nothing is written over. Set it to "
+            "a new directory, or remove that one."
+        )
+    families.model_to_hf(experiment.student.model)
+    tokenizer_files(experiment)
+    return epath.Path(export.output).absolute().parent
+
+
+def tokenizer_files(experiment: Experiment) -> dict[str, epath.Path]:
+    """The files that tell of the vocabulary: name in the export to where each is.
+
+    Raises:
+      FileNotFoundError: `Export.tokenizer` names no directory with any.
+    """
+    assert experiment.export is not None
+    vocabulary = experiment.train_data.vocabulary
+    path = experiment.export.tokenizer
+    if path is None and isinstance(vocabulary, HFTokenizer):
+        path = os.fspath(vocabulary.folder)
+    if path is not None:
+        folder = hub.find(path)
+        found = {name: folder / name for name in hf.TOKENIZER_FILES if (folder / name).is_file()}
+        if not found:
+            raise FileNotFoundError(
+                f"Export.tokenizer names {path}, which holds no tokenizer ("
+                f"{', '.join(hf.TOKENIZER_FILES[:3])} ...). Give the directory of a checkpoint "
+                "that has one."
+            )
+        return found
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        is_t5 = families.model_to_hf(experiment.student.model)["model_type"] == "t5"
+        return {"spiece.model" if is_t5 else "tokenizer.model": epath.Path(vocabulary.path)}
+    return {}

@@ -1,0 +1,44 @@
+"""Paths that may be names on the Hugging Face hub."""
+
+import os
+import re
+
+from etils import epath
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
+
+
+def find(path: epath.PathLike) -> epath.Path:
+    """The path itself where it exists; a name on the hub is downloaded (and kept) first.
+
+    `name@revision` takes another revision than the newest.
+
+    Raises:
+      FileNotFoundError: it is no path, and cannot be downloaded.
+    """
+    folder = epath.Path(path)
+    name = os.fspath(path)
+    # A folder that is there, such as runs/, is no account on the hub.
+    if folder.exists() or folder.parent.exists() or not _NAME.fullmatch(name):
+        return folder if "://" in name else folder.absolute()
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"there is no checkpoint at {folder}: the path does not exist. If it is a name on the "
+            "Hugging Face hub, install the package that downloads it: pip install 'gkd_jax[hf]'"
+        ) from error
+    repository, _, revision = name.partition("@")
+    try:
+        return epath.Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision or None,
+                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
+            )
+        )  # fmt: skip
+    # What a download raises (no network, no such name, no access) has no common class.
+    except Exception as error:
+        raise FileNotFoundError(
+            f"there is no checkpoint at {folder}: the path does not exist, and as a name on the "
+            f"Hugging Face hub it cannot be downloaded: {error}"
+        ) from error

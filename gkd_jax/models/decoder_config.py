@@ -1,0 +1,179 @@
+"""Sizes and variants of decoder-only models: plain data that every floor may name."""
+
+import dataclasses
+
+from gkd_jax.models.config import DTYPES
+
+MLP_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+ATTENTION_KINDS = ("full", "sliding")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864), and how it is stretched to longer contexts.
+
+    Attributes:
+      theta: the base of the wavelengths.
+      kind: 'default'; 'linear' (arXiv 2306.15595: positions over `factor`); 'llama3' (long
+        wavelengths over `factor`, short ones as they are); 'yarn' (arXiv 2309.00071).
+      factor: of the stretching.
+      low_freq_factor: 'llama3': wavelengths above `original_length` over this are stretched whole.
+      high_freq_factor: 'llama3': those below `original_length` over this are left.
+      original_length: positions that the model was trained with before stretching.
+      beta_fast: 'yarn': dimensions that turn more often than this within `original_length` are
+        left as they are.
+      beta_slow: 'yarn': those that turn less often are stretched whole.
+      attention_factor: 'yarn': scale of the rotated queries and keys; None for the paper's
+        0.1 ln(factor) + 1.
+      truncate: 'yarn': whether the borders of the ramp are whole dimensions.
+
+    Raises:
+      ValueError: an unknown kind, or a number that is not positive.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(
+                f"Rope.kind must be one of {', '.join(ROPE_KINDS)}; got {self.kind!r}. Set "
+                "Rope.kind to one of them."
+            )
+        for name in ("theta", "factor", "original_length", "high_freq_factor", "low_freq_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"Rope.{name} must be positive; got {getattr(self, name)}. Set Rope.{name} to "
+                    "what the model's configuration says."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and variants of a decoder-only model: Llama, Mistral, Qwen, Gemma.
+
+    Attributes:
+      vocab_size: rows of the embedding, padding included.
+      emb_dim: D, width of hidden states.
+      num_heads: query heads.
+      num_kv_heads: heads of keys and values, each of which serves num_heads / num_kv_heads
+        query heads (arXiv 2305.13245).
+      head_dim: width of a head.
+      mlp_dim: width of the gated feed-forward block.
+      mlp_activation: of its gate.
+      layer_kinds: 'full' or 'sliding' attention for each layer; their number is the depth.
+      sliding_window: how many positions a 'sliding' layer sees, its own included.
+      rope: positions of 'full' layers.
+      sliding_rope: positions of 'sliding' layers; None for those of the others.
+      attention_bias: biases on queries, keys and values (Qwen2).
+      attention_out_bias: a bias on the attention's output.
+      mlp_bias: biases in the feed-forward block.
+      qk_norm: RMSNorm on each query and key head before rotation (Qwen3, Gemma 3).
+      post_norms: RMSNorm on the output of both blocks as well, before it is added (Gemma 2, 3).
+      norm_scale_offset: added to the norms' learnt scales: 1 in Gemma, whose scales start at 0.
+      norm_epsilon: of the norms.
+      query_scale: factor of the attention logits; None for 1 / sqrt(head_dim).
+      attention_soft_cap: c tanh(logits / c) on attention logits; None for none.
+      final_soft_cap: the same on the output's logits.
+      scale_embeddings: multiplies embeddings by sqrt(emb_dim) (Gemma).
+      tie_embeddings: whether the output layer is the embedding.
+      dropout_rate: on embeddings, and on the output of each block.
+      dtype: compute dtype and that of the cache, 'float32' or 'bfloat16'. Softmax, norms and
+        rotations are float32.
+
+    Raises:
+      ValueError: a size below 1, or a setting outside of what it may be.
+    """
+
+    vocab_size: int
+    emb_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    layer_kinds: tuple[str, ...]
+    mlp_activation: str = "silu"
+    sliding_window: int | None = None
+    rope: Rope = Rope()
+    sliding_rope: Rope | None = None
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    norm_scale_offset: float = 0.0
+    norm_epsilon: float = 1e-6
+    query_scale: float | None = None
+    attention_soft_cap: float | None = None
+    final_soft_cap: float | None = None
+    scale_embeddings: bool = False
+    tie_embeddings: bool = False
+    dropout_rate: float = 0.0
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        # A gin file may give a list; the model needs something hashable.
+        object.__setattr__(self, "layer_kinds", tuple(self.layer_kinds))
+        for name in ("vocab_size", "emb_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1; got {getattr(self, name)}. "
+                    f"Set DecoderConfig.{name} to the size of the model."
+                )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                "num_heads must be a multiple of num_kv_heads; got "
+                f"{self.num_heads} and {self.num_kv_heads}. Set DecoderConfig.num_kv_heads."
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim must be even, since rotations turn pairs; got {self.head_dim}. Set "
+                "DecoderConfig.head_dim."
+            )
+        self._check_names()
+        for name in ("attention_soft_cap", "final_soft_cap", "query_scale", "norm_epsilon"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(
+                    f"{name} must be positive; got {value}. Set DecoderConfig.{name} to a positive "
+                    "number" + ("." if name == "norm_epsilon" else ", or to None.")
+                )
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ValueError(
+                f"dropout_rate must be at least 0 and below 1; got {self.dropout_rate}. Set "
+                "DecoderConfig.dropout_rate, for example to 0.1, or to 0.0 for no dropout."
+            )
+
+    def _check_names(self) -> None:
+        for name, allowed in (("dtype", DTYPES), ("mlp_activation", MLP_ACTIVATIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}. "
+                    f"Set DecoderConfig.{name} to one of them."
+                )
+        if not self.layer_kinds or not set(self.layer_kinds) <= set(ATTENTION_KINDS):
+            raise ValueError(
+                "layer_kinds must name 'full' or 'sliding' for each layer; got "
+                f"{self.layer_kinds}. Set DecoderConfig.layer_kinds, e.g. to ('full',) * 12."
+            )
+        has_sliding = "sliding" in self.layer_kinds
+        window = self.sliding_window
+        if has_sliding and (window is None or window < 1):
+            raise ValueError(
+                f"sliding layers need a window of at least 1; got {window}. Set "
+                "DecoderConfig.sliding_window to how many positions they see."
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """The depth."""
+        return len(self.layer_kinds)

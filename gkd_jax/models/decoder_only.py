@@ -1,0 +1,431 @@
+"""Decoder-only models: Llama, Mistral, Qwen and Gemma as settings of one network.
+
+Llama: arXiv 2302.13971, 2307.09288, 2407.21783. Qwen: 2407.10671, 2505.09388. Gemma: 2408.00118,
+2503.19786.
+
+Prompt and output lie in one row of S + T slots, the output's first token in slot S whatever the
+prompt's length: what is padding between them has no position and is seen by nothing. So a prompt
+is padded on the right (or anywhere), and no row is shifted.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
+from gkd_jax.batch import Batch
+from gkd_jax.models import layers, rope
+from gkd_jax.models.decoder_config import DecoderConfig
+
+KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
+
+
+@flax.struct.dataclass
+class DecoderState:
+    """What decoding keeps between steps; the batch is the first axis of every leaf.
+
+    Attributes:
+      cache: keys and values by layer: the prompt's in slots 0 to S - 1, output position t in slot
+        S + t.
+      inputs_mask: True on the real tokens of the prompt.
+    """
+
+    cache: tuple[KeysValues, ...]
+    inputs_mask: Bool[Array, "B S"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where tokens stand, once for all layers.
+
+    Attributes:
+      rotation: cosines and sines by kind of layer.
+      bias: added to the attention logits by kind of layer, [B, 1, Q, L].
+    """
+
+    rotation: dict[str, tuple[Array, Array]]
+    bias: dict[str, Array]
+
+
+def make_places(
+    config: DecoderConfig,
+    positions: Int[Array, "B Q"],
+    key_positions: Int[Array, "B L"],
+    is_key: Bool[Array, "B L"],
+) -> Places:
+    """A query sees what stands at its position or before, within its layer's window."""
+    distance = positions[:, :, None] - key_positions[:, None, :]
+    seen = (distance >= 0) & is_key[:, None, :]
+    rotation, bias = {}, {}
+    for kind in sorted(set(config.layer_kinds)):
+        one, within = config.rope, seen
+        if kind == "sliding":
+            assert config.sliding_window is not None
+            one = config.sliding_rope or config.rope
+            within = seen & (distance < config.sliding_window)
+        rotation[kind] = rope.rotations(one, config.head_dim, positions)
+        bias[kind] = layers.mask_to_bias(within[:, None])
+    return Places(rotation, bias)
+
+
+class ScaledNorm(nn.Module):
+    """RMSNorm whose scale is learnt from `offset` on; float32 throughout."""
+
+    config: DecoderConfig
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        offset = self.config.norm_scale_offset
+        start = nn.initializers.zeros if offset else nn.initializers.ones
+        scale = layers.logical_param(self, "scale", start, (self.axis,), (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
+        normed = x * lax.rsqrt(mean_square + self.config.norm_epsilon)
+        scale = offset + jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        return (normed * scale).astype(self.config.dtype)
+
+
+class GroupedAttention(nn.Module):
+    """Attention in which several query heads share the keys and values of one."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        config = self.config
+
+        def project(num_heads: int) -> layers.Dense:
+            features = num_heads * config.head_dim
+            axes = ("embed", "joined_kv")
+            return layers.Dense(features, axes, config.dtype, use_bias=config.attention_bias)
+
+        self.query = project(config.num_heads)
+        self.key = project(config.num_kv_heads)
+        self.value = project(config.num_kv_heads)
+        self.out = layers.Dense(
+            config.emb_dim, ("joined_kv", "embed"), config.dtype,
+            use_bias=config.attention_out_bias,
+        )  # fmt: skip
+        if config.qk_norm:
+            self.query_norm = ScaledNorm(config, axis="kv")
+            self.key_norm = ScaledNorm(config, axis="kv")
+
+    def _split_heads(self, x: Array) -> Array:
+        x = x.reshape(*x.shape[:2], -1, self.config.head_dim)  # [B, L, H, K]
+        x = jnp.swapaxes(x, 1, 2)  # [B, H, L, K]
+        return nn.with_logical_constraint(x, ("batch", "heads", "length", "kv"))
+
+    def keys_values(self, x: Float[Array, "B L D"], rotation: tuple[Array, Array]) -> KeysValues:
+        """Rotated keys, and values."""
+        keys = self._split_heads(self.key(x))
+        if self.config.qk_norm:
+            keys = self.key_norm(keys)
+        return rope.rotate(keys, rotation), self._split_heads(self.value(x))
+
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        keys: Float[Array, "B H L K"],
+        values: Float[Array, "B H L K"],
+        rotation: tuple[Array, Array],
+        bias: Float[Array, "B 1 Q L"],
+    ) -> Float[Array, "B Q D"]:
+        config = self.config
+        queries = self._split_heads(self.query(x))
+        if config.qk_norm:
+            queries = self.query_norm(queries)
+        queries = rope.rotate(queries, rotation)
+        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+        # [B, kv heads, query heads of each, Q, K]: keys are not repeated for their queries.
+        grouped = queries.reshape(queries.shape[0], config.num_kv_heads, -1, *queries.shape[2:])
+        logits = jnp.einsum("bngqk,bnlk->bngql", grouped, keys, preferred_element_type=jnp.float32)
+        logits = layers.soft_cap(logits * scale, config.attention_soft_cap)
+        weights = jax.nn.softmax(logits + bias[:, :, None], axis=-1).astype(config.dtype)
+        context = jnp.einsum("bngql,bnlk->bngqk", weights, values)
+        context = context.reshape(queries.shape)
+        context = jnp.swapaxes(context, 1, 2)  # [B, Q, H, K]
+        return self.out(context.reshape(*x.shape[:2], -1))
+
+
+class GatedBlock(nn.Module):
+    """Feed-forward block: wo(activation(wi_0 x) * wi_1 x)."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        config = self.config
+
+        def dense(features: int, axes: tuple[str, str]) -> layers.Dense:
+            return layers.Dense(features, axes, config.dtype, use_bias=config.mlp_bias)
+
+        self.wi_0 = dense(config.mlp_dim, ("embed", "mlp"))
+        self.wi_1 = dense(config.mlp_dim, ("embed", "mlp"))
+        self.wo = dense(config.emb_dim, ("mlp", "embed"))
+
+    def __call__(self, x: Array) -> Array:
+        activation: Callable[[Array], Array] = {
+            "silu": jax.nn.silu,
+            "gelu_tanh": lambda y: jax.nn.gelu(y, approximate=True),
+            "gelu": lambda y: jax.nn.gelu(y, approximate=False),
+        }[self.config.mlp_activation]
+        hidden = activation(self.wi_0(x)) * self.wi_1(x)
+        return self.wo(nn.with_logical_constraint(hidden, ("batch", "length", "mlp")))
+
+
+class DecoderLayer(nn.Module):
+    """Attention over what came before, then the feed-forward block."""
+
+    config: DecoderConfig
+    kind: str
+
+    def setup(self) -> None:
+        config = self.config
+        self.pre_attention_norm = ScaledNorm(config)
+        self.attention = GroupedAttention(config)
+        self.pre_mlp_norm = ScaledNorm(config)
+        self.mlp = GatedBlock(config)
+        self.dropout = layers.Dropout(config.dropout_rate)
+        if config.post_norms:
+            self.post_attention_norm = ScaledNorm(config)
+            self.post_mlp_norm = ScaledNorm(config)
+
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        places: Places,
+        *,
+        cache: KeysValues | None = None,
+        slot: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B Q D"], KeysValues]:
+        """One body for a whole row and for a decode step, so that they cannot differ.
+
+        With a cache, the keys and values of `x` are put at `slot` of it, and `x` attends to the
+        cache.
+        """
+        rotation = places.rotation[self.kind]
+        y = self.pre_attention_norm(x)
+        keys, values = self.attention.keys_values(y, rotation)
+        if cache is not None:
+            keys = lax.dynamic_update_slice_in_dim(cache[0], keys, slot, axis=2)
+            values = lax.dynamic_update_slice_in_dim(cache[1], values, slot, axis=2)
+        y = self.attention(y, keys, values, rotation, places.bias[self.kind])
+        if self.config.post_norms:
+            y = self.post_attention_norm(y)
+        x = x + self.dropout(y)
+        y = self.mlp(self.pre_mlp_norm(x))
+        if self.config.post_norms:
+            y = self.post_mlp_norm(y)
+        return x + self.dropout(y), (keys, values)
+
+
+class Decoder(nn.Module):
+    """The Linen module: the parameter tree, and the computations on it."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        config = self.config
+        std = config.emb_dim**-0.5 if config.scale_embeddings else 0.02
+        self.token_embedder = layers.Embed(
+            config.vocab_size, config.emb_dim, config.dtype, nn.initializers.normal(std)
+        )
+        self.layers = [DecoderLayer(config, kind) for kind in config.layer_kinds]
+        self.decoder_norm = ScaledNorm(config)
+        self.dropout = layers.Dropout(config.dropout_rate)
+        if not config.tie_embeddings:
+            self.logits_dense = layers.Dense(config.vocab_size, ("embed", "vocab"), "float32")
+
+    def _embed(self, tokens: Array) -> Array:
+        x = self.token_embedder(tokens)
+        if self.config.scale_embeddings:
+            # The factor is rounded to the compute dtype, as in the released models' own code.
+            x = x * jnp.asarray(math.sqrt(self.config.emb_dim), x.dtype)
+        return self.dropout(x)
+
+    def row(self, tokens: Array, mask: Array) -> tuple[Array, tuple[KeysValues, ...], Array]:
+        """Hidden states, keys and values of all tokens of a row, and their positions."""
+        positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+        places = make_places(self.config, positions, positions, mask)
+        x, cache = self._embed(tokens), []
+        for layer in self.layers:
+            x, keys_values = layer(x, places)
+            cache.append(keys_values)
+        return x, tuple(cache), positions
+
+    def hidden_states(self, inputs: Array, inputs_mask: Array, targets: Array) -> Array:
+        fed = targets[:, :-1]
+        tokens = jnp.concatenate([inputs, fed], axis=1)
+        mask = jnp.concatenate([inputs_mask, jnp.ones_like(fed, bool)], axis=1)
+        x, _, _ = self.row(tokens, mask)
+        first = take_last(x[:, : inputs.shape[1]], inputs_mask)
+        x = jnp.concatenate([first[:, None], x[:, inputs.shape[1] :]], axis=1)
+        return self.dropout(self.decoder_norm(x))
+
+    def prefill(self, inputs: Array, inputs_mask: Array, max_length: int) -> tuple:
+        x, cache, _ = self.row(inputs, inputs_mask)
+        # The last output token predicts nothing that is wanted: it has no slot.
+        room = ((0, 0), (0, 0), (0, max(max_length - 1, 0)), (0, 0))
+        padded = tuple((jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in cache)
+        return self.decoder_norm(take_last(x, inputs_mask)), DecoderState(padded, inputs_mask)
+
+    def step(self, state: DecoderState, tokens: Array, index: Array) -> tuple:
+        mask = state.inputs_mask
+        num_inputs, num_outputs = mask.shape[1], state.cache[0][0].shape[2] - mask.shape[1]
+        lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)[:, None]
+        outputs = jnp.arange(num_outputs)[None]
+        key_positions = jnp.concatenate(
+            [jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, lengths + outputs], axis=1
+        )
+        is_key = jnp.concatenate(
+            [mask, jnp.broadcast_to(outputs <= index, (mask.shape[0], num_outputs))], axis=1
+        )
+        places = make_places(self.config, lengths + index, key_positions, is_key)
+        x, cache = self._embed(tokens[:, None]), []
+        for layer, kept in zip(self.layers, state.cache, strict=True):
+            x, keys_values = layer(x, places, cache=kept, slot=num_inputs + index)
+            cache.append(keys_values)
+        return self.decoder_norm(x)[:, 0], dataclasses.replace(state, cache=tuple(cache))
+
+    def __call__(self, tokens: Array, mask: Array) -> Array:
+        """Touches every parameter; for the initialisation."""
+        hidden = self.decoder_norm(self.row(tokens, mask)[0])
+        return hidden if self.config.tie_embeddings else self.logits_dense(hidden)
+
+
+def take_last(x: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:
+    """The row's entry at its last real token."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderOnly:
+    """A decoder-only model as pure functions of its parameters; a `LanguageModel`.
+
+    Attributes:
+      config: sizes and variant.
+    """
+
+    config: DecoderConfig
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, padding of the vocabulary included."""
+        return self.config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of hidden states."""
+        return self.config.emb_dim
+
+    @property
+    def module(self) -> Decoder:
+        """The Linen module."""
+        return Decoder(self.config)
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Makes float32 parameters; jit-able."""
+        return nn.meta.unbox(self._boxed_params(key))
+
+    def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the parameters, without allocating them."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
+        """Logical axis names of each parameter."""
+        return nn.get_partition_spec(jax.eval_shape(self._boxed_params, jax.random.key(0)))
+
+    def _boxed_params(self, key: Key[Array, ""]) -> PyTree:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return self.module.init(key, tokens, tokens == 0)["params"]
+
+    def hidden_states(
+        self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Hidden states from which `unembed` predicts `batch.targets[:, t]` at position t.
+
+        That of position 0 is of the prompt's last token, so every prompt has at least one.
+        """
+        arguments = (batch.inputs, batch.inputs_mask, batch.targets)
+        return self._apply(params, Decoder.hidden_states, *arguments, dropout_key=dropout_key)
+
+    def head(self, params: Params) -> Params:
+        """The head's kernel, or the embedding where it is tied, where they are in the tree."""
+        if self.config.tie_embeddings:
+            return {"token_embedder": {"embedding": params["token_embedder"]["embedding"]}}
+        return {"logits_dense": {"kernel": params["logits_dense"]["kernel"]}}
+
+    def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """Hidden states to float32 logits, with the final soft cap.
+
+        A slice of the head's vocabulary axis gives that slice of the logits.
+        """
+        if self.config.tie_embeddings:
+            logits = layers.project(hidden, params["token_embedder"]["embedding"], axis=1)
+        else:
+            logits = layers.project(hidden, params["logits_dense"]["kernel"], axis=0)
+        return layers.soft_cap(logits, self.config.final_soft_cap)
+
+    def prefill(
+        self,
+        params: Params,
+        inputs: Int[Array, "B S"],
+        inputs_mask: Bool[Array, "B S"],
+        *,
+        max_length: int,
+    ) -> tuple[Float[Array, "B D"], DecoderState]:
+        """Reads the prompts in one pass.
+
+        Args:
+          params: parameters.
+          inputs: prompt tokens, padded anywhere.
+          inputs_mask: True on real tokens, of which each row has one at least.
+          max_length: output tokens that the state has room for.
+
+        Returns:
+          Hidden states of the first output position, and the state.
+
+        Raises:
+          ValueError: `max_length` is below 1.
+        """
+        if max_length < 1:
+            raise ValueError(
+                f"max_length must be at least 1; got {max_length}. Set it to the longest output "
+                "to generate."
+            )
+        return self._apply(params, Decoder.prefill, inputs, inputs_mask, max_length)
+
+    def decode_step(
+        self,
+        params: Params,
+        state: DecoderState,
+        tokens: Int[Array, " B"],
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "B D"], DecoderState]:
+        """Feeds the output tokens at position `index`; returns hidden states for the next.
+
+        Args:
+          params: parameters.
+          state: from `prefill` or the step before.
+          tokens: output tokens at position `index`.
+          index: position in the output, from 0 to max_length - 2; may be traced.
+        """
+        return self._apply(params, Decoder.step, state, tokens, jnp.asarray(index, jnp.int32))
+
+    def _apply(
+        self,
+        params: Params,
+        method: Callable[..., Any],
+        *arguments: Any,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Any:
+        # The layers drop exactly when there is a key of this name.
+        rngs = {} if dropout_key is None else {"dropout": dropout_key}
+        return self.module.apply({"params": params}, *arguments, rngs=rngs, method=method)
