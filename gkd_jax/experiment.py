@@ -150,13 +150,15 @@ class Generation:
     """What `--run_mode=generate` writes.
 
     Attributes:
-      data: the prompts.
+      data: the prompts, and the vocabulary and lengths.
       output: the JSON lines file to write: `inputs` (the whole prompt), `targets` (the sampled
         text), `references`, `log_prob`, `index`. The task `recipes.instruction` over a
         `JsonLines` source reads it back as training data, prompts as they are.
       model: 'student' or 'teacher' (sequence-level distillation trains on the teacher's).
       method: how outputs are decoded.
       num_samples: outputs a prompt.
+      prompts: a file of prompts in the place of the data's, each the whole of what a model reads:
+        one a line, JSON lines with the field 'inputs' (.jsonl), or '-' for standard input.
     """
 
     data: DatasetConfig
@@ -164,6 +166,7 @@ class Generation:
     model: str = "student"
     method: DecodingMethod = dataclasses.field(default_factory=Greedy)
     num_samples: int = 1
+    prompts: str | None = None
 
     def __post_init__(self) -> None:
         _check_kinds(self)

@@ -40,7 +40,7 @@ def generate(experiment: Experiment) -> str:
     generation, dataset = experiment.generation, prepared.generation_data
     assert generation is not None
     assert dataset is not None
-    model, params, source = _model_to_use(experiment, generation)
+    model, params, source = model_to_use(experiment, generation)
     output = _OutputFile(generation, _identity(generation, dataset, source, experiment.seed))
     num_done = process_zero_decides(output.num_done)
     logging.info("generate: %d of %d prompts are done", num_done, dataset.num_examples)
@@ -71,9 +71,10 @@ def generate(experiment: Experiment) -> str:
     return generation.output
 
 
-def _model_to_use(
+def model_to_use(
     experiment: Experiment, generation: Generation
 ) -> tuple[LanguageModel, Params, str]:
+    """The model that writes, its parameters, and where they come from."""
     if generation.model == "student":
         student = runtime.student_to_use(experiment)
         return experiment.student.model, student.params, student.source

@@ -33,10 +33,11 @@ _GIN_BINDINGS = flags.DEFINE_multi_string(
 _GIN_SEARCH_PATHS = flags.DEFINE_list(
     "gin_search_paths", [], "Folders in which gin files are searched, before the current one."
 )
+_OF_AN_EXPERIMENT = ("train", "eval", "generate", "interactive", "store_teacher", "export")
 _RUN_MODE = flags.DEFINE_enum(
     "run_mode",
     None,
-    ["train", "eval", "generate", "store_teacher", "export", "study"],
+    [*_OF_AN_EXPERIMENT, "study"],
     "What to do. Default: study if the gin files bind a Study, else train.",
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything, print the plan and stop.")
@@ -118,11 +119,7 @@ def _choose_run_mode(*, binds_study: bool) -> str:
         bound = "a Study" if binds_study else "an Experiment"
         raise ValueError(
             f"--run_mode={run_mode} does not suit the gin files, which bind {bound}. Leave it out"
-            + (
-                "."
-                if binds_study
-                else ", or set it to train, eval, generate, store_teacher or export."
-            )
+            + ("." if binds_study else f", or set it to one of {', '.join(_OF_AN_EXPERIMENT)}.")
         )
     return run_mode
 
@@ -162,6 +159,11 @@ def _call(run_mode: str, experiment: Any, *, before_start: Callable[[], None]) -
         from gkd_jax import store_teacher
 
         return f"written: {store_teacher.store_teacher(experiment)}"
+    if run_mode == "interactive":
+        from gkd_jax import interactive
+
+        interactive.interactive(experiment)
+        return ""
     if run_mode == "export":
         from gkd_jax import export
 

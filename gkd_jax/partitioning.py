@@ -292,6 +292,11 @@ class Partitioner:
 
         return jax.tree.map(rows, batch)
 
+    @property
+    def smallest_batch(self) -> int:
+        """The least number of rows that the mesh can divide."""
+        return self.mesh.shape["data"]
+
     def check_batch_size(self, batch_size: int, num_microbatches: int = 1) -> None:
         """Checks that a global batch divides over microbatches and data-parallel devices.
 

@@ -11,8 +11,9 @@ from etils import epath
 from gkd_jax import runtime, writers
 from gkd_jax.checkpoints import load
 from gkd_jax.data.pipeline import Dataset, DatasetConfig
+from gkd_jax.data.prompts import with_prompts
 from gkd_jax.data.vocabularies import Vocabulary, check_same_vocabulary
-from gkd_jax.experiment import Experiment
+from gkd_jax.experiment import Experiment, Generation
 from gkd_jax.export_checks import check_export
 from gkd_jax.hf_checks import check_same_config, check_same_tokenizer
 from gkd_jax.models.base import LanguageModel
@@ -80,7 +81,8 @@ def prepare(
 
     Args:
       experiment: what is to run.
-      run_mode: 'train', 'eval', 'generate', 'store_teacher' or 'export': decides what is needed.
+      run_mode: 'train', 'eval', 'generate', 'store_teacher', 'export' or 'interactive': decides
+        what is needed.
       made_before: folders of checkpoints that other runs will have made by then, and the models
         in them: they need not exist yet.
 
@@ -97,6 +99,7 @@ def prepare(
         "generate": check.generate,
         "store_teacher": check.store_teacher,
         "export": check.export,
+        "interactive": check.interactive,
     }
     checks[run_mode]()
     check.problems.raise_if_any()
@@ -161,10 +164,29 @@ class _Check:
                 "--run_mode=generate writes what Experiment.generation says; got None. Set it."
             )
             return
-        self._open("generation_data", generation.data)
+        with collecting():
+            given = generation.data
+            if generation.prompts is not None:
+                given = with_prompts(given, generation.prompts)
+            self._open("generation_data", given)
         with collecting():
             folder = epath.Path(generation.output).parent
             _check_writable("Generation.output", folder, remedy="Set it to a file in")
+        self._check_writer(generation)
+
+    def interactive(self) -> None:
+        """The model that answers."""
+        generation = self._experiment.generation
+        if generation is None:
+            self.problems.texts.append(
+                "--run_mode=interactive answers as Experiment.generation says; got None. Set it "
+                "(gin_configs/interactive.gin)."
+            )
+            return
+        self._check_writer(generation)
+
+    def _check_writer(self, generation: Generation) -> None:
+        experiment = self._experiment
         if generation.model == "student":
             self._check_student_to_use(generation.data.vocabulary)
         elif experiment.teacher_model is None:

@@ -9,6 +9,8 @@ tokenizers = pytest.importorskip("tokenizers")
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<|end|>")
 LETTERS = "".join(chr(code) for code in range(32, 32 + 90)) + "\n"
+# A special token as older files have it.
+ADDED = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "normalized": False}
 
 
 def save(folder: pathlib.Path, *, letters: str = LETTERS, **settings) -> pathlib.Path:
@@ -23,6 +25,6 @@ def save(folder: pathlib.Path, *, letters: str = LETTERS, **settings) -> pathlib
     tokenizer.add_special_tokens([*SPECIAL])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    config = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": ADDED}
     (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
     return folder

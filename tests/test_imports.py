@@ -24,6 +24,7 @@ _FLOORS = {
     "generate": 4,
     "store_teacher": 4,
     "export": 4,
+    "interactive": 4,
     "export_checks": 4,
     "hf_checks": 4,
     "study": 4,

@@ -194,7 +194,7 @@ _WRONG = {
     "unexpected argument": (["x.gin"], "--gin_file"),
     "study mode without a study": (
         ["--gin.MODEL_DIR='x'", "--run_mode=study"],
-        "set it to train, eval, generate, store_teacher or export",
+        "set it to one of train, eval, generate, interactive, store_teacher, export",
     ),
 }
 

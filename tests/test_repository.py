@@ -46,6 +46,7 @@ _AFTER = {
     "gin_configs/generate.gin": "gin_configs/wmt_ende.gin",
     "gin_configs/store_teacher.gin": "gin_configs/wmt_ende.gin",
     "gin_configs/export.gin": "gin_configs/wmt_ende.gin",
+    "gin_configs/interactive.gin": "gin_configs/wmt_ende.gin",
     "gin_configs/hf.gin": "gin_configs/gsm8k.gin",
     "gin_configs/methods/seqkd.gin": "gin_configs/sft/wmt_ende.gin",
     **{
