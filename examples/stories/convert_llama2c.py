@@ -102,9 +102,10 @@ def read_pieces(path: pathlib.Path) -> list[tuple[str, float]]:
 
 def make_tokenizer(pieces: list[tuple[str, float]]) -> tokenizers.Tokenizer:
     """SentencePiece's byte-pair encoding with bytes for what has no piece."""
-    # llama2.c wrote spaces where SentencePiece has its mark, and spells the two specials so.
+    # llama2.c wrote spaces where SentencePiece has its mark, and spells specials and bytes its way.
     specials = {0: "<unk>", BOS: "<s>", EOS: "</s>"}
-    names = [specials.get(token, text.replace(" ", "▁")) for token, (text, _) in enumerate(pieces)]
+    spelled = specials | {3 + byte: f"<0x{byte:02X}>" for byte in range(256)}
+    names = [spelled.get(token, text.replace(" ", "▁")) for token, (text, _) in enumerate(pieces)]
     vocabulary = {name: token for token, name in enumerate(names)}
     merges: list[tuple[float, int, str, str]] = []
     for token, name in enumerate(names):

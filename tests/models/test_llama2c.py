@@ -1,4 +1,4 @@
-"""A trained Llama of llama2.c, converted, against a forward pass in NumPy from the binary itself."""
+"""A trained Llama of llama2.c, converted, against a forward pass in NumPy of the binary itself."""
 
 import struct
 import subprocess
@@ -102,7 +102,7 @@ def numpy_logits(path, tokens: list[int]) -> np.ndarray:
 def our_logits(folder, tokens: list[int]) -> np.ndarray:
     model = hf.hf_model(str(folder), dtype="float32")
     params = load.load_params(folder, model.abstract_params())
-    targets = jnp.asarray(tokens[1:] + [0])[None]
+    targets = jnp.asarray([*tokens[1:], 0])[None]
     batch = Batch(
         inputs=jnp.asarray(tokens[:1])[None], inputs_mask=jnp.ones((1, 1), bool),
         targets=targets, loss_weights=jnp.ones(targets.shape), example_id=jnp.arange(1),
