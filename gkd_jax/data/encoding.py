@@ -27,6 +27,7 @@ class Encoder:
       inputs_length: longest prompt, end of sequence included.
       targets_length: longest output, end of sequence included.
       inputs_eos: whether prompts end with the end-of-sequence token.
+      cut_inputs: the side on which a prompt that is too long is cut, 'right' or 'left'.
       inputs_bos: whether prompts begin with the vocabulary's `bos_id`, which it then has.
       eos_after_cut_targets: whether an output that was cut still ends with it.
     """
@@ -37,6 +38,7 @@ class Encoder:
     inputs_eos: bool = True
     eos_after_cut_targets: bool = True
     inputs_bos: bool = False
+    cut_inputs: str = "right"
 
     def encode(self, example: TextExample) -> tuple[list[int], list[int], int, int]:
         """Token ids of prompt and output, and how long each would be without cutting.
@@ -50,7 +52,13 @@ class Encoder:
         bos_id = self.vocabulary.bos_id if self.inputs_bos else None
         if bos_id is not None and inputs[:1] != [bos_id]:
             inputs = [bos_id, *inputs]  # A chat template may have written it.
-        inputs, inputs_full = _finish(inputs, self.inputs_length, eos if self.inputs_eos else ())
+        inputs_eos = eos if self.inputs_eos else ()
+        over = len(inputs) + len(inputs_eos) - self.inputs_length
+        if self.cut_inputs == "left" and over > 0:
+            start = 0 if bos_id is None else 1
+            inputs = [*inputs[:start], *inputs[start + over :]]
+        inputs, inputs_full = _finish(inputs, self.inputs_length, inputs_eos)
+        inputs_full += max(over, 0) if self.cut_inputs == "left" else 0
         targets, targets_full = _finish(
             targets, self.targets_length, eos, keep_eos=self.eos_after_cut_targets
         )

@@ -54,6 +54,8 @@ class DatasetConfig:
         (T5's do). A decoder-only model goes on from its prompt, so False there.
       inputs_bos: whether prompts begin with the vocabulary's beginning of sequence, as
         decoder-only models that have one were trained (Llama, Gemma).
+      cut_inputs: the side on which a prompt that is too long is cut: 'right', as seqio's are, or
+        'left', which keeps the question and a chat template's beginning of the answer.
       cache_bytes: token rows are kept in memory if those of all examples fit in this.
       read_threads: threads that make batches ahead of their use; 0 makes each when asked for.
     """
@@ -70,6 +72,7 @@ class DatasetConfig:
     eos_after_cut_targets: bool = True
     inputs_eos: bool | None = None
     inputs_bos: bool = False
+    cut_inputs: str = "right"
     cache_bytes: int = 1 << 28
     read_threads: int = 2
 
@@ -85,6 +88,10 @@ class DatasetConfig:
             raise ValueError(
                 f"DatasetConfig.num_examples must be at least 1; got {self.num_examples}. Set "
                 "it to None to take all examples."
+            )
+        if self.cut_inputs not in ("left", "right"):
+            raise ValueError(
+                f"DatasetConfig.cut_inputs must be 'left' or 'right'; got {self.cut_inputs!r}."
             )
         if self.read_threads < 0:
             raise ValueError(
@@ -142,6 +149,7 @@ class Dataset:
             inputs_eos=self.task.inputs_eos if config.inputs_eos is None else config.inputs_eos,
             eos_after_cut_targets=config.eos_after_cut_targets,
             inputs_bos=config.inputs_bos,
+            cut_inputs=config.cut_inputs,
         )
         self._rows = RowReader(
             self.raw, self._encoder, num_examples=self.num_examples, cache_bytes=config.cache_bytes
@@ -282,8 +290,10 @@ class Dataset:
     def content(self) -> dict[str, Any]:
         """All that decides the rows of each example by its number, whatever their order."""
         texts = [dataclasses.astuple(self.raw(int(example))) for example in self._sample(8)]
-        begins = {"inputs_bos": True} if self._encoder.inputs_bos else {}
-        return begins | {
+        # Absent where they are as they were before they could be set: older positions stay good.
+        newer: dict[str, Any] = {"inputs_bos": True} if self._encoder.inputs_bos else {}
+        newer |= {"cut_inputs": "left"} if self._encoder.cut_inputs == "left" else {}
+        return newer | {
             "source": self._source.fingerprint,
             "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
             "num_examples": self.num_examples,

@@ -75,6 +75,26 @@ def test_prompts_begin_once_and_end_as_they_are_told(folder):
     assert encode("a" * 9, inputs_eos=False, inputs_bos=True) == ([1, *[a] * 5], [b, 2], [10, 2])
 
 
+@pytest.mark.pitfall(19)
+def test_a_prompt_may_be_cut_on_the_left(folder):
+    """It keeps its beginning of sequence and its end, and tells its whole length."""
+    vocabulary = HFTokenizer(folder)
+    ids = vocabulary.encode("abcdefgh")
+
+    def encode(**settings):
+        encoder = Encoder(
+            vocabulary, inputs_length=5, targets_length=4, cut_inputs="left", **settings
+        )
+        inputs, _, full, _ = encoder.encode(TextExample("abcdefgh", "b"))
+        return inputs, full
+
+    assert encode(inputs_eos=False) == (ids[-5:], 8)
+    assert encode(inputs_eos=False, inputs_bos=True) == ([1, *ids[-4:]], 9)
+    assert encode(inputs_eos=True, inputs_bos=True) == ([1, *ids[-3:], 2], 10)
+    short = Encoder(vocabulary, inputs_length=9, targets_length=4, cut_inputs="left")
+    assert short.encode(TextExample("abcdefgh", "b"))[0] == [*ids, 2]
+
+
 @pytest.mark.pitfall(37)
 def test_equal_sizes_of_other_pieces_are_refused(tmp_path):
     letters = hf_tokenizers.LETTERS
