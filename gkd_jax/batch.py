@@ -1,5 +1,7 @@
 """The one type that flows from data to rollout to step, and what a store adds to it."""
 
+import dataclasses
+
 import flax.struct
 
 from gkd_jax.array_types import Array, Bool, Float, Int
@@ -47,6 +49,9 @@ class Batch:
         than the student's; it is no part of what a mean divides by.
       component: number of the source in the data's mixture that an example comes from, where
         teachers are chosen by it.
+      teacher_inputs: the prompt as the teacher reads it, padded on the right, where its template
+        is another than the student's.
+      teacher_inputs_mask: True on the real tokens of `teacher_inputs`.
       stored_teacher: what a store holds of the teacher for `targets`, where one teaches.
     """
 
@@ -59,4 +64,19 @@ class Batch:
     advantages: Float[Array, "B T"] | None = None
     importance: Float[Array, "B T"] | None = None
     component: Int[Array, " B"] | None = None
+    teacher_inputs: Int[Array, "B Z"] | None = None
+    teacher_inputs_mask: Bool[Array, "B Z"] | None = None
     stored_teacher: TeacherDistributions | None = None
+
+    def as_teacher_reads(self) -> "Batch":
+        """The batch with the teacher's prompts, where they are others."""
+        if self.teacher_inputs is None:
+            return self
+        assert self.teacher_inputs_mask is not None
+        return dataclasses.replace(
+            self,
+            inputs=self.teacher_inputs,
+            inputs_mask=self.teacher_inputs_mask,
+            teacher_inputs=None,
+            teacher_inputs_mask=None,
+        )

@@ -61,7 +61,8 @@ def generate(experiment: Experiment) -> str:
         end = min((number + 1) * generation.data.batch_size, dataset.num_examples)
         if end <= num_done:
             continue
-        decoded = decode(params, experiment.partitioner.shard_batch(batch), key)
+        read = batch.as_teacher_reads() if generation.model == "teacher" else batch
+        decoded = decode(params, experiment.partitioner.shard_batch(read), key)
         rows = experiment.partitioner.fetch_to_host(decoded)
         if jax.process_index() == 0:
             output.append(_lines(rows, dataset, first=num_done))

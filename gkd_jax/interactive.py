@@ -72,6 +72,8 @@ def _one_prompt(experiment: Experiment, prompt: str, number: int) -> Batch:
         process_index=layout.shard_id, process_count=layout.num_shards
     )
     batch, examples = next(batches)
+    if generation.model == "teacher":
+        batch = batch.as_teacher_reads()
     # The number of the prompt, from which its samples' keys come.
     example_id: Any = np.where(examples >= 0, number, -1).astype(np.int32)
     return experiment.partitioner.shard_batch(dataclasses.replace(batch, example_id=example_id))

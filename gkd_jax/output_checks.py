@@ -34,6 +34,12 @@ def check_policy(experiment: Experiment) -> None:
             f"Rollout.policy = {policy} asks the teacher for its next token; got {teacher}, which "
             "holds what it said of the data's outputs. Set Rollout.policy to None."
         )
+    if experiment.train_data.teacher_chat is not None:
+        raise ValueError(
+            f"Rollout.policy = {policy} lets student and teacher go on from one prompt; got "
+            "DatasetConfig.teacher_chat, which gives the teacher its own. Set one of the two to "
+            "None."
+        )
     if isinstance(network, RoutedModel):
         raise ValueError(
             f"Rollout.policy = {policy} asks the teacher for its next token; got RoutedTeachers, "

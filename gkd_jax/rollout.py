@@ -73,7 +73,7 @@ def sample_outputs(
     Returns:
       A batch of B * num_samples rows, prompt-major, with `targets`, `loss_weights` (1 up to and
       including the end of an output, all 1 where it did not end, 0 on filler rows) and
-      `sample_log_probs`. `example_id` and `component` repeat with their prompt.
+      `sample_log_probs`. What belongs to a prompt repeats with it.
 
     Raises:
       ValueError: as `gkd_jax.sampling.decode.decode`.
@@ -92,17 +92,16 @@ def sample_outputs(
         num_samples=rollout.num_samples,
         chunk_size=rollout.chunk_size,
     )
-    inputs, inputs_mask, example_id, component = repeat_rows(
-        (batch.inputs, batch.inputs_mask, batch.example_id, batch.component), rollout.num_samples
+    # What belongs to a prompt repeats with it; what belonged to other outputs goes.
+    repeated = repeat_rows(
+        dataclasses.replace(batch, advantages=None, importance=None, stored_teacher=None),
+        rollout.num_samples,
     )
-    return Batch(
-        inputs=inputs,
-        inputs_mask=inputs_mask,
+    return dataclasses.replace(
+        repeated,
         targets=decoded.tokens,
         loss_weights=decoded.weights,
-        example_id=example_id,
         sample_log_probs=decoded.log_probs,
-        component=component,
     )
 
 

@@ -207,6 +207,10 @@ def abstract_rollout(experiment: Experiment) -> PyTree[jax.ShapeDtypeStruct]:
     }
     if experiment.teacher is not None and experiment.teacher.num_components is not None:
         shapes["component"] = shapes["example_id"]
+    if data.teacher_chat is not None:
+        for name in ("inputs", "inputs_mask"):
+            wide = (inputs[0], data.teacher_inputs_length)
+            shapes[f"teacher_{name}"] = jax.ShapeDtypeStruct(wide, shapes[name].dtype)
     return Batch(**shapes)
 
 

@@ -101,7 +101,7 @@ def make_choose(
     """
 
     def choose(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Array, ...]:
-        hidden = model.hidden_states(params, batch)
+        hidden = model.hidden_states(params, batch.as_teacher_reads())
         head = model.head(params)
 
         def at_position(part: tuple[Array, Array, Array]) -> tuple[Array, ...]:

@@ -107,7 +107,7 @@ def make_loss_fn(
         of_teacher: Predictions | TeacherDistributions | None = None
         if needs_teacher and teacher is not None:
             teacher_params = jax.lax.stop_gradient(teacher_params)
-            hidden = teacher.hidden_states(teacher_params, batch)
+            hidden = teacher.hidden_states(teacher_params, batch.as_teacher_reads())
             of_teacher = Predictions(hidden, teacher.head(teacher_params), teacher.unembed)
         elif needs_teacher:
             of_teacher = batch.stored_teacher
@@ -159,7 +159,7 @@ def make_returns_fn(
     ) -> tuple[Array, Array | None, Metrics]:
         weights = batch.loss_weights
         log_q = -likelihood(student_params, None, batch, weights)[1]
-        log_p = -of_teacher(teacher_params, None, batch, weights)[1]
+        log_p = -of_teacher(teacher_params, None, batch.as_teacher_reads(), weights)[1]
         advantages = returns_to_go(log_p - log_q, weights, length_normalized=length_normalized)
         num_outputs = jnp.sum(jnp.any(weights > 0, axis=1).astype(jnp.float32))
         metrics: Metrics = {"return": (jnp.sum(log_p - log_q), num_outputs)}

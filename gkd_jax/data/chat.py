@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from gkd_jax import hub
-from gkd_jax.data.task import RawExample, Source, SourceConfig
 
 Message = Mapping[str, str]
 
@@ -62,56 +61,6 @@ class ChatTemplate:
 
     def __hash__(self) -> int:
         return hash((self.path, self.system, json.dumps(dict(self.settings), sort_keys=True)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Chat:
-    """Examples of another source whose prompts are worded as a conversation with a chat model.
-
-    Attributes:
-      source: where the examples are.
-      template: of the student. What it writes for a beginning of sequence is that token, so that
-        `DatasetConfig.inputs_bos` adds none.
-      inputs: the field that holds the user's message, or a list of messages.
-    """
-
-    source: SourceConfig
-    template: ChatTemplate
-    inputs: str = "inputs"
-
-    def open(self) -> Source:
-        """Opens the source and words its first example, so that a wrong field is found now.
-
-        Raises:
-          FileNotFoundError, ValueError: as the source and the template do; or there is no such
-            field.
-        """
-        opened = _ChatSource(self, self.source.open())
-        opened[0]
-        return opened
-
-
-class _ChatSource:
-    def __init__(self, config: Chat, source: Source):
-        self._config = config
-        self._source = source
-        example = config.template.render([{"role": "user", "content": "?"}])
-        words = [example, config.inputs, config.template.system, source.fingerprint]
-        self.fingerprint = json.dumps(["chat", *words])
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> RawExample:
-        example, field = dict(self._source[index]), self._config.inputs
-        if field not in example:
-            raise ValueError(
-                f"Chat.inputs wants the field {field!r}, which example {index} lacks: it has "
-                f"{', '.join(map(repr, example))}. Name one of these."
-            )
-        said = example[field]
-        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
-        return example | {field: self._config.template.render(messages)}
 
 
 @functools.cache

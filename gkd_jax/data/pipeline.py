@@ -19,6 +19,7 @@ import numpy as np
 
 from gkd_jax.array_types import Int
 from gkd_jax.batch import Batch
+from gkd_jax.data.chat import ChatTemplate
 from gkd_jax.data.encoding import Encoder, RowReader
 from gkd_jax.data.mixtures import MixedSource
 from gkd_jax.data.task import Task, TextExample, get_task
@@ -26,6 +27,7 @@ from gkd_jax.data.teacher_store import TeacherStore, differences
 from gkd_jax.data.vocabularies import Vocabulary
 
 _FEATURES = ("inputs", "targets")
+_TEACHER = "teacher_inputs"
 _LAST_POSITION = 1 << 60
 MAX_EXAMPLE_ID = 2**31 - 1
 _DESCRIBED_EXAMPLES = 1000
@@ -56,6 +58,9 @@ class DatasetConfig:
         decoder-only models that have one were trained (Llama, Gemma).
       cut_inputs: the side on which a prompt that is too long is cut: 'right', as seqio's are, or
         'left', which keeps the question and a chat template's beginning of the answer.
+      chat: template of a chat model in which the task's prompt is the user's message; None gives
+        the prompt as it is.
+      teacher_chat: the teacher's template, where it was trained to read another one.
       cache_bytes: token rows are kept in memory if those of all examples fit in this.
       read_threads: threads that make batches ahead of their use; 0 makes each when asked for.
     """
@@ -73,6 +78,8 @@ class DatasetConfig:
     inputs_eos: bool | None = None
     inputs_bos: bool = False
     cut_inputs: str = "right"
+    chat: ChatTemplate | None = None
+    teacher_chat: ChatTemplate | None = None
     cache_bytes: int = 1 << 28
     read_threads: int = 2
 
@@ -106,11 +113,12 @@ class DatasetConfig:
                     f"DatasetConfig.feature_lengths lacks {feature!r}; got "
                     f"{dict(self.feature_lengths)}. Give the lengths of 'inputs' and 'targets'."
                 )
-        unknown = sorted(set(self.feature_lengths) - set(_FEATURES))
+        optional = {_TEACHER} if self.teacher_chat is not None else set()
+        unknown = sorted(set(self.feature_lengths) - set(_FEATURES) - optional)
         if unknown:
             raise ValueError(
                 f"DatasetConfig.feature_lengths names unknown features {unknown}. Give the "
-                "lengths of 'inputs' and 'targets' only."
+                "lengths of 'inputs' and 'targets' only, and with teacher_chat of 'teacher_inputs'."
             )
         for feature in _FEATURES:
             length = self.feature_lengths[feature]
@@ -120,6 +128,11 @@ class DatasetConfig:
                     f"but the end of sequence is left of every example; got {length}. Set it to "
                     "the longest text in tokens plus one."
                 )
+
+    @property
+    def teacher_inputs_length(self) -> int:
+        """Longest prompt of the teacher: that of the student where it is not given."""
+        return self.feature_lengths.get(_TEACHER, self.feature_lengths["inputs"])
 
     def build(self) -> "Dataset":
         """Opens and checks the data."""
@@ -151,14 +164,29 @@ class Dataset:
             inputs_bos=config.inputs_bos,
             cut_inputs=config.cut_inputs,
         )
-        self._rows = RowReader(
-            self.raw, self._encoder, num_examples=self.num_examples, cache_bytes=config.cache_bytes
-        )
+        self._rows = self._reader(self._encoder, config.chat)
+        self._teacher_rows: RowReader | None = None
+        if config.teacher_chat is not None:
+            length = config.teacher_inputs_length
+            encoder = dataclasses.replace(self._encoder, inputs_length=length)
+            self._teacher_rows = self._reader(encoder, config.teacher_chat)
+            self._teacher_rows.read(np.zeros(1, np.int64))  # A broken template is found now.
         order = grain.MapDataset.range(self.num_examples)
         self._order = (order.shuffle(config.seed) if config.shuffle else order).repeat()
         self.stored_teacher: TeacherStore | None = None
         self._mixture: MixedSource | None = None
         self._check_prompts_differ()
+
+    def _reader(self, encoder: Encoder, chat: ChatTemplate | None) -> RowReader:
+        def read(index: int) -> TextExample:
+            example = self.raw(index)
+            if chat is None:
+                return example
+            said = [{"role": "user", "content": example.inputs}]
+            return dataclasses.replace(example, inputs=chat.render(said), inputs_ids=None)
+
+        cache_bytes = self.config.cache_bytes
+        return RowReader(read, encoder, num_examples=self.num_examples, cache_bytes=cache_bytes)
 
     def use_stored_teacher(self, path: str) -> None:
         """Gives the batches that follow what a store holds of a teacher for their outputs.
@@ -203,6 +231,11 @@ class Dataset:
     def _batch(self, examples: Int[np.ndarray, " B"], example_id: Int[np.ndarray, " B"]) -> Batch:
         rows = self._rows.read(examples)
         batch = rows.batch(example_id)
+        if self._teacher_rows is not None:
+            read = self._teacher_rows.read(examples).batch(example_id)
+            batch = dataclasses.replace(
+                batch, teacher_inputs=read.inputs, teacher_inputs_mask=read.inputs_mask
+            )
         if self._mixture is not None:
             of: Any = np.array(
                 [self._mixture.component(int(one)) if one >= 0 else 0 for one in examples], np.int32
@@ -293,6 +326,10 @@ class Dataset:
         # Absent where they are as they were before they could be set: older positions stay good.
         newer: dict[str, Any] = {"inputs_bos": True} if self._encoder.inputs_bos else {}
         newer |= {"cut_inputs": "left"} if self._encoder.cut_inputs == "left" else {}
+        for name in ("chat", "teacher_chat"):
+            template: ChatTemplate | None = getattr(self.config, name)
+            if template is not None:
+                newer[name] = template.render([{"role": "user", "content": "?"}])
         return newer | {
             "source": self._source.fingerprint,
             "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
@@ -427,6 +464,10 @@ class Dataset:
             )
         for feature, ids in (("inputs", rows.inputs[0]), ("targets", rows.targets[0])):
             lines.append(f"  {feature}[0]: {self.config.vocabulary.decode(ids.tolist())!r}")
+        if self._teacher_rows is not None:
+            ids = self._teacher_rows.read(sample[:1]).inputs[0]
+            decoded = self.config.vocabulary.decode(ids.tolist())
+            lines.append(f"  teacher_inputs[0]: {decoded!r}")
         return "\n".join(lines)
 
 

@@ -5,8 +5,11 @@ import json
 import hf_tokenizers
 import pytest
 
-from gkd_jax.data.chat import Chat, ChatTemplate
+from gkd_jax.data.chat import ChatTemplate
+from gkd_jax.data.hf_tokenizer import HFTokenizer
+from gkd_jax.data.pipeline import DatasetConfig
 from gkd_jax.data.sources import InMemory
+from gkd_jax.data.task import Task, TextExample
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -49,33 +52,63 @@ def test_prompts_are_those_of_transformers(tmp_path, template, system, as_file):
     assert ChatTemplate(str(folder), system=system).render(CONVERSATION) == expected
 
 
-def test_examples_are_worded_as_conversations(tmp_path):
-    folder = checkpoint(tmp_path, CHATML)
-    source = InMemory([{"inputs": "Hi", "targets": "a"}, {"inputs": CONVERSATION, "targets": "b"}])
-    template = ChatTemplate(str(folder), settings={"enable_thinking": False})
-    opened = Chat(source, template).open()
-    assert opened[0] == {
-        "inputs": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think></think>",
-        "targets": "a",
-    }
-    assert "How many \u00e4pples?<|im_end|>" in opened[1]["inputs"]
-    other = Chat(source, ChatTemplate(str(folder))).open()
-    assert len({opened.fingerprint, other.fingerprint, source.open().fingerprint}) == 3
-    assert hash(template) != hash(ChatTemplate(str(folder)))
+def data(folder, **changes):
+    task = Task("t", {"train": InMemory([{"q": "Hi", "a": "b"}] * 3)}, to_text)
+    settings = dict(
+        task=task, split="train", feature_lengths={"inputs": 64, "targets": 8}, batch_size=2,
+        vocabulary=HFTokenizer(folder), inputs_eos=False, inputs_bos=True,
+    )  # fmt: skip
+    return DatasetConfig(**settings | changes)
+
+
+def to_text(example):
+    return TextExample(example["q"], example["a"])
+
+
+@pytest.mark.pitfall(38)
+def test_student_and_teacher_read_their_own_templates(tmp_path):
+    """Any task's prompt, worded twice; shown side by side; part of what the data are."""
+    folder = checkpoint(tmp_path / "student", CHATML)
+    chat = ChatTemplate(str(folder), settings={"enable_thinking": False})
+    teacher_chat = ChatTemplate(str(checkpoint(tmp_path / "teacher", LLAMA)), system="Be brief.")
+    lengths = {"inputs": 96, "targets": 8, "teacher_inputs": 40}
+    config = data(folder, chat=chat, teacher_chat=teacher_chat, feature_lengths=lengths)
+    dataset = config.build()
+    batch = next(dataset.train_iterator())
+    encode = config.vocabulary.encode
+    wanted = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think></think>"
+    assert batch.inputs[0][batch.inputs_mask[0]].tolist() == [1, *encode(wanted)]
+    assert batch.teacher_inputs.shape == (2, 40)
+    # The template wrote the beginning of sequence: it is there once.
+    own = batch.teacher_inputs[0][batch.teacher_inputs_mask[0]].tolist()
+    assert own == [1, *encode("[INST] Be brief. Hi [/INST]")]
+    read = batch.as_teacher_reads()
+    assert read.inputs is batch.teacher_inputs
+    assert read.targets is batch.targets
+    assert batch.inputs is not read.inputs
+    report = dataset.describe()
+    assert "  inputs[0]: '" in report
+    assert "teacher_inputs[0]: '[INST] Be brief. Hi [/INST]'" in report
+    others = (
+        data(folder), data(folder, chat=chat), data(folder, chat=ChatTemplate(str(folder))),
+        data(folder, chat=chat, teacher_chat=chat),
+    )  # fmt: skip
+    fingerprints = {one.build().fingerprint for one in (config, *others)}
+    assert len(fingerprints) == 5
+    with pytest.raises(ValueError, match=r"unknown features \['teacher_inputs'\]"):
+        data(folder, feature_lengths=lengths)
 
 
 def test_what_is_wrong_is_said(tmp_path):
-    source = InMemory([{"inputs": "Hi"}])
+    folder = hf_tokenizers.save(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"which has no chat template"):
-        Chat(source, ChatTemplate(str(hf_tokenizers.save(tmp_path / "none")))).open()
+        data(folder, chat=ChatTemplate(str(folder))).build()
     broken = checkpoint(tmp_path / "broken", "{% if %}")
     with pytest.raises(ValueError, match=r"chat template of .*broken is broken"):
-        Chat(source, ChatTemplate(str(broken))).open()
+        data(folder, teacher_chat=ChatTemplate(str(broken))).build()
     llama = ChatTemplate(str(checkpoint(tmp_path / "llama", LLAMA)))
     with pytest.raises(ValueError, match=r"roles \['user', 'user'\]: Roles must alternate"):
         llama.render([CONVERSATION[0], CONVERSATION[0]])
-    with pytest.raises(ValueError, match=r"Chat\.inputs wants the field 'question'"):
-        Chat(source, llama, inputs="question").open()
     # A template that came with a checkpoint reaches nothing outside.
     evil = checkpoint(tmp_path / "evil", "{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(ValueError, match=r"refuses a conversation"):
