@@ -15,6 +15,7 @@ from typing import Any
 from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.combined import MixtureModel, RoutedModel
+from gkd_jax.models.lora import base_of
 from gkd_jax.models.narrowed import narrowed
 
 
@@ -262,7 +263,8 @@ class InitialStudent(SelfTeacher):
 
     Its parameters are made again at every start: read from `Student.initial_checkpoint`, or drawn
     from the run's seed where there is none. Nothing of it is saved, so the checkpoint must stay as
-    it is: name one `checkpoint_<step>` of a run that goes on.
+    it is: name one `checkpoint_<step>` of a run that goes on. Of a student with adapters
+    (`LoRA`) it is the base, adapters off, in the arrays that the student has: no second copy.
 
     Without dropout, at equal temperatures, the gradient of the first step is 0. It keeps a
     student near to where it started, beside another loss or at another temperature.
@@ -271,6 +273,10 @@ class InitialStudent(SelfTeacher):
     def source(self, start: str) -> str:
         """What the student starts from."""
         return f"{start}, as the student starts"
+
+    def model_for(self, student: LanguageModel) -> LanguageModel:
+        """The student's, without adapters."""
+        return base_of(student)
 
     def restore(
         self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]
