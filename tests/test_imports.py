@@ -85,6 +85,7 @@ _LAZY = {
     "tokenizers",
     "transformers",
     "torch",
+    "peft",
 }
 
 

@@ -41,7 +41,8 @@ def teacher_model():
 def experiment(saved, model_dir, **changes):
     """Distillation of everything at once, as `small_runs.gkd` has it, into adapters."""
     student = Student(LoRA(small_runs.model(dropout_rate=0.1), rank=RANK), str(saved / "base"))
-    return small_runs.gkd(model_dir, saved / "teacher", student=student, **changes)
+    run = small_runs.gkd(model_dir, saved / "teacher", student=student)
+    return dataclasses.replace(run, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -200,8 +200,8 @@ def test_on_a_mesh(rules):
     params = random_params(model)
     sharded = jax.device_put(params, partitioner.param_shardings(model))
     wi = sharded["adapters"]["layers_0"]["mlp"]["wi_0"]
-    assert wi["lora_b"].sharding.spec == (None, "model")
-    assert wi["lora_a"].sharding.spec == ("data" if rules == "fsdp" else None, None)
+    assert tuple(wi["lora_b"].sharding.spec) == (None, "model")
+    assert tuple(wi["lora_a"].sharding.spec) == ("data" if rules == "fsdp" else None, None)
     batch = hf_models.random_batch(rows=8)
     function = jax.jit(
         partitioner.annotate(lambda p, b: model.unembed(p, model.hidden_states(p, b)))
