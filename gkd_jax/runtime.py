@@ -21,6 +21,7 @@ from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.experiment import Experiment
 from gkd_jax.models import lora
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.models.quantised import Int8
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.partitioning import Partitioner, process_zero_decides
 from gkd_jax.rollout import Rollout, mix_outputs, rollout_metrics, sample_outputs
@@ -112,9 +113,14 @@ def load_teacher(experiment: Experiment, *, frozen: Params | None = None) -> Par
     def network(teacher: Teacher) -> Params:
         logging.info("teacher: parameters from %s", teacher.checkpoint)
         dtype = jnp.dtype(teacher.model.config.dtype)
-        return load.load_params(
+        params = load.load_params(
             teacher.checkpoint, sharded_abstract_params(experiment, teacher.model, dtype=dtype)
         )
+        model = teacher.network
+        if isinstance(model, Int8):
+            shardings = experiment.partitioner.param_shardings(model)
+            params = jax.jit(model.quantise, out_shardings=shardings)(params)
+        return params
 
     def initial_student() -> Params:
         logging.info("teacher: the initial student")

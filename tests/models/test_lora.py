@@ -19,7 +19,7 @@ from gkd_jax.objectives.divergences import GeneralizedJSD
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.partitioning import Partitioner
 
-FAMILIES = ["t5", "t5_1_1", "llama3", "gemma2"]
+FAMILIES = ["t5_1_1", "llama3", "gemma2"]
 
 
 def base(name, dtype="float32"):
