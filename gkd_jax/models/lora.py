@@ -242,7 +242,7 @@ def fingerprint(params: Params) -> str:
     Of each array, the sum of its bits as whole numbers, which is exact in any order.
     """
     digest = hashlib.sha256()
-    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
         digest.update(f"{path} {leaf.shape} {leaf.dtype} {int(_sum_of_bits(leaf))}".encode())
     return digest.hexdigest()
 
