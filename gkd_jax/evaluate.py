@@ -194,11 +194,12 @@ def evaluate(experiment: Experiment) -> EvalResult:
     """
     prepared = prepare.prepare(experiment, run_mode="eval")
     assert prepared.eval_data is not None
-    student = runtime.student_to_use(experiment)
+    frozen = runtime.load_frozen(experiment)
+    student = runtime.student_to_use(experiment, frozen=frozen)
     needs_teacher = experiment.objective.divergence.needs_teacher
     teacher_params = None
     if needs_teacher and experiment.teacher is not None:
-        teacher_params = runtime.teacher_to_use(experiment).params
+        teacher_params = runtime.teacher_to_use(experiment, frozen=frozen).params
     evaluator = Evaluator(experiment, prepared.eval_data)
     result = evaluator(student.params, teacher_params, step=student.step)
     for name, score in result.scores.items():

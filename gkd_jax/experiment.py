@@ -62,8 +62,9 @@ class Student:
 
     Attributes:
       model: the student's model.
-      initial_checkpoint: where training starts: a checkpoint of gkd_jax or of T5X. GKD starts
-        from a student already fine-tuned on the task. None starts from scratch.
+      initial_checkpoint: where training starts: a checkpoint of gkd_jax, of T5X or of Hugging
+        Face. GKD starts from a student already fine-tuned on the task. None starts from scratch.
+        A model with adapters (`LoRA`) has its base from here, at every start.
     """
 
     model: LanguageModel
@@ -210,18 +211,22 @@ class Storing:
 class Export:
     """What `--run_mode=export` writes: the student as a Hugging Face checkpoint.
 
+    Adapters (`LoRA`) are merged into their base, unless they are wanted alone.
+
     Attributes:
       output: the local directory to make, which does not exist yet.
       dtype: of the weights, 'bfloat16' or 'float32'.
       tokenizer: directory of a checkpoint whose tokenizer files are copied; None takes those of
         the training's vocabulary.
       shard_bytes: most bytes of a file of weights.
+      adapters: whether the adapters alone are written, as PEFT loads them onto the base.
     """
 
     output: str
     dtype: str = "bfloat16"
     tokenizer: str | None = None
     shard_bytes: int = 5_000_000_000
+    adapters: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(self, "shard_bytes")

@@ -8,10 +8,13 @@ from absl import logging
 from etils import epath
 
 from gkd_jax import export_checks, hub, prepare, runtime
-from gkd_jax.checkpoints import hf
+from gkd_jax.array_types import Params
+from gkd_jax.checkpoints import hf, peft
 from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.experiment import Experiment
+from gkd_jax.models import lora
 
+_GENERATION = "generation_config.json"
 _CARD = """---
 library_name: transformers
 tags: [distillation, gkd_jax]
@@ -19,7 +22,7 @@ tags: [distillation, gkd_jax]
 
 # {name}
 
-A student distilled with gkd_jax ({source}, {num_params:,} parameters, written in {dtype}).
+A student distilled with gkd_jax ({source}, {num_params:,} parameters, {written}).
 
 | | |
 |---|---|
@@ -40,7 +43,8 @@ def export(experiment: Experiment) -> str:
     """Writes the student's newest parameters as `Experiment.export` says.
 
     The directory appears when it is complete: weights in safetensors, config.json,
-    generation_config.json, the tokenizer's files, and a model card that records the run.
+    generation_config.json, the tokenizer's files, and a model card that records the run. Of
+    adapters alone it has those and adapter_config.json in the place of the first three.
 
     Returns:
       The path of the directory.
@@ -49,7 +53,7 @@ def export(experiment: Experiment) -> str:
       gkd_jax.prepare.ConfigurationError: something is wrong with the experiment; lists all.
     """
     prepare.prepare(experiment, run_mode="export")
-    settings, model = experiment.export, experiment.student.model
+    settings = experiment.export
     assert settings is not None
     if jax.process_count() > 1:
         raise ValueError(
@@ -60,24 +64,45 @@ def export(experiment: Experiment) -> str:
     partial = epath.Path(f"{settings.output.rstrip('/')}.partial")
     if partial.exists():
         partial.rmtree()
-    start = experiment.student.initial_checkpoint
-    config = None
-    if start is not None and hf.is_hf_checkpoint(hub.find(start)):
-        config = hf.read_config(hub.find(start))
-    files = hf.write_hf_checkpoint(
-        partial, model, student.params, dtype=settings.dtype, config=config,
-        shard_bytes=settings.shard_bytes,
-    )  # fmt: skip
+    write = _write_adapters if settings.adapters else _write_model
+    files = write(experiment, student.params, partial)
     for name, file in export_checks.tokenizer_files(experiment).items():
-        (partial / name).write_bytes(file.read_bytes())
-    generation = partial / "generation_config.json"
-    if not generation.exists():
-        contents = _generation_config(model.config, experiment.train_data.vocabulary)
+        if not settings.adapters or name != _GENERATION:
+            (partial / name).write_bytes(file.read_bytes())
+    generation = partial / _GENERATION
+    if not (settings.adapters or generation.exists()):
+        config = experiment.student.model.config
+        contents = _generation_config(config, experiment.train_data.vocabulary)
         generation.write_text(json.dumps(contents, indent=2) + "\n")
     (partial / "README.md").write_text(_card(experiment, student))
     partial.rename(output)
     logging.info("export: %d files of weights in %s", len(files) - 1, output)
     return str(output)
+
+
+def _write_model(experiment: Experiment, params: Params, folder: epath.Path) -> list[str]:
+    """The whole student; adapters are merged into the base."""
+    settings, student = experiment.export, experiment.student
+    assert settings is not None
+    model, start, config = student.model, student.initial_checkpoint, None
+    if start is not None and hf.is_hf_checkpoint(hub.find(start)):
+        config = hf.read_config(hub.find(start))
+    if isinstance(model, lora.LoRA):
+        params = model.merge(params)
+        model = model.model
+    return hf.write_hf_checkpoint(
+        folder, model, params, dtype=settings.dtype, config=config,
+        shard_bytes=settings.shard_bytes,
+    )  # fmt: skip
+
+
+def _write_adapters(experiment: Experiment, params: Params, folder: epath.Path) -> list[str]:
+    """The adapters alone, for PEFT."""
+    model = experiment.student.model
+    assert isinstance(model, lora.LoRA)
+    adapters, _ = lora.split(model, params)
+    start = experiment.student.initial_checkpoint
+    return peft.write_adapters(folder, model, adapters, base=start)
 
 
 def _generation_config(config: Any, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -101,7 +126,7 @@ def _card(experiment: Experiment, student: runtime.TrainedStudent) -> str:
         name=epath.Path(experiment.export.output).name,
         source=student.source,
         num_params=prepare.num_params(experiment.student.model),
-        dtype=experiment.export.dtype,
+        written=_written(experiment),
         teacher="none" if teacher is None else teacher.source(experiment.start),
         start=experiment.start,
         objective=experiment.objective,
@@ -115,6 +140,15 @@ def _card(experiment: Experiment, student: runtime.TrainedStudent) -> str:
         vocabulary=data.vocabulary.name,
         metrics=_metrics(experiment, student.step),
     )
+
+
+def _written(experiment: Experiment) -> str:
+    model, settings = experiment.student.model, experiment.export
+    assert settings is not None
+    if settings.adapters:
+        return "adapters alone, written in float32"
+    merged = ", adapters merged" if lora.has_adapters(model) else ""
+    return f"written in {settings.dtype}{merged}"
 
 
 def _metrics(experiment: Experiment, step: int) -> str:

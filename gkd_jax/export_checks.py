@@ -5,11 +5,11 @@ import os
 from etils import epath
 
 from gkd_jax import hub
-from gkd_jax.checkpoints import hf
+from gkd_jax.checkpoints import hf, peft
 from gkd_jax.data.hf_tokenizer import HFTokenizer
 from gkd_jax.data.vocabularies import SentencePieceVocabulary
 from gkd_jax.experiment import Experiment
-from gkd_jax.models import families
+from gkd_jax.models import families, lora
 
 
 def check_export(experiment: Experiment) -> epath.Path:
@@ -37,7 +37,15 @@ def check_export(experiment: Experiment) -> epath.Path:
             f"Export.output {export.output} exists already, and nothing is written over. Set it to "
             "a new directory, or remove that one."
         )
-    families.model_to_hf(experiment.student.model)
+    model = experiment.student.model
+    families.model_to_hf(lora.base_of(model))
+    if export.adapters:
+        if not lora.has_adapters(model):
+            raise ValueError(
+                "Export.adapters writes the adapters of a LoRA student alone; got Student.model = "
+                f"{type(model).__name__}, which has none. Set it (EXPORT_ADAPTERS) to False."
+            )
+        peft.check_base_architecture(experiment.student.initial_checkpoint)
     tokenizer_files(experiment)
     return epath.Path(export.output).absolute().parent
 
@@ -64,6 +72,7 @@ def tokenizer_files(experiment: Experiment) -> dict[str, epath.Path]:
             )
         return found
     if isinstance(vocabulary, SentencePieceVocabulary):
-        is_t5 = families.model_to_hf(experiment.student.model)["model_type"] == "t5"
+        base = lora.base_of(experiment.student.model)
+        is_t5 = families.model_to_hf(base)["model_type"] == "t5"
         return {"spiece.model" if is_t5 else "tokenizer.model": epath.Path(vocabulary.path)}
     return {}

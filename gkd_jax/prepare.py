@@ -8,14 +8,16 @@ from collections.abc import Iterator, Mapping
 import jax
 from etils import epath
 
-from gkd_jax import runtime, writers
+from gkd_jax import adapters, runtime, writers
 from gkd_jax.checkpoints import load
+from gkd_jax.checkpoints.layout import OtherShapesError
 from gkd_jax.data.pipeline import Dataset, DatasetConfig
 from gkd_jax.data.prompts import with_prompts
 from gkd_jax.data.vocabularies import Vocabulary, check_same_vocabulary
 from gkd_jax.experiment import Experiment, Generation
 from gkd_jax.export_checks import check_export
 from gkd_jax.hf_checks import check_same_config, check_same_tokenizer
+from gkd_jax.models import lora
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.combined import RoutedModel
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
@@ -122,7 +124,7 @@ class _Check:
         self._open("train_data", experiment.train_data, experiment.num_microbatches)
         for check in (
             *(_check_objective, check_stored_teacher, check_policy, check_replay, check_reward),
-            _check_best_metric,
+            *(_check_best_metric, adapters.check_base),
         ):
             with collecting():
                 check(experiment)
@@ -245,6 +247,9 @@ class _Check:
                     "Experiment.model_dir", experiment.model_dir, experiment.student.model,
                     vocabulary,
                 )  # fmt: skip
+                adapters.check_base(experiment)
+                if lora.has_adapters(experiment.student.model):
+                    self._check_initial_checkpoint(vocabulary)
             elif experiment.student.initial_checkpoint is None:
                 raise ValueError(runtime.no_student(experiment))
             else:
@@ -255,8 +260,9 @@ class _Check:
         assert student.initial_checkpoint is not None
         with self.problems.collecting():
             self._check_checkpoint(
-                "Student.initial_checkpoint", student.initial_checkpoint, student.model, vocabulary
-            )
+                "Student.initial_checkpoint", student.initial_checkpoint,
+                lora.base_of(student.model), vocabulary,
+            )  # fmt: skip
 
     def _check_teacher(self, vocabulary: Vocabulary) -> None:
         """Every network of the teacher; one made from the student is checked as the student is."""
@@ -295,21 +301,28 @@ class _Check:
         self._check_student_to_use(vocabulary)
         with self.problems.collecting():
             if runtime.newest_step(experiment.model_dir) is not None:
-                abstract_params = experiment.student.model.abstract_params()
-                load.check_compatible(
-                    experiment.model_dir, abstract_params, part=teacher.state_part
-                )
+                model = experiment.student.model
+                trained, _ = lora.split(model, model.abstract_params())
+                load.check_compatible(experiment.model_dir, trained, part=teacher.state_part)
 
     def _check_checkpoint(
         self, setting: str, path: str, model: LanguageModel, vocabulary: Vocabulary
     ) -> bool:
-        """Checks shapes and vocabulary; whether it tells, or will, what it was trained with."""
+        """Checks shapes and vocabulary; whether it tells, or will, what it was trained with.
+
+        Of a model with adapters the checkpoint holds those alone.
+        """
+        if setting != "Experiment.model_dir":
+            adapters.check_whole(setting, path, model, self._made_before.get(path))
         if path in self._made_before:
             _check_same_shapes(setting, path, model, self._made_before[path])
             return True
         try:
-            info = load.check_compatible(path, model.abstract_params())
+            trained, _ = lora.split(model, model.abstract_params())
+            info = load.check_compatible(path, trained)
         except (ValueError, OSError) as error:
+            if isinstance(error, OtherShapesError):
+                adapters.check_whole(setting, path)
             raise ValueError(f"{setting}: {error}") from error
         if info.kind == "hf":
             check_same_config(setting, path, model)
@@ -439,7 +452,7 @@ def describe_plan(experiment: Experiment, prepared: Prepared) -> str:
         lines.append(f"reward: {experiment.reward}")
     if experiment.replay is not None:
         lines.append(f"replay: {experiment.replay}")
-    lines.append(f"optimizer: {experiment.optimizer}")
+    lines += [f"optimizer: {experiment.optimizer}", adapters.describe_memory(experiment)]
     lines.append(
         f"steps: {experiment.num_steps:,} of {experiment.train_data.batch_size} examples in "
         f"{experiment.num_microbatches} microbatches, on a mesh of "

@@ -12,13 +12,16 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from gkd_jax.adapters import check_base, check_frozen, describe_frozen
 from gkd_jax.array_types import Array, Key, Metrics, Params, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import load
 from gkd_jax.checkpoints.store import CheckpointStore
 from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.experiment import Experiment
+from gkd_jax.models import lora
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.models.quantised import Int8
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.partitioning import Partitioner, process_zero_decides
 from gkd_jax.rollout import Rollout, mix_outputs, rollout_metrics, sample_outputs
@@ -59,29 +62,50 @@ def sharded_abstract_params(
 
 
 def init_params(experiment: Experiment, *, dtype: Any = None) -> Params:
-    """The student's parameters before training: given weights, or random ones, sharded.
+    """The parameters that are trained, before training: given or random, sharded.
 
-    In `dtype` if given, else in float32.
+    In `dtype` if given, else in float32. Those of a student with adapters are the adapters, which
+    start from the run's seed.
     """
-    student = experiment.student
-    if student.initial_checkpoint is not None:
+    student, partitioner = experiment.student, experiment.partitioner
+    shardings, frozen = lora.split(student.model, partitioner.param_shardings(student.model))
+    if frozen is None and student.initial_checkpoint is not None:
         logging.info("student: parameters from %s", student.initial_checkpoint)
         return load.load_params(
             student.initial_checkpoint,
             sharded_abstract_params(experiment, student.model, dtype=dtype),
         )
-    logging.info("student: random parameters from seed %d", experiment.seed)
-    shardings = experiment.partitioner.param_shardings(student.model)
-    params = jax.jit(student.model.init, out_shardings=shardings)(
-        make_key(experiment.seed, Purpose.INIT)
-    )
+    what = "random parameters" if frozen is None else "random adapters"
+    logging.info("student: %s from seed %d", what, experiment.seed)
+    init = functools.partial(lora.init_trained, student.model)
+    params = jax.jit(init, out_shardings=shardings)(make_key(experiment.seed, Purpose.INIT))
     return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def load_teacher(experiment: Experiment) -> Params | None:
+def load_frozen(experiment: Experiment) -> Params | None:
+    """The student's parameters that are not trained, sharded; None where all are trained.
+
+    Those of a student with adapters are its base, restored in the base's dtype at every start.
+
+    Raises:
+      ValueError: there is no `Student.initial_checkpoint` to restore it from.
+    """
+    student = experiment.student
+    abstract = sharded_abstract_params(experiment, student.model)
+    _, frozen = lora.split(student.model, abstract)
+    if frozen is None:
+        return None
+    check_base(experiment)
+    assert student.initial_checkpoint is not None
+    logging.info("student: frozen base from %s", student.initial_checkpoint)
+    return load.load_params(student.initial_checkpoint, frozen)
+
+
+def load_teacher(experiment: Experiment, *, frozen: Params | None = None) -> Params | None:
     """What the step is given of the teacher: parameters in their compute dtype, sharded.
 
-    None where there is no teacher, or where the training state holds it.
+    None where there is no teacher, or where the training state holds it. `frozen` is what
+    `load_frozen` gave, if it was called: a base that teaches is then not restored again.
     """
     if experiment.teacher is None:
         return None
@@ -89,12 +113,20 @@ def load_teacher(experiment: Experiment) -> Params | None:
     def network(teacher: Teacher) -> Params:
         logging.info("teacher: parameters from %s", teacher.checkpoint)
         dtype = jnp.dtype(teacher.model.config.dtype)
-        return load.load_params(
+        params = load.load_params(
             teacher.checkpoint, sharded_abstract_params(experiment, teacher.model, dtype=dtype)
         )
+        model = teacher.network
+        if isinstance(model, Int8):
+            shardings = experiment.partitioner.param_shardings(model)
+            params = jax.jit(model.quantise, out_shardings=shardings)(params)
+        return params
 
     def initial_student() -> Params:
         logging.info("teacher: the initial student")
+        base = load_frozen(experiment) if frozen is None else frozen
+        if base is not None:
+            return base
         return init_params(experiment, dtype=jnp.dtype(experiment.student.model.config.dtype))
 
     return experiment.teacher.restore(network=network, initial_student=initial_student)
@@ -121,20 +153,23 @@ class TrainedStudent:
     source: str
 
 
-def student_to_use(experiment: Experiment) -> TrainedStudent:
+def student_to_use(experiment: Experiment, *, frozen: Params | None = None) -> TrainedStudent:
     """The student's newest parameters in `model_dir`, or else its initial ones.
+
+    `frozen` is what `load_frozen` gave, if it was called.
 
     Raises:
       ValueError: there are neither.
     """
-    return _newest(experiment, "params")
+    return _newest(experiment, "params", frozen)
 
 
-def teacher_to_use(experiment: Experiment) -> TrainedStudent:
+def teacher_to_use(experiment: Experiment, *, frozen: Params | None = None) -> TrainedStudent:
     """The teacher's parameters outside training.
 
     One that the training state holds comes from the newest checkpoint in `model_dir`; where there
-    is none yet, it is still the initial student.
+    is none yet, it is still the initial student. `frozen` is what `load_frozen` gave, if it was
+    called.
 
     Raises:
       ValueError: it is made from the student, and there are no parameters of that.
@@ -143,23 +178,29 @@ def teacher_to_use(experiment: Experiment) -> TrainedStudent:
     assert teacher is not None
     source = teacher.source(experiment.start)
     if teacher.state_part is None:
-        return TrainedStudent(load_teacher(experiment), 0, source)
-    found = _newest(experiment, teacher.state_part)
+        return TrainedStudent(load_teacher(experiment, frozen=frozen), 0, source)
+    found = _newest(experiment, teacher.state_part, frozen)
     return dataclasses.replace(found, source=f"{source}, from {found.source}")
 
 
-def _newest(experiment: Experiment, part: str) -> TrainedStudent:
+def _newest(experiment: Experiment, part: str, frozen: Params | None) -> TrainedStudent:
     """A part of the newest state in `model_dir`, shaped like the student, or the initial one."""
+    model = experiment.student.model
     if process_zero_decides(lambda: newest_step(experiment.model_dir) or 0) == 0:
         if experiment.student.initial_checkpoint is None:
             raise ValueError(no_student(experiment))
-        return TrainedStudent(init_params(experiment), 0, experiment.student.initial_checkpoint)
+        frozen = load_frozen(experiment) if frozen is None else frozen
+        params = lora.join(init_params(experiment), frozen)
+        return TrainedStudent(params, 0, experiment.student.initial_checkpoint)
     with CheckpointStore(experiment.model_dir, read_only=True) as store:
         step = store.choose()
         source = str(store.folder(step))
     logging.info("student: %s from %s", "parameters" if part == "params" else part, source)
-    abstract = sharded_abstract_params(experiment, experiment.student.model)
-    return TrainedStudent(load.load_params(source, abstract, part=part), step, source)
+    trained, _ = lora.split(model, sharded_abstract_params(experiment, model))
+    params = load.load_params(source, trained, part=part)
+    frozen = load_frozen(experiment) if frozen is None else frozen
+    check_frozen(experiment, describe_frozen(frozen), load.describe_checkpoint(source).host)
+    return TrainedStudent(lora.join(params, frozen), step, source)
 
 
 def no_student(experiment: Experiment) -> str:

@@ -12,6 +12,7 @@ from etils import epath
 from gkd_jax import evaluate, plots, prepare, runtime, train
 from gkd_jax.experiment import Evaluation, Experiment, Student
 from gkd_jax.metrics.score import Score
+from gkd_jax.models.lora import base_of
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.teachers import AbstractTeacher, Teacher
@@ -155,11 +156,13 @@ def check_study(study: Study) -> str:
     with problems.collecting("Study.test: "):
         experiment = _for_test(study, study.experiment_of(study.cells[0], seed=seed))
         # The models have been checked above.
-        student = Student(experiment.student.model, study.cell_dir(study.cells[0].name, seed))
+        model = base_of(experiment.student.model)
+        student = Student(model, study.cell_dir(study.cells[0].name, seed))
         experiment = dataclasses.replace(
             experiment, student=student, model_dir=str(epath.Path(study.model_dir) / "nowhere")
         )
-        prepared = prepare.prepare(experiment, run_mode="eval", made_before=trained)
+        whole = {path: base_of(model) for path, model in trained.items()}
+        prepared = prepare.prepare(experiment, run_mode="eval", made_before=whole)
         assert prepared.eval_data is not None
         names = evaluate.score_names(prepared.eval_data)
         if study.metric not in names:

@@ -15,7 +15,9 @@ from typing import Any
 from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.combined import MixtureModel, RoutedModel
+from gkd_jax.models.lora import base_of
 from gkd_jax.models.narrowed import narrowed
+from gkd_jax.models.quantised import Int8
 
 
 class AbstractTeacher(abc.ABC):
@@ -86,16 +88,34 @@ class Teacher(AbstractTeacher):
       vocabulary: the teacher's own vocabulary, if it is at hand: it is then compared with the
         student's, entry by entry. None takes it on trust that the two are the same, where the
         output layers have one size and the checkpoint does not tell.
+      weights: 'int8' keeps the weights of the products in int8 (`models.quantised`), half the
+        memory of bfloat16; None keeps all in the compute dtype.
+
+    Raises:
+      ValueError: another kind of weights.
     """
 
     model: LanguageModel
     checkpoint: str
     vocabulary: Vocabulary | None = None
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights not in (None, "int8"):
+            raise ValueError(
+                f"Teacher.weights must be None or 'int8'; got {self.weights!r}. Set it to 'int8' "
+                "to halve the teacher's memory, or leave it out."
+            )
+
+    @property
+    def network(self) -> LanguageModel:
+        """The model that runs: `model`, with its weights as they are kept."""
+        return self.model if self.weights is None else Int8(self.model)
 
     def source(self, start: str) -> str:
-        """The checkpoint."""
+        """The checkpoint, and how its weights are kept."""
         del start
-        return self.checkpoint
+        return self.checkpoint + ("" if self.weights is None else f" in {self.weights}")
 
     @property
     def vocab_sizes(self) -> tuple[int, ...]:
@@ -104,7 +124,7 @@ class Teacher(AbstractTeacher):
 
     def model_for(self, student: LanguageModel) -> LanguageModel:
         """Its own."""
-        return narrowed(self.model, student.vocab_size)
+        return narrowed(self.network, student.vocab_size)
 
     def restore(
         self, *, network: Callable[["Teacher"], Any], initial_student: Callable[[], Any]
@@ -155,10 +175,9 @@ class TeacherMixture(AbstractTeacher):
 
     def source(self, start: str) -> str:
         """Each checkpoint with its share."""
-        del start
         total = sum(self.shares)
         return " + ".join(
-            f"{weight / total:.3g} x {teacher.checkpoint}"
+            f"{weight / total:.3g} x {teacher.source(start)}"
             for weight, teacher in zip(self.shares, self.teachers, strict=True)
         )
 
@@ -170,7 +189,7 @@ class TeacherMixture(AbstractTeacher):
     def model_for(self, student: LanguageModel) -> LanguageModel:
         """The mixture of all models, over the entries that all have."""
         common = min(student.vocab_size, *self.vocab_sizes)
-        models = tuple(narrowed(teacher.model, common) for teacher in self.teachers)
+        models = tuple(narrowed(teacher.network, common) for teacher in self.teachers)
         return MixtureModel(models, self.shares)
 
     def restore(
@@ -220,12 +239,11 @@ class RoutedTeachers(AbstractTeacher):
 
     def source(self, start: str) -> str:
         """Each checkpoint with the sources that it teaches."""
-        del start
         assert self.routes is not None
         parts = []
         for number, teacher in enumerate(self.teachers):
             own = [str(source) for source, route in enumerate(self.routes) if route == number]
-            parts.append(f"{teacher.checkpoint} (of source {', '.join(own)})")
+            parts.append(f"{teacher.source(start)} (of source {', '.join(own)})")
         return "; ".join(parts)
 
     @property
@@ -237,7 +255,7 @@ class RoutedTeachers(AbstractTeacher):
         """All models, over the entries that all have, and which of them each row has."""
         assert self.routes is not None
         common = min(student.vocab_size, *self.vocab_sizes)
-        models = tuple(narrowed(teacher.model, common) for teacher in self.teachers)
+        models = tuple(narrowed(teacher.network, common) for teacher in self.teachers)
         return RoutedModel(models, self.routes)
 
     def restore(
@@ -262,7 +280,8 @@ class InitialStudent(SelfTeacher):
 
     Its parameters are made again at every start: read from `Student.initial_checkpoint`, or drawn
     from the run's seed where there is none. Nothing of it is saved, so the checkpoint must stay as
-    it is: name one `checkpoint_<step>` of a run that goes on.
+    it is: name one `checkpoint_<step>` of a run that goes on. Of a student with adapters
+    (`LoRA`) it is the base, adapters off, in the arrays that the student has: no second copy.
 
     Without dropout, at equal temperatures, the gradient of the first step is 0. It keeps a
     student near to where it started, beside another loss or at another temperature.
@@ -271,6 +290,10 @@ class InitialStudent(SelfTeacher):
     def source(self, start: str) -> str:
         """What the student starts from."""
         return f"{start}, as the student starts"
+
+    def model_for(self, student: LanguageModel) -> LanguageModel:
+        """The student's, without adapters."""
+        return base_of(student)
 
     def restore(
         self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]

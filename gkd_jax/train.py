@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from gkd_jax import prepare, runtime, train_step, writers
+from gkd_jax import adapters, prepare, runtime, train_step, writers
 from gkd_jax.array_types import Array, Bool, Metrics, Params, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.store import CheckpointStore
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.evaluate import Evaluator
 from gkd_jax.experiment import Experiment
+from gkd_jax.models import lora
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.optimizers import Optimizer
@@ -75,8 +76,10 @@ def jit_step_functions(
         optimizer=transformation,
         with_average=average_decay is not None,
     )
-    abstract = jax.eval_shape(init, student.abstract_params())
-    shardings = partitioner.state_shardings(abstract, partitioner.param_shardings(student))
+    trained, _ = lora.split(student, student.abstract_params())
+    abstract = jax.eval_shape(init, trained)
+    param_shardings, _ = lora.split(student, partitioner.param_shardings(student))
+    shardings = partitioner.state_shardings(abstract, param_shardings)
     step = train_step.make_train_step(
         student,
         teacher,
@@ -102,14 +105,18 @@ def jit_step_functions(
 
 
 class Trainer:
-    """The jitted functions of a run and the teacher's parameters."""
+    """The jitted functions of a run, the teacher's parameters, and the student's frozen ones."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset):
         self.experiment = experiment
         self.dataset = dataset
         student, partitioner = experiment.student_model, experiment.partitioner
         teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
-        self.teacher_params = None if teacher is None else runtime.load_teacher(experiment)
+        self.frozen = runtime.load_frozen(experiment)
+        self.frozen_description = adapters.describe_frozen(self.frozen)
+        self.teacher_params = None
+        if teacher is not None:
+            self.teacher_params = runtime.load_teacher(experiment, frozen=self.frozen)
         self._teacher_part = teacher.state_part if teacher else None
         make_functions = functools.partial(
             jit_step_functions,
@@ -154,15 +161,22 @@ class Trainer:
         """The state before the first step, made sharded."""
         return self._init_fn(runtime.init_params(self.experiment))
 
+    def student_params(self, state: TrainState) -> Params:
+        """All parameters of the student at this state."""
+        return lora.join(state.params, self.frozen)
+
     def _writer_params(self, state: TrainState) -> Params:
         """Parameters of whoever writes the outputs: the student, or it and the teacher."""
+        student_params = self.student_params(state)
         if self._teacher_helps:
-            return (state.params, self.teacher_params_of(state))
-        return state.params
+            return (student_params, self.teacher_params_of(state))
+        return student_params
 
     def teacher_params_of(self, state: TrainState) -> Params | None:
         """The parameters that teach at this state; None where nobody does."""
-        return train_step.teacher_params_of(state, self.teacher_params, self._teacher_part)
+        return train_step.teacher_params_of(
+            state, self.teacher_params, self._teacher_part, self.frozen
+        )
 
     def step(
         self, state: TrainState, batch: Batch, step: int
@@ -189,7 +203,8 @@ class Trainer:
                 self.replay.add(sampled, step)
             if self._scorer is not None:
                 judge = self.teacher_params_of(state)
-                sampled, groups["reward"] = self._scorer(state.params, judge, batch, sampled)
+                params = self.student_params(state)
+                sampled, groups["reward"] = self._scorer(params, judge, batch, sampled)
             if kind == "mixed":
                 key = make_key(seed, Purpose.EXAMPLE_COIN, step)
                 batch = self.mix_fn(batch, sampled, jnp.float32(fraction), key)
@@ -197,7 +212,7 @@ class Trainer:
                 batch = sampled
         key = make_key(seed, Purpose.DROPOUT, step)
         step_fn = self.on_policy_step_fn if kind == "on_policy" else self.step_fn
-        state, groups[kind] = step_fn(state, self.teacher_params, batch, key)
+        state, groups[kind] = step_fn(state, self.teacher_params, batch, key, self.frozen)
         return state, groups
 
     def _replay_step(
@@ -205,7 +220,7 @@ class Trainer:
     ) -> tuple[TrainState, dict[str, Metrics]]:
         batch, staleness = replay.draw(step)
         key = make_key(self.experiment.seed, Purpose.DROPOUT, step)
-        state, metrics = self.step_fn(state, self.teacher_params, batch, key)
+        state, metrics = self.step_fn(state, self.teacher_params, batch, key, self.frozen)
         return state, {"replay": metrics | {"staleness": staleness}}
 
 
@@ -280,6 +295,7 @@ class _Loop:
             return self.trainer.init_state(), 0, 0
         state, host, step = self.store.restore(self.trainer.abstract_state)
         self.trainer.dataset.check_fingerprint(host["data_fingerprint"])
+        adapters.check_frozen(self.experiment, self.trainer.frozen_description, host)
         logging.info("resuming after step %d of %d", step, self.experiment.num_steps)
         if step >= self.experiment.num_steps:
             logging.info("nothing to do: set TRAIN_STEPS above %d to train on", step)
@@ -352,7 +368,8 @@ class _Loop:
         jax.block_until_ready(self.state)
         start = time.monotonic()
         teacher_params = self.trainer.teacher_params_of(self.state)
-        result = self.evaluator(self.state.params, teacher_params, step=step)
+        params = self.trainer.student_params(self.state)
+        result = self.evaluator(params, teacher_params, step=step)
         self.scores, self.scored_step = result.values(), step
         self.scores["seconds"] = time.monotonic() - start
         self.writer.write(step, {f"eval/{name}": value for name, value in self.scores.items()})
@@ -391,6 +408,7 @@ class _Loop:
                 "position": self.iterator.position,
                 "data_fingerprint": self.trainer.dataset.fingerprint,
                 "vocabulary": runtime.describe_vocabulary(self.trainer.dataset.config.vocabulary),
+                **self.trainer.frozen_description,
                 "scores": self.scores,
                 "metric_sums": sums,
                 "seconds": self._seconds(),

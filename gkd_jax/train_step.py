@@ -14,6 +14,7 @@ import optax
 
 from gkd_jax.array_types import Array, Float, Int, Key, Metrics, Params
 from gkd_jax.batch import Batch, TeacherDistributions
+from gkd_jax.models import lora
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.fused import fused_weighted_loss
@@ -30,9 +31,9 @@ class TrainState:
 
     Attributes:
       step: number of updates made.
-      params: the student's float32 parameters.
+      params: those of the student's parameters that are trained, float32.
       opt_state: the optimizer's state.
-      average: the average of the student's parameters, where it teaches; None where no average
+      average: the average of those parameters, where it teaches; None where no average
         is kept, and then no part of the tree.
     """
 
@@ -56,7 +57,10 @@ def init_train_state(
 
 
 def teacher_params_of(
-    state: TrainState, restored: Params | None, state_part: str | None
+    state: TrainState,
+    restored: Params | None,
+    state_part: str | None,
+    frozen: Params | None = None,
 ) -> Params | None:
     """The parameters that teach at this state: those restored, or a part of the state.
 
@@ -64,8 +68,9 @@ def teacher_params_of(
       state: the state before the update.
       restored: parameters of a teacher that the state does not hold.
       state_part: 'params' or 'average'; None for the restored ones.
+      frozen: the student's frozen parameters, which that part is joined to.
     """
-    return restored if state_part is None else getattr(state, state_part)
+    return restored if state_part is None else lora.join(getattr(state, state_part), frozen)
 
 
 def follow(average: Params, params: Params, *, decay: float) -> Params:
@@ -221,11 +226,17 @@ def make_gradient_fn(
     *,
     num_microbatches: int,
 ) -> Callable[..., tuple[Params, Metrics]]:
-    """Makes `(params, teacher_params, batch, weights, key)` to the gradient and the metrics.
+    """Makes `(params, teacher_params, batch, weights, key, frozen)` to gradient and metrics.
 
-    Microbatches add up, in float32: `weights` are final weights of the whole batch.
+    Microbatches add up, in float32: `weights` are final weights of the whole batch. `params` are
+    those that are trained; `frozen`, None by default, is the rest of the student.
     """
-    grad_fn = jax.value_and_grad(make_loss_fn(student, teacher, objective), has_aux=True)
+    loss_fn = make_loss_fn(student, teacher, objective)
+
+    def loss_of_trained(params: Params, frozen: Params | None, *arguments: Any) -> Any:
+        return loss_fn(lora.join(params, frozen), *arguments)
+
+    grad_fn = jax.value_and_grad(loss_of_trained, has_aux=True)
 
     def metrics_of(per_token: Array, batch: Batch, weights: Array) -> Metrics:
         metrics = loss_metrics(per_token, batch, weights)
@@ -240,10 +251,11 @@ def make_gradient_fn(
         batch: Batch,
         weights: Float[Array, "B T"],
         key: Key[Array, ""],
+        frozen: Params | None = None,
     ) -> tuple[Params, Metrics]:
         def of_microbatch(index: Any, batch: Batch, weights: Array) -> Any:
             dropout_key = jax.random.fold_in(key, index)
-            return grad_fn(params, teacher_params, batch, weights, dropout_key)
+            return grad_fn(params, frozen, teacher_params, batch, weights, dropout_key)
 
         if num_microbatches == 1:
             (_, per_token), grads = of_microbatch(0, batch, weights)
@@ -293,19 +305,24 @@ def make_train_step(
       average_decay: of the state's average, which follows each update; None where none is kept.
 
     Returns:
-      A function `(state, teacher_params, batch, key)` to the new state and metrics; `key`
-      must differ at every step.
+      A function `(state, teacher_params, batch, key, frozen)` to the new state and metrics; `key`
+      must differ at every step. `frozen`, None by default, are the student's parameters that are
+      not trained: they are not differentiated, and no part of the state.
     """
     gradients = make_gradient_fn(student, teacher, objective, num_microbatches=num_microbatches)
 
     def train_step(
-        state: TrainState, teacher_params: Params | None, batch: Batch, key: Key[Array, ""]
+        state: TrainState,
+        teacher_params: Params | None,
+        batch: Batch,
+        key: Key[Array, ""],
+        frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
         weights = final_weights(batch.loss_weights, reduction=objective.reduction)
         if batch.importance is not None:
             weights = weights * batch.importance
-        teacher_params = teacher_params_of(state, teacher_params, teacher_part)
-        grads, metrics = gradients(state.params, teacher_params, batch, weights, key)
+        teacher_params = teacher_params_of(state, teacher_params, teacher_part, frozen)
+        grads, metrics = gradients(state.params, teacher_params, batch, weights, key, frozen)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = (optax.tree.norm(grads), jnp.float32(1))

@@ -30,6 +30,7 @@ _FLOORS = {
     "study": 4,
     "dry_run": 4,
     "experiment": 4,
+    "adapters": 4,
     "prepare": 4,
     "output_checks": 4,
     "vocabulary_checks": 4,
@@ -85,6 +86,7 @@ _LAZY = {
     "tokenizers",
     "transformers",
     "torch",
+    "peft",
 }
 
 

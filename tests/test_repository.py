@@ -48,6 +48,7 @@ _AFTER = {
     "gin_configs/export.gin": "gin_configs/wmt_ende.gin",
     "gin_configs/interactive.gin": "gin_configs/wmt_ende.gin",
     "gin_configs/hf.gin": "gin_configs/gsm8k.gin",
+    "gin_configs/lora.gin": "gin_configs/gsm8k.gin",
     "gin_configs/methods/seqkd.gin": "gin_configs/sft/wmt_ende.gin",
     **{
         f"gin_configs/methods/{name}.gin": "gin_configs/gsm8k.gin"

@@ -179,6 +179,10 @@ def shapes_of(tree: PyTree[Any]) -> Shapes:
     }
 
 
+class OtherShapesError(ValueError):
+    """A checkpoint has other arrays than are wanted."""
+
+
 def check_shapes(
     stored: Shapes, wanted: Shapes, *, folder: epath.Path, dtypes: bool = False, limit: int = 3
 ) -> None:
@@ -192,7 +196,7 @@ def check_shapes(
       limit: how many differences are named.
 
     Raises:
-      ValueError: naming the first few arrays that differ, with both shapes.
+      OtherShapesError: naming the first few arrays that differ, with both shapes.
     """
 
     def text(entry: tuple[tuple[int, ...], str]) -> str:
@@ -208,7 +212,7 @@ def check_shapes(
     ]
     if problems:
         more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
-        raise ValueError(
+        raise OtherShapesError(
             f"the checkpoint {folder} does not fit: {'; '.join(problems[:limit])}{more}. Set the "
             "model (optimizer, teacher) to those that it was written with, or choose another "
             "checkpoint."

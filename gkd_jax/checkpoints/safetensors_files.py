@@ -162,7 +162,7 @@ def write_directory(
         else [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     )
     for file, shard in zip(names, shards, strict=True):
-        _write_file(folder / file, {name: shapes[name] for name in shard}, tensors)
+        write_file(folder / file, {name: shapes[name] for name in shard}, tensors)
     if count == 1:
         return names
     total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
@@ -172,11 +172,12 @@ def write_directory(
     return [*names, INDEX]
 
 
-def _write_file(
+def write_file(
     file: epath.Path,
     shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     tensors: Iterator[tuple[str, np.ndarray]],
 ) -> None:
+    """Writes one file of the tensors named in `shapes`, which are the next of `tensors`."""
     # Transformers reads the format of the framework here, and refuses files without it.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

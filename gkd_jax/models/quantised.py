@@ -1,0 +1,147 @@
+"""A teacher's weights in int8: a whole number from -127 to 127 for each, a scale for each column.
+
+W_ij is about s_j q_ij with s_j = max_i |W_ij| / 127, so y_j = s_j (x q)_j: activations are not
+quantised, and whole numbers up to 127 are exact in bfloat16. Embeddings, norms and the output layer
+stay as they are: the losses read the output layer by themselves.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
+from gkd_jax.batch import Batch
+from gkd_jax.models import layers
+from gkd_jax.models.base import DecodeState, LanguageModel
+from gkd_jax.models.lora import products
+
+_LARGEST = 127
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """A model whose products have int8 weights; a `LanguageModel` for inference.
+
+    Parameters are two trees: `weights`, those of the model with int8 kernels, and `scales`, the
+    float32 scales of the kernels by path.
+
+    Attributes:
+      model: the model.
+    """
+
+    model: LanguageModel
+
+    @property
+    def config(self) -> Any:
+        """Sizes of the model."""
+        return self.model.config
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output layer."""
+        return self.model.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of hidden states."""
+        return self.model.hidden_size
+
+    def quantise(self, params: Params) -> Params:
+        """The model's parameters with int8 kernels; jit-able."""
+        flat = dict(traverse_util.flatten_dict(params, sep="/"))
+        scales = {}
+        for path in products(self.model):
+            flat[f"{path}/kernel"], scales[path] = quantise_kernel(flat[f"{path}/kernel"])
+        return {"weights": traverse_util.unflatten_dict(flat, sep="/"), "scales": scales}
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Makes random parameters, quantised; jit-able."""
+        return self.quantise(self.model.init(key))
+
+    def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the parameters."""
+        return jax.eval_shape(self.quantise, self.model.abstract_params())
+
+    def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
+        """Logical axis names: scales lie as the outputs of their kernels do."""
+        spec = jax.sharding.PartitionSpec
+        scales = {path: spec(axes[1]) for path, (_, axes) in products(self.model).items()}
+        return {"weights": self.model.logical_axes(), "scales": scales}
+
+    def hidden_states(
+        self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of the model with its weights rounded."""
+        with self._scaled(params):
+            return self.model.hidden_states(params["weights"], batch, dropout_key=dropout_key)
+
+    def head(self, params: Params) -> Params:
+        """The model's own, which is not quantised."""
+        return self.model.head(params["weights"])
+
+    def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """As the model does; reads the parameters, or what `head` gave."""
+        return self.model.unembed(params.get("weights", params), hidden)
+
+    def prefill(
+        self,
+        params: Params,
+        inputs: Int[Array, "B S"],
+        inputs_mask: Bool[Array, "B S"],
+        *,
+        max_length: int,
+    ) -> tuple[Float[Array, "B D"], DecodeState]:
+        """Reads the prompts."""
+        with self._scaled(params):
+            return self.model.prefill(params["weights"], inputs, inputs_mask, max_length=max_length)
+
+    def decode_step(
+        self,
+        params: Params,
+        state: DecodeState,
+        tokens: Int[Array, " B"],
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "B D"], DecodeState]:
+        """Feeds the output tokens at position `index`."""
+        with self._scaled(params):
+            return self.model.decode_step(params["weights"], state, tokens, index)
+
+    def _scaled(self, params: Params) -> Any:
+        """While a function of the model is traced: its products are scaled."""
+        scales = params["scales"]
+
+        def scale(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            module = context.module
+            if not isinstance(module, layers.Dense) or context.method_name != "__call__":
+                return next_fn(*args, **kwargs)
+            of_column = scales.get("/".join(module.path))
+            if of_column is None:
+                return next_fn(*args, **kwargs)
+            x, dtype = args[0], module.dtype
+            y = jnp.dot(
+                x.astype(dtype),
+                module.get_variable("params", "kernel").astype(dtype),
+                preferred_element_type=jnp.float32,
+            )
+            y = y * jnp.expand_dims(of_column, tuple(range(y.ndim - 1)))
+            if module.use_bias:
+                bias: Array = module.get_variable("params", "bias").astype(jnp.float32)
+                y = y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
+            return y.astype(dtype)
+
+        return nn.intercept_methods(scale)
+
+
+def quantise_kernel(
+    kernel: Float[Array, "I O"],
+) -> tuple[Int[Array, "I O"], Float[Array, " O"]]:
+    """Rounds a kernel to int8 with a float32 scale for each column; one of zeros has scale 1."""
+    kernel = kernel.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(kernel), axis=0)
+    scales = jnp.where(largest == 0, 1.0, largest / _LARGEST)
+    return jnp.round(kernel / scales[None]).astype(jnp.int8), scales
