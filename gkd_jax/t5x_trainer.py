@@ -7,7 +7,6 @@ partitioned step. `gin_configs/t5x/gkd.gin` sets both classes; docs/t5x.md has t
 The only module that imports T5X, which is on no package index; nothing else imports this one.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -130,15 +129,13 @@ class GkdModel(models.EncoderDecoderModel):
 
         Args:
           module: the student's network, a `t5x.examples.t5.network.Transformer`.
-          input_vocabulary: a `seqio.Vocabulary`, as T5X wants it.
-          output_vocabulary: likewise; its end of sequence ends the student's samples.
+          input_vocabulary, output_vocabulary: of seqio, as in T5X; the latter's end of sequence
+            ends the student's samples.
           optimizer_def: an optimizer of T5X's, for the student.
           teacher_module: the teacher's network, with the student's number of entries.
           objective: divergence, temperatures, reduction and z-loss.
-          decode_fn: how T5X decodes to evaluate; the rollout is the trainer's.
-          feature_converter_cls: as in T5X; its features must be those of
-            `seqio.EncDecFeatureConverter`.
-          default_decoder_params: as in T5X.
+          decode_fn, default_decoder_params: how T5X decodes to evaluate; samples are the trainer's.
+          feature_converter_cls: makes the features of `seqio.EncDecFeatureConverter`.
 
         Raises:
           ValueError: a network is of another kind, the output layers differ, or the objective is
@@ -203,7 +200,7 @@ class GkdModel(models.EncoderDecoderModel):
                 "GkdModel.loss_fn needs the teacher's parameters; got none. Set "
                 "train.trainer_cls = @t5x_trainer.GkdTrainer, which gives them to each step."
             )
-        ours = to_batch({name: batch[name] for name in batch if name != _FINAL_WEIGHTS})
+        ours = to_batch(batch)
         weights = batch.get(_FINAL_WEIGHTS)
         if weights is None:
             weights = final_weights(ours.loss_weights, reduction=self.objective.reduction)
@@ -399,15 +396,12 @@ class GkdTrainer(t5x.trainer.Trainer):
 
     @cached_property
     def _partitioned_eval_step(self) -> _TaughtProgram:
-        def eval_step(train_state: Any, teacher_params: Params, batch: T5XBatch) -> Any:
-            return t5x.trainer.eval_step(self._with_teacher(teacher_params), train_state, batch)
-
-        return self._taught(eval_step, out_axis_resources=None)
+        return self._taught(t5x.trainer.eval_step, out_axis_resources=None)
 
     def _make_update(self, *, on_policy: bool) -> _TaughtProgram:
         """T5X's update, with its microbatches; the weights are those of the whole batch."""
 
-        def update(train_state: Any, teacher_params: Params, batch: T5XBatch) -> Any:
+        def update(model: _WithTeacher, train_state: Any, batch: T5XBatch) -> Any:
             reduction = self._model.objective.reduction
             weights = final_weights(to_batch(batch).loss_weights, reduction=reduction)
             train_state, metrics = t5x.trainer.train_with_lr(
@@ -415,7 +409,7 @@ class GkdTrainer(t5x.trainer.Trainer):
                 {**batch, _FINAL_WEIGHTS: weights},
                 learning_rate=self._learning_rate_fn(train_state.step),
                 dropout_rng=self._get_step_rng(train_state.step),
-                model=self._with_teacher(teacher_params),
+                model=model,
                 num_microbatches=self._num_microbatches,
                 weight_metrics_computer=self._weight_metrics_computer,
                 data_partition_spec=self._partitioner.data_partition_spec,
@@ -430,17 +424,16 @@ class GkdTrainer(t5x.trainer.Trainer):
     def _make_sample(self) -> Any:
         def sample(params: Params, step: Int[Array, ""], batch: T5XBatch) -> dict[str, Array]:
             key = jax.random.fold_in(self._get_step_rng(step), _SAMPLE_STREAM)
-            with self._on_mesh():
-                sampled = sample_outputs(
-                    self._model.student,
-                    params,
-                    to_batch(batch),
-                    # T5X's keys are plain arrays.
-                    key=jax.random.wrap_key_data(key),
-                    rollout=self._rollout,
-                    eos_ids=self._model.eos_ids,
-                    pad_id=self._model.output_vocabulary.pad_id,
-                )
+            sampled = sample_outputs(
+                self._model.student,
+                params,
+                to_batch(batch),
+                # T5X's keys are plain arrays.
+                key=jax.random.wrap_key_data(key),
+                rollout=self._rollout,
+                eos_ids=self._model.eos_ids,
+                pad_id=self._model.output_vocabulary.pad_id,
+            )
             return from_batch(sampled)
 
         data = self._partitioner.data_partition_spec
@@ -451,23 +444,23 @@ class GkdTrainer(t5x.trainer.Trainer):
         )
 
     def _taught(self, function: Callable[..., Any], **partition: Any) -> _TaughtProgram:
+        """Partitions a function of a `_WithTeacher`, the train state and a batch."""
+
+        def taught(train_state: Any, teacher_params: Params, batch: T5XBatch) -> Any:
+            model = _WithTeacher(self._model, teacher_params, self._partitioner.mesh)
+            return function(model, train_state, batch)
+
         data = self._partitioner.data_partition_spec
         resources = (self._train_state_axes, self._teacher_shardings, data)
-        program = self._partitioner.partition(function, in_axis_resources=resources, **partition)
+        program = self._partitioner.partition(taught, in_axis_resources=resources, **partition)
         return _TaughtProgram(program, self.teacher_params)
-
-    def _with_teacher(self, teacher_params: Params) -> _WithTeacher:
-        return _WithTeacher(self._model, teacher_params, self._partitioner.mesh)
-
-    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        return jax.sharding.use_abstract_mesh(self._partitioner.mesh.abstract_mesh)
 
 
 def _check_settings(output_mix: OutputMix, rollout: Rollout) -> None:
     if output_mix.per_example:
         raise ValueError(
-            "OutputMix.per_example must be False in T5X's trainer: the coin is a step's. Set it so, "
-            "or use gkd_jax's own trainer."
+            "OutputMix.per_example must be False in T5X's trainer: the coin is a step's. Set it to "
+            "False, or use gkd_jax's own trainer."
         )
     if rollout.policy is not None:
         raise ValueError(
