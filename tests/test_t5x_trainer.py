@@ -360,16 +360,16 @@ def test_settings_that_t5x_cannot_have_are_refused(tiny, teacher_sizes, features
 
 TINY = "gin_configs/t5x/tiny.gin"
 GKD = "gin_configs/t5x/tiny_gkd.gin"
-WITHOUT_EVALUATION = ("train_script.train.train_eval_dataset_cfg=None",)
-WITHOUT_EVALUATION += ("train_script.train.infer_eval_dataset_cfg=None",)
+WITHOUT_EVALUATION = ("train.train_eval_dataset_cfg=None",)
+WITHOUT_EVALUATION += ("train.infer_eval_dataset_cfg=None",)
 
 
 def run_t5x(gin_file, model_dir, *, steps, kind, evaluate=False, **macros):
     """T5X's own command, on one device; returns what it reported of training, by step."""
     settings = [f"{name}={value!r}" for name, value in macros.items()]
     settings += [f"MODEL_DIR={str(model_dir)!r}", f"TRAIN_STEPS={steps}"]
-    settings += [f"train_script.train.use_orbax={kind == 'orbax'}", "BATCH_SIZE=8"]
-    settings += ["utils.SaveCheckpointConfig.period=2", "train_script.train.stats_period=1"]
+    settings += [f"train.use_orbax={kind == 'orbax'}", "BATCH_SIZE=8"]
+    settings += ["utils.SaveCheckpointConfig.period=2", "train.stats_period=1"]
     settings += ["utils.SaveCheckpointConfig.save_dataset=True"]
     settings += ["EVAL_PERIOD=4", "EVAL_STEPS=1"] if evaluate else WITHOUT_EVALUATION
     command = [sys.executable, "-m", "t5x.train", f"--gin_file={gin_file}"]
