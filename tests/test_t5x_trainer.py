@@ -27,7 +27,9 @@ from gkd_jax.sampling.methods import Sample
 from gkd_jax.sampling.policies import TeacherMixed
 from gkd_jax.train_step import make_gradient_fn, make_loss_fn
 
-pytest.importorskip("t5x", reason="T5X is not installed: docs/t5x.md says how")
+pytest.importorskip(
+    "t5x.trainer", reason="T5X is not installed: docs/t5x.md says how", exc_type=ImportError
+)
 
 import seqio
 from t5x import adafactor, models, partitioning, trainer, utils
