@@ -19,6 +19,7 @@ _FLOORS = {
     "gin_reader": 5,
     "gin_walk": 5,
     "gin_text": 5,
+    "t5x_trainer": 5,
     "train": 4,
     "evaluate": 4,
     "generate": 4,
@@ -88,6 +89,10 @@ _LAZY = {
     "torch",
     "peft",
 }
+
+# T5X starts it, so T5X is there: what it and T5X's own libraries define, it is made of.
+_OF_T5X = "t5x_trainer"
+_T5X = {"t5x", "clu"}
 
 
 def _floor(module: str) -> int:
@@ -188,6 +193,12 @@ def test_who_may_import_what(module):
     if package not in ("data", "metrics"):
         assert not packages & {"tensorflow", "seqio", "tensorflow_datasets"}
     top = {name.split(".")[0] for node in _top_level(tree) for name in _imported(node)}
+    if module == _OF_T5X:
+        assert "gin" not in packages, "T5X reads its gin files"
+        top -= _T5X
+    else:
+        assert not packages & _T5X, f"only {_OF_T5X} imports T5X and what comes with it"
+        assert _OF_T5X not in _own_imports(module, ast.walk(tree)), f"T5X alone uses {_OF_T5X}"
     assert not top & _LAZY, "to be imported within the function that needs it"
 
 
