@@ -204,7 +204,7 @@ def test_replayed_steps_draw_other_outputs_and_other_noise(tiny_teacher, tmp_pat
     original = train.Trainer.step
 
     def step(self, state, batch, step):
-        def keep(state, teacher_params, batch, key):
+        def keep(state, teacher_params, batch, key, frozen):
             seen.append(np.asarray(batch.targets).tobytes())
             keys.append(jax.random.key_data(key).tobytes())
             return state, {"target_tokens": (jnp.float32(1), jnp.float32(1))}

@@ -277,7 +277,7 @@ def test_steps_at_the_same_prompt_draw_other_noise(tiny_teacher, tmp_path, monke
 
     def step(self, state, batch, step):
         # The student stays as it is: only the noise of the samples differs.
-        def keep(state, teacher_params, batch, key):
+        def keep(state, teacher_params, batch, key, frozen):
             samples[step].append(np.asarray(batch.targets))
             return state, {"target_tokens": (1.0, 1.0)}
 
