@@ -171,9 +171,9 @@ def write_hf_checkpoint(
 
 def _stored(folder: epath.Path) -> dict[str, tuple[StoredTensor, bool]]:
     """Each of our parameters to the tensor that holds it, and whether that is transposed."""
-    config = hf_model(os.fspath(folder)).config
+    model = hf_model(os.fspath(folder))
+    config = model.config
     tensors = safetensors_files.read_directory(folder)
-    model = families.model_from_hf(read_config(folder))
     found: dict[str, tuple[StoredTensor, bool]] = {}
     used: set[str] = set()
     missing = []
