@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
-from gkd_jax.batch import Batch
+from gkd_jax.array_types import Array, Key, Params, PyTree
 from gkd_jax.models import layers
-from gkd_jax.models.base import DecodeState, LanguageModel
+from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.narrowed import NarrowedModel
+from gkd_jax.models.wrapped import WrappedModel
 
 _ADAPTERS, _BASE = "adapters", "base"
 A, B = "lora_a", "lora_b"
@@ -35,7 +35,7 @@ ALL_TARGETS = ("query", "key", "value", "out", "wi*", "wo")
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class LoRA(WrappedModel):
     """A frozen model and its adapters; a `LanguageModel`.
 
     Adapters are float32 and are used in the compute dtype of the product that they are added to.
@@ -53,7 +53,6 @@ class LoRA:
       ValueError: rank, alpha or base_dtype is out of its range, or a target names no product.
     """
 
-    model: LanguageModel
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ALL_TARGETS
@@ -81,19 +80,13 @@ class LoRA:
         return self.alpha / self.rank
 
     @property
-    def config(self) -> Any:
-        """Sizes of the base."""
-        return self.model.config
-
-    @property
     def vocab_size(self) -> int:
         """That of the base."""
         return self.model.vocab_size
 
-    @property
-    def hidden_size(self) -> int:
-        """That of the base."""
-        return self.model.hidden_size
+    def inner(self, params: Params) -> Params:
+        """The base."""
+        return params.get(_BASE, params)
 
     def init_adapters(self, key: Key[Array, ""]) -> Params:
         """A uniform in +-1/sqrt(its inputs), as PEFT has it, and B zero; float32."""
@@ -129,44 +122,6 @@ class LoRA:
         nested = traverse_util.unflatten_dict(adapters, sep="/")
         return join(nested, self.model.logical_axes())
 
-    def hidden_states(
-        self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
-    ) -> Float[Array, "B T D"]:
-        """Hidden states of the base with its adapters."""
-        with self._adapted(params):
-            return self.model.hidden_states(params[_BASE], batch, dropout_key=dropout_key)
-
-    def head(self, params: Params) -> Params:
-        """The base's, which has no adapters."""
-        return self.model.head(params[_BASE])
-
-    def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
-        """As the base does; reads joined parameters, or what `head` gave."""
-        return self.model.unembed(params.get(_BASE, params), hidden)
-
-    def prefill(
-        self,
-        params: Params,
-        inputs: Int[Array, "B S"],
-        inputs_mask: Bool[Array, "B S"],
-        *,
-        max_length: int,
-    ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Reads the prompts."""
-        with self._adapted(params):
-            return self.model.prefill(params[_BASE], inputs, inputs_mask, max_length=max_length)
-
-    def decode_step(
-        self,
-        params: Params,
-        state: DecodeState,
-        tokens: Int[Array, " B"],
-        index: Int[Array, ""],
-    ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Feeds the output tokens at position `index`."""
-        with self._adapted(params):
-            return self.model.decode_step(params[_BASE], state, tokens, index)
-
     def merge(self, params: Params) -> Params:
         """The base's parameters with the adapters added, float32 where there are any.
 
@@ -179,7 +134,7 @@ class LoRA:
             flat[f"{path}/kernel"] = kernel + self.scale * jnp.dot(a, b, precision="highest")
         return traverse_util.unflatten_dict(flat, sep="/")
 
-    def _adapted(self, params: Params) -> Any:
+    def tracing(self, params: Params) -> Any:
         """While a function of the base is traced: the adapters are added to its products."""
         pairs = pairs_of(params[_ADAPTERS])
 

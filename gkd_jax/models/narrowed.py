@@ -1,13 +1,10 @@
 """A model over the first entries of its output layer alone: where padded vocabularies differ."""
 
 import dataclasses
-from typing import Any
 
-import jax
-
-from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
-from gkd_jax.batch import Batch
-from gkd_jax.models.base import DecodeState, LanguageModel
+from gkd_jax.array_types import Array, Float, Params
+from gkd_jax.models.base import LanguageModel
+from gkd_jax.models.wrapped import WrappedModel
 
 
 def narrowed(model: LanguageModel, vocab_size: int) -> LanguageModel:
@@ -16,7 +13,7 @@ def narrowed(model: LanguageModel, vocab_size: int) -> LanguageModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class NarrowedModel:
+class NarrowedModel(WrappedModel):
     """P(. | x, y_<n) given that the token is one of the first entries; a `LanguageModel`.
 
     Output layers are padded to sizes that hardware likes. Two models over one vocabulary that are
@@ -32,65 +29,11 @@ class NarrowedModel:
       vocab_size: how many of its entries are kept.
     """
 
-    model: LanguageModel
     vocab_size: int
 
     def __post_init__(self) -> None:
         assert 1 <= self.vocab_size < self.model.vocab_size, "made by `narrowed`"
 
-    @property
-    def config(self) -> Any:
-        """Sizes of the wrapped model."""
-        return self.model.config
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of hidden states."""
-        return self.model.hidden_size
-
-    def init(self, key: Key[Array, ""]) -> Params:
-        """Makes the parameters, those of the further entries included."""
-        return self.model.init(key)
-
-    def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the parameters."""
-        return self.model.abstract_params()
-
-    def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
-        """Logical axis names of the parameters."""
-        return self.model.logical_axes()
-
-    def hidden_states(
-        self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
-    ) -> Float[Array, "B T D"]:
-        """Hidden states, as the wrapped model has them."""
-        return self.model.hidden_states(params, batch, dropout_key=dropout_key)
-
-    def head(self, params: Params) -> Params:
-        """The whole head."""
-        return self.model.head(params)
-
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Logits of the entries that are kept."""
-        return self.model.unembed(params, hidden)[..., : self.vocab_size]
-
-    def prefill(
-        self,
-        params: Params,
-        inputs: Int[Array, "B S"],
-        inputs_mask: Bool[Array, "B S"],
-        *,
-        max_length: int,
-    ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Reads the prompts."""
-        return self.model.prefill(params, inputs, inputs_mask, max_length=max_length)
-
-    def decode_step(
-        self,
-        params: Params,
-        state: DecodeState,
-        tokens: Int[Array, " B"],
-        index: Int[Array, ""],
-    ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Feeds the output tokens at position `index`."""
-        return self.model.decode_step(params, state, tokens, index)
+        return super().unembed(params, hidden)[..., : self.vocab_size]

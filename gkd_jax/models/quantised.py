@@ -14,17 +14,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
-from gkd_jax.batch import Batch
+from gkd_jax.array_types import Array, Float, Int, Key, Params, PyTree
 from gkd_jax.models import layers
-from gkd_jax.models.base import DecodeState, LanguageModel
 from gkd_jax.models.lora import products
+from gkd_jax.models.wrapped import WrappedModel
 
 _LARGEST = 127
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8:
+class Int8(WrappedModel):
     """A model whose products have int8 weights; a `LanguageModel` for inference.
 
     Parameters are two trees: `weights`, those of the model with int8 kernels, and `scales`, the
@@ -34,22 +33,14 @@ class Int8:
       model: the model.
     """
 
-    model: LanguageModel
-
-    @property
-    def config(self) -> Any:
-        """Sizes of the model."""
-        return self.model.config
-
     @property
     def vocab_size(self) -> int:
         """Rows of the output layer."""
         return self.model.vocab_size
 
-    @property
-    def hidden_size(self) -> int:
-        """Width of hidden states."""
-        return self.model.hidden_size
+    def inner(self, params: Params) -> Params:
+        """The weights."""
+        return params.get("weights", params)
 
     def quantise(self, params: Params) -> Params:
         """The model's parameters with int8 kernels; jit-able."""
@@ -73,45 +64,7 @@ class Int8:
         scales = {path: spec(axes[1]) for path, (_, axes) in products(self.model).items()}
         return {"weights": self.model.logical_axes(), "scales": scales}
 
-    def hidden_states(
-        self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
-    ) -> Float[Array, "B T D"]:
-        """Hidden states of the model with its weights rounded."""
-        with self._scaled(params):
-            return self.model.hidden_states(params["weights"], batch, dropout_key=dropout_key)
-
-    def head(self, params: Params) -> Params:
-        """The model's own, which is not quantised."""
-        return self.model.head(params["weights"])
-
-    def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
-        """As the model does; reads the parameters, or what `head` gave."""
-        return self.model.unembed(params.get("weights", params), hidden)
-
-    def prefill(
-        self,
-        params: Params,
-        inputs: Int[Array, "B S"],
-        inputs_mask: Bool[Array, "B S"],
-        *,
-        max_length: int,
-    ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Reads the prompts."""
-        with self._scaled(params):
-            return self.model.prefill(params["weights"], inputs, inputs_mask, max_length=max_length)
-
-    def decode_step(
-        self,
-        params: Params,
-        state: DecodeState,
-        tokens: Int[Array, " B"],
-        index: Int[Array, ""],
-    ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Feeds the output tokens at position `index`."""
-        with self._scaled(params):
-            return self.model.decode_step(params["weights"], state, tokens, index)
-
-    def _scaled(self, params: Params) -> Any:
+    def tracing(self, params: Params) -> Any:
         """While a function of the model is traced: its products are scaled."""
         scales = params["scales"]
 
