@@ -11,7 +11,6 @@ is padded on the right (or anywhere), and no row is shifted.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
@@ -23,6 +22,7 @@ from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.models import layers, rope
 from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.models.linen import LinenModel, check_max_length
 
 KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
 
@@ -306,7 +306,7 @@ def take_last(x: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderOnly:
+class DecoderOnly(LinenModel):
     """A decoder-only model as pure functions of its parameters; a `LanguageModel`.
 
     Attributes:
@@ -316,31 +316,9 @@ class DecoderOnly:
     config: DecoderConfig
 
     @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding, padding of the vocabulary included."""
-        return self.config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of hidden states."""
-        return self.config.emb_dim
-
-    @property
     def module(self) -> Decoder:
         """The Linen module."""
         return Decoder(self.config)
-
-    def init(self, key: Key[Array, ""]) -> Params:
-        """Makes float32 parameters; jit-able."""
-        return nn.meta.unbox(self._boxed_params(key))
-
-    def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the parameters, without allocating them."""
-        return jax.eval_shape(self.init, jax.random.key(0))
-
-    def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
-        """Logical axis names of each parameter."""
-        return nn.get_partition_spec(jax.eval_shape(self._boxed_params, jax.random.key(0)))
 
     def _boxed_params(self, key: Key[Array, ""]) -> PyTree:
         tokens = jnp.zeros((1, 1), jnp.int32)
@@ -395,11 +373,7 @@ class DecoderOnly:
         Raises:
           ValueError: `max_length` is below 1.
         """
-        if max_length < 1:
-            raise ValueError(
-                f"max_length must be at least 1; got {max_length}. Set it to the longest output "
-                "to generate."
-            )
+        check_max_length(max_length)
         return self._apply(params, Decoder.prefill, inputs, inputs_mask, max_length)
 
     def decode_step(
@@ -418,14 +392,3 @@ class DecoderOnly:
           index: position in the output, from 0 to max_length - 2; may be traced.
         """
         return self._apply(params, Decoder.step, state, tokens, jnp.asarray(index, jnp.int32))
-
-    def _apply(
-        self,
-        params: Params,
-        method: Callable[..., Any],
-        *arguments: Any,
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> Any:
-        # The layers drop exactly when there is a key of this name.
-        rngs = {} if dropout_key is None else {"dropout": dropout_key}
-        return self.module.apply({"params": params}, *arguments, rngs=rngs, method=method)

@@ -6,11 +6,8 @@ minimal T5, so T5X's checkpoints are read name by name.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
@@ -19,6 +16,7 @@ from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.models import layers
 from gkd_jax.models.config import T5Config
+from gkd_jax.models.linen import LinenModel, check_max_length
 
 KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
 
@@ -260,7 +258,7 @@ class Transformer(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class T5:
+class T5(LinenModel):
     """T5 as pure functions of its parameters; a `LanguageModel`.
 
     Attributes:
@@ -270,31 +268,9 @@ class T5:
     config: T5Config
 
     @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding, padding of the vocabulary included."""
-        return self.config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the decoder's outputs."""
-        return self.config.emb_dim
-
-    @property
     def module(self) -> Transformer:
         """The Linen module."""
         return Transformer(self.config)
-
-    def init(self, key: Key[Array, ""]) -> Params:
-        """Makes float32 parameters with T5X's initialisers; jit-able."""
-        return nn.meta.unbox(self._boxed_params(key))
-
-    def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the parameters, without allocating them."""
-        return jax.eval_shape(self.init, jax.random.key(0))
-
-    def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
-        """Logical axis names of each parameter, in T5X's words."""
-        return nn.get_partition_spec(jax.eval_shape(self._boxed_params, jax.random.key(0)))
 
     def _boxed_params(self, key: Key[Array, ""]) -> PyTree:
         tokens = jnp.zeros((1, 1), jnp.int32)
@@ -383,11 +359,7 @@ class T5:
         Raises:
           ValueError: `max_length` is below 1.
         """
-        if max_length < 1:
-            raise ValueError(
-                f"max_length must be at least 1; got {max_length}. Set it to the longest output "
-                "to generate."
-            )
+        check_max_length(max_length)
         return self._apply(params, Transformer.prefill, inputs, inputs_mask, max_length)
 
     def decode_step(
@@ -410,14 +382,3 @@ class T5:
         """
         slot = jnp.asarray(index, jnp.int32) + 1
         return self._apply(params, Transformer.step, state, tokens, slot)
-
-    def _apply(
-        self,
-        params: Params,
-        method: Callable[..., Any],
-        *arguments: Any,
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> Any:
-        # The layers drop exactly when there is a key of this name.
-        rngs = {} if dropout_key is None else {"dropout": dropout_key}
-        return self.module.apply({"params": params}, *arguments, rngs=rngs, method=method)
