@@ -134,8 +134,31 @@ class Teacher(AbstractTeacher):
         return network(self)
 
 
+class _Several(AbstractTeacher):
+    """Networks that are all in memory, over the entries that all have."""
+
+    teachers: tuple[Teacher, ...]
+
+    @property
+    def vocab_sizes(self) -> tuple[int, ...]:
+        """Those of all models."""
+        return tuple(teacher.model.vocab_size for teacher in self.teachers)
+
+    def networks(self, student: LanguageModel) -> tuple[LanguageModel, ...]:
+        """All models, as they run beside the student."""
+        common = min(student.vocab_size, *self.vocab_sizes)
+        return tuple(narrowed(teacher.network, common) for teacher in self.teachers)
+
+    def restore(
+        self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]
+    ) -> Any:
+        """The parameters of each network, in their order."""
+        del initial_student
+        return tuple(network(teacher) for teacher in self.teachers)
+
+
 @dataclasses.dataclass(frozen=True)
-class TeacherMixture(AbstractTeacher):
+class TeacherMixture(_Several):
     """Several frozen networks that teach together: sum_i w_i P_i(. | x, y_<n) at every token.
 
     Each is restored in its own compute dtype. The objective's teacher temperature is that of the
@@ -181,27 +204,13 @@ class TeacherMixture(AbstractTeacher):
             for weight, teacher in zip(self.shares, self.teachers, strict=True)
         )
 
-    @property
-    def vocab_sizes(self) -> tuple[int, ...]:
-        """Those of all models."""
-        return tuple(teacher.model.vocab_size for teacher in self.teachers)
-
     def model_for(self, student: LanguageModel) -> LanguageModel:
         """The mixture of all models, over the entries that all have."""
-        common = min(student.vocab_size, *self.vocab_sizes)
-        models = tuple(narrowed(teacher.network, common) for teacher in self.teachers)
-        return MixtureModel(models, self.shares)
-
-    def restore(
-        self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]
-    ) -> Any:
-        """The parameters of each network, in their order."""
-        del initial_student
-        return tuple(network(teacher) for teacher in self.teachers)
+        return MixtureModel(self.networks(student), self.shares)
 
 
 @dataclasses.dataclass(frozen=True)
-class RoutedTeachers(AbstractTeacher):
+class RoutedTeachers(_Several):
     """Several frozen networks, each of which teaches its own sources of the data's mixture.
 
     The training's and the evaluation's data are a `data.mixtures.Mixture`. All networks are in
@@ -246,24 +255,10 @@ class RoutedTeachers(AbstractTeacher):
             parts.append(f"{teacher.source(start)} (of source {', '.join(own)})")
         return "; ".join(parts)
 
-    @property
-    def vocab_sizes(self) -> tuple[int, ...]:
-        """Those of all models."""
-        return tuple(teacher.model.vocab_size for teacher in self.teachers)
-
     def model_for(self, student: LanguageModel) -> LanguageModel:
         """All models, over the entries that all have, and which of them each row has."""
         assert self.routes is not None
-        common = min(student.vocab_size, *self.vocab_sizes)
-        models = tuple(narrowed(teacher.network, common) for teacher in self.teachers)
-        return RoutedModel(models, self.routes)
-
-    def restore(
-        self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]
-    ) -> Any:
-        """The parameters of each network, in their order."""
-        del initial_student
-        return tuple(network(teacher) for teacher in self.teachers)
+        return RoutedModel(self.networks(student), self.routes)
 
 
 class SelfTeacher(AbstractTeacher):
