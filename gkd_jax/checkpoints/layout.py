@@ -120,7 +120,23 @@ def delete(folder: epath.Path) -> None:
     """Deletes a checkpoint; if that is cut off, it is left marked as unfinished."""
     (folder / UNFINISHED).write_text("This checkpoint is being deleted.\n")
     (folder / MANIFEST).unlink(missing_ok=True)
+    # The mark goes last: what had lost it but not its arrays would pass for a damaged checkpoint.
+    for child in list(folder.iterdir()):
+        if child.is_dir():
+            child.rmtree()
+        elif child.name != UNFINISHED:
+            child.unlink()
     folder.rmtree()
+
+
+def is_unfinished(folder: epath.Path) -> bool:
+    """Whether it was left while it was saved or deleted, rather than damaged afterwards."""
+    if (folder / MANIFEST).exists():
+        return False
+    # Nothing but hidden files: it was left before its mark was written, or after that was deleted.
+    return (folder / UNFINISHED).exists() or all(
+        child.name.startswith(".") for child in folder.iterdir()
+    )
 
 
 def read_header(folder: epath.Path) -> Header:

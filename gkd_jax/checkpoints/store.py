@@ -299,7 +299,7 @@ class CheckpointStore:
         return (self.folder(step) / MANIFEST).exists()
 
     def _is_unfinished(self, step: int) -> bool:
-        return not self._is_complete(step) and (self.folder(step) / layout.UNFINISHED).exists()
+        return layout.is_unfinished(self.folder(step))
 
     def _make_room(self, step: int) -> bool:
         """Clears remains at and after `step`; False if the step is there, restored from it."""
@@ -314,7 +314,7 @@ class CheckpointStore:
             )
         for other in later:
             if self._is_unfinished(other):
-                self.folder(other).rmtree()
+                layout.delete(self.folder(other))
             else:
                 self._set_aside(other)
         return True

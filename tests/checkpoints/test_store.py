@@ -547,6 +547,42 @@ def test_killed_while_saving_leaves_a_good_checkpoint(tmp_path, stage, left):
     assert steps_on_disk(tmp_path) == [3]
 
 
+def test_a_deletion_may_be_cut_off_anywhere(tmp_path, monkeypatch):
+    class KilledError(BaseException):
+        pass
+
+    state = {"params": {"w": np.zeros(3)}}
+    for allowed in range(100):
+        store = CheckpointStore(tmp_path / str(allowed), keep=1)
+        store.save(1, state)
+        store.wait()
+        removed = []
+
+        def count(remove, removed=removed, allowed=allowed):
+            def wrapped(*args, **kwargs):
+                if len(removed) == allowed:
+                    raise KilledError
+                removed.append(args)
+                return remove(*args, **kwargs)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "remove", "rmdir"):
+                patch.setattr(os, name, count(getattr(os, name)))
+            try:
+                layout.delete(store.folder(1))
+            except KilledError:
+                assert store.all_steps() == [1] or layout.is_unfinished(store.folder(1))
+            else:
+                assert allowed > 5
+                return
+        store.save(2, state)
+        store.close()
+        assert steps_on_disk(store.directory) == [2]
+    pytest.fail("deleting a checkpoint takes fewer than 100 removals")
+
+
 # Two processes of four devices each, on one directory.
 TWO_PROCESSES = textwrap.dedent(
     """
