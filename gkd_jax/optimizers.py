@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from gkd_jax.array_types import Array, Float, Int, Params, PyTree
+from gkd_jax.models import stacking
 
 Schedule: TypeAlias = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 """Step (from 0) to learning rate, float32; jit-able."""
@@ -268,7 +269,36 @@ def _finish(
 ) -> optax.GradientTransformation:
     """Puts global-norm clipping before the optimizer, and float32 around both."""
     clip = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
-    return _in_float32(optax.chain(*clip, optimizer))
+    return _in_float32(optax.chain(*clip, _layer_by_layer(optimizer)))
+
+
+def _layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Updates stacked layers as if each were on its own.
+
+    What Adafactor scales and clips by is the root mean square of one layer's parameter, not that of
+    all layers'. Where nothing is stacked, the state is that of `inner`.
+    """
+
+    def init(params: Params) -> Any:
+        stacks, rest = stacking.split(params)
+        if not stacks:
+            return inner.init(params)
+        return [jax.vmap(inner.init)(stack) for stack in stacks], inner.init(rest)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        stacks, rest = stacking.split(updates)
+        if not stacks:
+            return inner.update(updates, state, params)
+        stacks_params, rest_params = stacking.split(params)
+        results = [
+            jax.vmap(inner.update)(*arguments)
+            for arguments in zip(stacks, state[0], stacks_params, strict=True)
+        ]
+        rest, rest_state = inner.update(rest, state[1], rest_params)
+        updates = stacking.merge([stack for stack, _ in results], rest)
+        return updates, ([of_stack for _, of_stack in results], rest_state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gkd_jax.array_types import Params, PyTree
+from gkd_jax.models import stacking
 from gkd_jax.models.base import LanguageModel
 
 Rows = TypeVar("Rows", bound=PyTree)
@@ -236,8 +237,12 @@ class Partitioner:
             for start in range(len(names)):
                 if names[start:] in by_path:
                     shape, sharding = by_path[names[start:]]
-                    spec = _spec_like(shape, sharding.spec, leaf.shape, names[:start])
-                    return self.sharding(*spec)
+                    # Of stacked layers each has a state like a parameter of its own.
+                    depth = int(stacking.STACKED in names[start:])
+                    spec = _spec_like(
+                        shape[depth:], sharding.spec[depth:], leaf.shape[depth:], names[:start]
+                    )
+                    return self.sharding(*sharding.spec[:depth], *spec)
             return self.replicated
 
         return jax.tree_util.tree_map_with_path(one, abstract_state)
@@ -343,6 +348,42 @@ class Partitioner:
     def fetch_to_host(self, tree: PyTree[Any]) -> PyTree[np.ndarray]:
         """Copies whole global arrays to every process as NumPy. All processes must call it."""
         return fetch_to_host(tree)
+
+
+def layer_of(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape of one layer's part of a stacked parameter, lying as the whole does."""
+    sharding = leaf.sharding
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+
+def layers_of(*leaves: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape of one parameter of several layers, stacked; undoes `layer_of`."""
+    leaf, sharding = leaves[0], leaves[0].sharding
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return jax.ShapeDtypeStruct((len(leaves), *leaf.shape), leaf.dtype, sharding=sharding)
+
+
+def stack_onto(params: Params, wanted: PyTree[jax.ShapeDtypeStruct]) -> Params:
+    """Stacks layers as `wanted` has them, on its shardings.
+
+    One parameter at a time, so that of no other there are two copies on the devices; the layers'
+    own arrays are gone afterwards.
+    """
+
+    def join(*leaves: jax.Array) -> jax.Array:
+        stacked = jax.jit(lambda *arrays: jax.numpy.stack(arrays))(*leaves)
+        stacked.block_until_ready()
+        for leaf in leaves:
+            leaf.delete()
+        return stacked
+
+    def lay(array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return array if leaf.sharding is None else jax.device_put(array, leaf.sharding)
+
+    return jax.tree.map(lay, stacking.stack(params, join), wanted)
 
 
 def fetch_to_host(tree: PyTree[Any]) -> PyTree[np.ndarray]:

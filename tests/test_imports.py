@@ -62,6 +62,7 @@ _FLOORS = {
     "models.base": 0,
     "models.config": 0,
     "models.decoder_config": 0,
+    "models.stacking": 0,
     "hub": 0,
     "batch": 0,
     "array_types": 0,

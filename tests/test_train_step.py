@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from gkd_jax import train_step
 from gkd_jax.batch import Batch
+from gkd_jax.models import stacking
 from gkd_jax.models.config import T5Config
 from gkd_jax.models.t5 import T5
 from gkd_jax.objectives.divergences import ForwardKL, GeneralizedJSD, NegativeLogLikelihood
@@ -54,7 +56,7 @@ OPTIMIZERS = {
 
 def run_steps(
     *, optimizer, num_microbatches=1, partitioner=None, num_steps=5, batch_size=8,
-    objective=OBJECTIVE, student=STUDENT,
+    objective=OBJECTIVE, student=STUDENT, teacher=TEACHER, teacher_params=TEACHER_PARAMS,
 ):  # fmt: skip
     """Trains a few steps; returns losses, gradient norms and the final parameters on the host."""
     partitioner = partitioner or Partitioner(data_parallelism=1, devices=(jax.devices()[0],))
@@ -66,12 +68,12 @@ def run_steps(
     state = jax.jit(lambda p: train_step.init_train_state(p, tx), out_shardings=state_shardings)(
         params
     )
-    teacher_params = jax.device_put(TEACHER_PARAMS, partitioner.param_shardings(TEACHER))
+    teacher_params = jax.device_put(teacher_params, partitioner.param_shardings(teacher))
     step = jax.jit(
         partitioner.annotate(
             train_step.make_train_step(
                 student,
-                TEACHER,
+                teacher,
                 objective,
                 tx,
                 num_microbatches=num_microbatches,
@@ -120,6 +122,70 @@ def test_eight_devices_equal_one(name, num_microbatches):
         run_steps(optimizer=optimizer),
         run_steps(optimizer=optimizer, partitioner=mesh, num_microbatches=num_microbatches),
     )
+
+
+def run_form(optimizer, *, is_loop, policy="none", **options):
+    """`run_steps` of deeper models, with the parameters one by one whatever the form."""
+    how = dict(scan_layers=is_loop, remat_policy=policy)
+    student = make_model(num_encoder_layers=3, num_decoder_layers=2, **how)
+    teacher = make_model(emb_dim=24, num_encoder_layers=2, **how)
+    losses, norms, params = run_steps(
+        optimizer=optimizer, student=student, teacher=teacher,
+        teacher_params=teacher.init(jax.random.key(7)), **options,
+    )  # fmt: skip
+    return losses, norms, stacking.unstack(params)
+
+
+FORM_OPTIMIZERS = OPTIMIZERS | {
+    "clipped": Adafactor(Constant(LEARNING_RATE), min_dim_size_to_factor=8, max_grad_norm=0.1),
+    "decayed": AdamW(Constant(LEARNING_RATE), weight_decay=1.0),
+}
+
+
+@pytest.mark.parametrize("name", FORM_OPTIMIZERS)
+def test_stacked_layers_are_updated_as_if_each_were_alone(name):
+    optimizer = FORM_OPTIMIZERS[name]
+    assert_equal_runs(run_form(optimizer, is_loop=False), run_form(optimizer, is_loop=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rules", "model_parallelism", "how"),
+    [
+        ("adafactor", "fsdp", 1, dict(is_loop=True, policy="minimal")),
+        ("adafactor", "fsdp", 2, dict(is_loop=True)),
+        ("adamw", "standard", 2, dict(is_loop=True, policy="full")),
+        ("adamw", "fsdp", 2, dict(is_loop=False, policy="full")),
+    ],
+)
+def test_loops_and_rematerialisation_on_eight_devices(name, rules, model_parallelism, how):
+    mesh = Partitioner(model_parallelism=model_parallelism, rules=rules)
+    one = run_form(OPTIMIZERS[name], is_loop=False)
+    assert_equal_runs(one, run_form(OPTIMIZERS[name], partitioner=mesh, **how))
+
+
+def test_state_of_stacked_layers_lies_as_the_layers():
+    student = make_model(num_encoder_layers=3, scan_layers=True)
+    partitioner = Partitioner(model_parallelism=2, rules="fsdp")
+    shardings = partitioner.param_shardings(student)
+    tx = OPTIMIZERS["adafactor"].build()
+    abstract = jax.eval_shape(
+        lambda p: train_step.init_train_state(p, tx), student.abstract_params()
+    )
+    laid = partitioner.state_shardings(abstract, shardings)
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.shape, sharding.spec)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(abstract.opt_state),
+            jax.tree.leaves(laid.opt_state),
+            strict=True,
+        )
+    }
+    kernel = "encoder/layers/mlp/wi_0/kernel"  # [layers, embed, mlp] = [3, 16, 32]
+    rows = [entry for name, entry in found.items() if name.endswith(f"v_row/{kernel}")]
+    columns = [entry for name, entry in found.items() if name.endswith(f"v_col/{kernel}")]
+    assert rows == [((3, 16), PartitionSpec(None, "data"))]
+    assert columns == [((3, 32), PartitionSpec(None, "model"))]
 
 
 @pytest.mark.pitfall(29)

@@ -19,7 +19,7 @@ from gkd_jax.array_types import Params, PyTree
 from gkd_jax.checkpoints import layout, safetensors_files
 from gkd_jax.checkpoints.leaves import read_leaf
 from gkd_jax.checkpoints.safetensors_files import StoredTensor
-from gkd_jax.models import families, hf_names
+from gkd_jax.models import families, hf_names, stacking
 from gkd_jax.models.base import LanguageModel
 
 CONFIG = "config.json"
@@ -40,13 +40,22 @@ TOKENIZER_FILES = (
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def hf_model(path: str, *, dtype: str = "bfloat16", dropout_rate: float = 0.0) -> LanguageModel:
+def hf_model(
+    path: str,
+    *,
+    dtype: str = "bfloat16",
+    dropout_rate: float = 0.0,
+    scan_layers: bool = False,
+    remat_policy: str = "none",
+) -> LanguageModel:
     """The model that a checkpoint's config.json describes; its parameters are not read.
 
     Args:
       path: a directory, or a name on the Hugging Face hub.
       dtype: compute dtype, 'float32' or 'bfloat16'.
       dropout_rate: in training.
+      scan_layers: whether layers run as one loop, their parameters stacked: see `DecoderConfig`.
+      remat_policy: which activations are computed again: see `DecoderConfig`.
 
     Raises:
       FileNotFoundError: there is no such directory, or no config.json in it.
@@ -59,7 +68,10 @@ def hf_model(path: str, *, dtype: str = "bfloat16", dropout_rate: float = 0.0) -
             "directory that `save_pretrained` wrote."
         )
     try:
-        return families.model_from_hf(read_config(folder), dtype=dtype, dropout_rate=dropout_rate)
+        return families.model_from_hf(
+            read_config(folder), dtype=dtype, dropout_rate=dropout_rate, scan_layers=scan_layers,
+            remat_policy=remat_policy,
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -149,6 +161,8 @@ def write_hf_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
 
+    # A layer at a time leaves the devices.
+    params = stacking.unstack(params)
     names = layout.shapes_of(params)
     places = {name: hf_names.hf_tensor(name, model.config) for name in names}
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from gkd_jax import hub
+from gkd_jax import hub, partitioning
 from gkd_jax.array_types import Params, PyTree
 from gkd_jax.checkpoints import hf, layout
 from gkd_jax.checkpoints.manifest import (
@@ -17,6 +18,7 @@ from gkd_jax.checkpoints.manifest import (
     verify_manifest,
 )
 from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.models import stacking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,17 @@ def load_params(
       ValueError: `path` is not a checkpoint, or its parameters are not those wanted.
     """
     folder = _existing(path)
+    form = _Form.of(folder, abstract_params)
+    return form.undo(_load(folder, form.stored, step=step, part=part))
+
+
+def _load(
+    folder: epath.Path,
+    abstract_params: PyTree[jax.ShapeDtypeStruct],
+    *,
+    step: int | None,
+    part: str,
+) -> Params:
     kind = _kind(folder)
     if kind.startswith("t5x"):
         from gkd_jax.checkpoints import t5x
@@ -128,9 +141,48 @@ def check_compatible(
     info = describe_checkpoint(path, part=part)
     is_foreign = info.kind.startswith("t5x") or info.kind == "hf"
     _check_part({} if is_foreign else info.shapes, part, epath.Path(info.folder))
-    wanted = layout.shapes_of(abstract_params)
+    wanted = layout.shapes_of(_Form.of(epath.Path(info.folder), abstract_params).stored)
     layout.check_shapes(info.shapes, wanted, folder=epath.Path(info.folder))
     return info
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What is wanted in the form that a checkpoint has it: layers stacked, or each on its own.
+
+    Attributes:
+      stored: shapes as the checkpoint has them.
+      undo: makes what is wanted of what was read.
+    """
+
+    stored: PyTree[jax.ShapeDtypeStruct]
+    undo: Callable[[Params], Params] = lambda params: params
+
+    @classmethod
+    def of(cls, folder: epath.Path, wanted: PyTree[jax.ShapeDtypeStruct]) -> "_Form":
+        is_stacked = stacking.are_stacked(layout.shapes_of(wanted))
+        if is_stacked == _is_stacked(folder):
+            return cls(wanted)
+        if is_stacked:
+            one_by_one = stacking.unstack(wanted, lambda leaf, _: partitioning.layer_of(leaf))
+            return cls(one_by_one, lambda params: partitioning.stack_onto(params, wanted))
+        return cls(stacking.stack(wanted, partitioning.layers_of), stacking.unstack)
+
+
+def _is_stacked(folder: epath.Path) -> bool:
+    kind = _kind(folder)
+    if kind == "hf" or kind.startswith("t5x"):
+        return False
+    folders = [folder]
+    if kind == "run":
+        store = CheckpointStore(folder, read_only=True)
+        folders = [store.folder(step) for step in reversed(store.all_steps())]
+    for one in folders:
+        try:
+            return stacking.are_stacked(layout.read_header(one).shapes)
+        except CorruptCheckpointError:
+            continue  # Whoever reads it says what is wrong.
+    return False
 
 
 def _existing(path: epath.PathLike) -> epath.Path:

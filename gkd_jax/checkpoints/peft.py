@@ -1,6 +1,8 @@
 """Adapters as Hugging Face's PEFT keeps them: adapter_config.json and adapter_model.safetensors."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ from etils import epath
 from gkd_jax import hub
 from gkd_jax.array_types import Params
 from gkd_jax.checkpoints import hf, safetensors_files
-from gkd_jax.models import families, hf_names, lora
+from gkd_jax.models import families, hf_names, lora, stacking
 from gkd_jax.models.lora import LoRA, pairs_of
 
 CONFIG = "adapter_config.json"
@@ -67,7 +69,7 @@ def write_adapters(
     (folder / CONFIG).write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
     matrices = {
         f"base_model.model.{_module(path, model)}.{name}.weight": matrix
-        for path, pair in pairs_of(adapters).items()
+        for path, pair in pairs_of(stacking.unstack(adapters)).items()
         for name, matrix in zip(("lora_A", "lora_B"), pair, strict=True)
     }
     kind = np.dtype(np.float32)
@@ -85,10 +87,19 @@ def _module(path: str, model: LoRA) -> str:
     return hf_names.hf_tensor(f"{path}/kernel", model.config).names[0].removesuffix(".weight")
 
 
+def _modules(model: LoRA, products: Mapping[str, Any]) -> set[str]:
+    """Names of the modules of products, of all layers where these are stacked."""
+    return {
+        _module(name, model)
+        for path, (shape, _) in products.items()
+        for name in (stacking.names_of_layers(path, shape[0]) if len(shape) == 3 else [path])
+    }
+
+
 def _target_modules(model: LoRA) -> list[str]:
     """The last parts of the modules' names where these name no others too, or else all of them."""
-    wanted = {_module(path, model) for path in model.kernels}
-    every = {_module(path, model) for path in lora.products(model.model)}
+    wanted = _modules(model, model.kernels)
+    every = _modules(model, lora.products(model.model))
     ends = {name.rpartition(".")[2] for name in wanted}
     if all(name in wanted for name in every if name.rpartition(".")[2] in ends):
         return sorted(ends)

@@ -3,6 +3,7 @@
 import dataclasses
 
 DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "minimal", "full")
 ACTIVATIONS = ("gelu", "relu", "silu", "swish", "linear")
 
 
@@ -18,6 +19,10 @@ class T5Config:
       vocab_size: rows of the embedding, padding included (32,128 for the released models).
       dtype: compute dtype, 'float32' or 'bfloat16'. Parameters, softmax and norms are float32.
       decoder_start_id: the token that starts every output; 0 (padding) in every T5.
+      scan_layers: whether layers run as one loop, with their parameters stacked: what is compiled
+        then does not grow with the depth.
+      remat_policy: which activations the backward pass of training computes again: 'none';
+        'minimal' (all but the products of weights); 'full' (all but what goes from layer to layer).
 
     Raises:
       ValueError: a size below 1, or a setting outside of what it may be.
@@ -35,6 +40,8 @@ class T5Config:
     logits_via_embedding: bool = False
     dtype: str = "bfloat16"
     decoder_start_id: int = 0
+    scan_layers: bool = False
+    remat_policy: str = "none"
 
     def __post_init__(self) -> None:
         # A gin file may give a list; the model needs something hashable.
@@ -59,6 +66,7 @@ class T5Config:
                 f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}. "
                 "Set T5Config.dtype to one of them."
             )
+        check_remat_policy("T5Config", self.remat_policy)
         unknown = [name for name in self.mlp_activations if name not in ACTIVATIONS]
         if unknown or not self.mlp_activations:
             raise ValueError(
@@ -76,3 +84,16 @@ class T5Config:
                 f"decoder_start_id must be an id below vocab_size ({self.vocab_size}); got "
                 f"{self.decoder_start_id}. Set T5Config.decoder_start_id to 0, as every T5 has it."
             )
+
+
+def check_remat_policy(config: str, policy: str) -> None:
+    """Refuses an unknown policy of rematerialisation, a setting of the configuration named.
+
+    Raises:
+      ValueError: there is no such policy.
+    """
+    if policy not in REMAT_POLICIES:
+        raise ValueError(
+            f"remat_policy must be one of {', '.join(REMAT_POLICIES)}; got {policy!r}. Set "
+            f"{config}.remat_policy (REMAT_POLICY) to one of them."
+        )

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gkd_jax.models.config import DTYPES
+from gkd_jax.models.config import DTYPES, check_remat_policy
 
 MLP_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 ATTENTION_KINDS = ("full", "sliding")
@@ -89,6 +89,10 @@ class DecoderConfig:
       dropout_rate: on embeddings, and on the output of each block.
       dtype: compute dtype and that of the cache, 'float32' or 'bfloat16'. Softmax, norms and
         rotations are float32.
+      scan_layers: whether layers run as one loop, with their parameters stacked: what is compiled
+        then does not grow with the depth.
+      remat_policy: which activations the backward pass of training computes again: 'none';
+        'minimal' (all but the products of weights); 'full' (all but what goes from layer to layer).
 
     Raises:
       ValueError: a size below 1, or a setting outside of what it may be.
@@ -119,8 +123,11 @@ class DecoderConfig:
     tie_embeddings: bool = False
     dropout_rate: float = 0.0
     dtype: str = "bfloat16"
+    scan_layers: bool = False
+    remat_policy: str = "none"
 
     def __post_init__(self) -> None:
+        check_remat_policy("DecoderConfig", self.remat_policy)
         # A gin file may give a list; the model needs something hashable.
         object.__setattr__(self, "layer_kinds", tuple(self.layer_kinds))
         for name in ("vocab_size", "emb_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):

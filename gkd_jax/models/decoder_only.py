@@ -9,8 +9,10 @@ is padded on the right (or anywhere), and no row is shifted.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -22,7 +24,14 @@ from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.models import layers, rope
 from gkd_jax.models.decoder_config import DecoderConfig
-from gkd_jax.models.linen import LinenModel, check_max_length
+from gkd_jax.models.linen import (
+    Index,
+    LinenModel,
+    check_max_length,
+    extend_cache,
+    make_layers,
+    run_layers,
+)
 
 KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
 
@@ -32,12 +41,12 @@ class DecoderState:
     """What decoding keeps between steps; the batch is the first axis of every leaf.
 
     Attributes:
-      cache: keys and values by layer: the prompt's in slots 0 to S - 1, output position t in slot
-        S + t.
+      cache: keys and values by layer, in a tuple or stacked along a second axis: the prompt's in
+        slots 0 to S - 1, output position t in slot S + t.
       inputs_mask: True on the real tokens of the prompt.
     """
 
-    cache: tuple[KeysValues, ...]
+    cache: tuple[KeysValues, ...] | KeysValues
     inputs_mask: Bool[Array, "B S"]
 
 
@@ -52,6 +61,19 @@ class Places:
 
     rotation: dict[str, tuple[Array, Array]]
     bias: dict[str, Array]
+
+    def at(self, config: DecoderConfig, number: Index) -> tuple[tuple[Array, Array], Array]:
+        """Rotation and bias of the layer of that number."""
+        if isinstance(number, int):
+            kind = config.layer_kinds[number]
+            return self.rotation[kind], self.bias[kind]
+        first, *others = sorted(set(config.layer_kinds))
+        chosen = self.rotation[first], self.bias[first]
+        for kind in others:
+            is_kind = jnp.asarray([one == kind for one in config.layer_kinds])[number]
+            of_kind = self.rotation[kind], self.bias[kind]
+            chosen = jax.tree.map(functools.partial(jnp.where, is_kind), of_kind, chosen)
+        return chosen
 
 
 def make_places(
@@ -183,7 +205,6 @@ class DecoderLayer(nn.Module):
     """Attention over what came before, then the feed-forward block."""
 
     config: DecoderConfig
-    kind: str
 
     def setup(self) -> None:
         config = self.config
@@ -199,30 +220,25 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B Q D"],
-        places: Places,
-        *,
-        cache: KeysValues | None = None,
-        slot: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B Q D"], KeysValues]:
+        rotation: tuple[Array, Array],
+        bias: Float[Array, "B 1 Q L"],
+        keep: Callable[[KeysValues], tuple[KeysValues, PyTree]] = lambda new: (new, new),
+    ) -> tuple[Float[Array, "B Q D"], PyTree]:
         """One body for a whole row and for a decode step, so that they cannot differ.
 
-        With a cache, the keys and values of `x` are put at `slot` of it, and `x` attends to the
-        cache.
+        `keep` takes the keys and values of `x`; it returns all those that `x` attends to, and what
+        is to be returned beside the layer's output.
         """
-        rotation = places.rotation[self.kind]
         y = self.pre_attention_norm(x)
-        keys, values = self.attention.keys_values(y, rotation)
-        if cache is not None:
-            keys = lax.dynamic_update_slice_in_dim(cache[0], keys, slot, axis=2)
-            values = lax.dynamic_update_slice_in_dim(cache[1], values, slot, axis=2)
-        y = self.attention(y, keys, values, rotation, places.bias[self.kind])
+        (keys, values), kept = keep(self.attention.keys_values(y, rotation))
+        y = self.attention(y, keys, values, rotation, bias)
         if self.config.post_norms:
             y = self.post_attention_norm(y)
         x = x + self.dropout(y)
         y = self.mlp(self.pre_mlp_norm(x))
         if self.config.post_norms:
             y = self.post_mlp_norm(y)
-        return x + self.dropout(y), (keys, values)
+        return x + self.dropout(y), kept
 
 
 class Decoder(nn.Module):
@@ -236,7 +252,9 @@ class Decoder(nn.Module):
         self.token_embedder = layers.Embed(
             config.vocab_size, config.emb_dim, config.dtype, nn.initializers.normal(std)
         )
-        self.layers = [DecoderLayer(config, kind) for kind in config.layer_kinds]
+        self.layers = make_layers(
+            lambda: DecoderLayer(config), len(config.layer_kinds), stacked=config.scan_layers
+        )
         self.decoder_norm = ScaledNorm(config)
         self.dropout = layers.Dropout(config.dropout_rate)
         if not config.tie_embeddings:
@@ -249,35 +267,49 @@ class Decoder(nn.Module):
             x = x * jnp.asarray(math.sqrt(self.config.emb_dim), x.dtype)
         return self.dropout(x)
 
-    def row(self, tokens: Array, mask: Array) -> tuple[Array, tuple[KeysValues, ...], Array]:
-        """Hidden states, keys and values of all tokens of a row, and their positions."""
+    def row(self, tokens: Array, mask: Array, *, with_cache: bool) -> tuple[Array, PyTree]:
+        """Hidden states of all tokens of a row; and their keys and values, where wanted."""
+        config = self.config
         positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-        places = make_places(self.config, positions, positions, mask)
-        x, cache = self._embed(tokens), []
-        for layer in self.layers:
-            x, keys_values = layer(x, places)
-            cache.append(keys_values)
-        return x, tuple(cache), positions
+        places = make_places(config, positions, positions, mask)
+
+        def body(layer: DecoderLayer, x: Array, number: Index) -> tuple[Array, PyTree]:
+            x, keys_values = layer(x, *places.at(config, number))
+            return x, keys_values if with_cache else None
+
+        # A cache is not made for a backward pass.
+        policy = "none" if with_cache else config.remat_policy
+        return self._run(body, self._embed(tokens), remat_policy=policy)
+
+    def _run(self, body: Any, carry: Any, **options: Any) -> tuple[Any, Any]:
+        return run_layers(
+            self.layers, body, carry, num_layers=len(self.config.layer_kinds), **options
+        )
 
     def hidden_states(self, inputs: Array, inputs_mask: Array, targets: Array) -> Array:
         fed = targets[:, :-1]
         tokens = jnp.concatenate([inputs, fed], axis=1)
         mask = jnp.concatenate([inputs_mask, jnp.ones_like(fed, bool)], axis=1)
-        x, _, _ = self.row(tokens, mask)
+        x, _ = self.row(tokens, mask, with_cache=False)
         first = take_last(x[:, : inputs.shape[1]], inputs_mask)
         x = jnp.concatenate([first[:, None], x[:, inputs.shape[1] :]], axis=1)
         return self.dropout(self.decoder_norm(x))
 
     def prefill(self, inputs: Array, inputs_mask: Array, max_length: int) -> tuple:
-        x, cache, _ = self.row(inputs, inputs_mask)
-        # The last output token predicts nothing that is wanted: it has no slot.
-        room = ((0, 0), (0, 0), (0, max(max_length - 1, 0)), (0, 0))
-        padded = tuple((jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in cache)
-        return self.decoder_norm(take_last(x, inputs_mask)), DecoderState(padded, inputs_mask)
+        x, cache = self.row(inputs, inputs_mask, with_cache=True)
+
+        def with_room(leaf: Array) -> Array:
+            # The last output token predicts nothing that is wanted: it has no slot.
+            room = [(0, 0)] * (leaf.ndim - 2) + [(0, max_length - 1), (0, 0)]
+            return jnp.pad(leaf, room)
+
+        state = DecoderState(jax.tree.map(with_room, cache), inputs_mask)
+        return self.decoder_norm(take_last(x, inputs_mask)), state
 
     def step(self, state: DecoderState, tokens: Array, index: Array) -> tuple:
         mask = state.inputs_mask
-        num_inputs, num_outputs = mask.shape[1], state.cache[0][0].shape[2] - mask.shape[1]
+        num_inputs = mask.shape[1]
+        num_outputs = jax.tree.leaves(state.cache)[0].shape[-2] - num_inputs
         lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)[:, None]
         outputs = jnp.arange(num_outputs)[None]
         key_positions = jnp.concatenate(
@@ -287,15 +319,19 @@ class Decoder(nn.Module):
             [mask, jnp.broadcast_to(outputs <= index, (mask.shape[0], num_outputs))], axis=1
         )
         places = make_places(self.config, lengths + index, key_positions, is_key)
-        x, cache = self._embed(tokens[:, None]), []
-        for layer, kept in zip(self.layers, state.cache, strict=True):
-            x, keys_values = layer(x, places, cache=kept, slot=num_inputs + index)
-            cache.append(keys_values)
-        return self.decoder_norm(x)[:, 0], dataclasses.replace(state, cache=tuple(cache))
+        slot = num_inputs + index
+
+        def body(layer: DecoderLayer, carry: tuple, number: Index) -> tuple[tuple, None]:
+            x, cache = carry
+            at = places.at(self.config, number)
+            return layer(x, *at, lambda new: extend_cache(cache, new, number, slot)), None
+
+        (x, cache), _ = self._run(body, (self._embed(tokens[:, None]), state.cache))
+        return self.decoder_norm(x)[:, 0], dataclasses.replace(state, cache=cache)
 
     def __call__(self, tokens: Array, mask: Array) -> Array:
         """Touches every parameter; for the initialisation."""
-        hidden = self.decoder_norm(self.row(tokens, mask)[0])
+        hidden = self.decoder_norm(self.row(tokens, mask, with_cache=False)[0])
         return hidden if self.config.tie_embeddings else self.logits_dense(hidden)
 
 
@@ -322,7 +358,8 @@ class DecoderOnly(LinenModel):
 
     def _boxed_params(self, key: Key[Array, ""]) -> PyTree:
         tokens = jnp.zeros((1, 1), jnp.int32)
-        return self.module.init(key, tokens, tokens == 0)["params"]
+        module = Decoder(dataclasses.replace(self.config, scan_layers=False))
+        return module.init(key, tokens, tokens == 0)["params"]
 
     def hidden_states(
         self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None

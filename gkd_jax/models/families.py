@@ -36,7 +36,7 @@ _KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
 
 
 def model_from_hf(
-    config: HFConfig, *, dtype: str = "bfloat16", dropout_rate: float = 0.0
+    config: HFConfig, *, dtype: str = "bfloat16", dropout_rate: float = 0.0, **how: Any
 ) -> LanguageModel:
     """The model that a config.json describes.
 
@@ -44,6 +44,7 @@ def model_from_hf(
       config: its contents.
       dtype: compute dtype, 'float32' or 'bfloat16'.
       dropout_rate: in training; config.json's own is not taken.
+      how: `scan_layers` and `remat_policy` of the configuration.
 
     Raises:
       ValueError: an architecture, or a value of a field, that is not supported; names it.
@@ -51,9 +52,11 @@ def model_from_hf(
     config = text_part(config)
     kind = config.get("model_type")
     if kind == "t5":
-        return T5(_t5_from_hf(config, dtype, dropout_rate))
+        return T5(dataclasses.replace(_t5_from_hf(config, dtype, dropout_rate), **how))
     if kind in _DECODERS:
-        return DecoderOnly(_decoder_from_hf(config, dtype, dropout_rate))
+        return DecoderOnly(
+            dataclasses.replace(_decoder_from_hf(config, dtype, dropout_rate), **how)
+        )
     raise ValueError(
         f"model_type {kind!r} of config.json is not supported; supported are "
         f"{', '.join(SUPPORTED)}. Choose a checkpoint of one of these architectures."
@@ -80,7 +83,10 @@ def model_to_hf(model: LanguageModel) -> dict[str, Any]:
     else:
         raise ValueError(f"{type(model).__name__} has no counterpart in Hugging Face's format.")
     given = model.config
-    back = model_from_hf(described, dtype=given.dtype, dropout_rate=given.dropout_rate).config
+    back = model_from_hf(
+        described, dtype=given.dtype, dropout_rate=given.dropout_rate,
+        scan_layers=given.scan_layers, remat_policy=given.remat_policy,
+    ).config  # fmt: skip
     if back != given:
         names = [field.name for field in dataclasses.fields(given)]
         differing = [name for name in names if getattr(back, name) != getattr(given, name)]

@@ -1,20 +1,150 @@
 """What the families of models share: pure functions of a Linen module and its parameters."""
 
 import abc
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
-from gkd_jax.array_types import Array, Key, Params, PyTree
+from gkd_jax.array_types import Array, Int, Key, Params, PyTree
+from gkd_jax.models import stacking
+
+Layers = Sequence[nn.Module] | nn.Module
+"""The layers of a network, or one that stands for all where their parameters are stacked."""
+
+Index = int | Int[Array, ""]
+"""Number of a layer; traced where layers are stacked."""
+
+Body = Callable[[Any, Any, Index], tuple[Any, Any]]
+
+# Which activations of a layer the backward pass finds, rather than computes again; by T5X's names.
+_REMAT_POLICIES = {
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+_layer: contextvars.ContextVar[Index | None] = contextvars.ContextVar("layer", default=None)
+
+
+def make_layers(make: Callable[[], nn.Module], number: int, *, stacked: bool) -> Layers:
+    """The layers of a network, as `run_layers` takes them."""
+    return make() if stacked else [make() for _ in range(number)]
+
+
+def run_layers(
+    layers: Layers, body: Body, carry: Any, *, num_layers: int, remat_policy: str = "none"
+) -> tuple[Any, Any]:
+    """Runs through layers: one after the other, or as one loop where they are stacked.
+
+    Args:
+      layers: in order, or the one that stands for all.
+      body: `(layer, carry, number of the layer)` to the new carry and an output.
+      carry: the first layer's.
+      num_layers: how many there are.
+      remat_policy: of each layer, as the configurations have it.
+
+    Returns:
+      The last carry; and the outputs, in a tuple, or stacked along a new second axis.
+    """
+
+    def rematerialised(fn: Callable[..., Any]) -> Callable[..., Any]:
+        if remat_policy == "none":
+            return fn
+        # Within a loop the compiler cannot undo it, and need not be kept from it.
+        is_loop = isinstance(layers, nn.Module)
+        return nn.remat(fn, policy=_REMAT_POLICIES[remat_policy], prevent_cse=not is_loop)
+
+    if isinstance(layers, nn.Module):
+
+        def one(layer: nn.Module, carry: Any, number: Index) -> tuple[Any, Any]:
+            with _at_layer(number):
+                return body(layer, carry, number)
+
+        loop = nn.scan(
+            rematerialised(one),
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=num_layers,
+            out_axes=1,
+        )
+        return loop(layers, carry, jnp.arange(num_layers))
+    outputs = []
+    for number, layer in enumerate(layers):
+        numbered = rematerialised(lambda layer, carry, n=number: body(layer, carry, n))
+        carry, output = numbered(layer, carry)
+        outputs.append(output)
+    return carry, tuple(outputs)
+
+
+@contextlib.contextmanager
+def _at_layer(number: Index) -> Iterator[None]:
+    token = _layer.set(number)
+    try:
+        yield
+    finally:
+        _layer.reset(token)
+
+
+def of_this_layer(leaf: Array, ndim: int) -> Array:
+    """Within a loop over stacked layers, this layer's part of an array that is not scanned.
+
+    Args:
+      leaf: with a first axis for layers, or without it, and then it is returned.
+      ndim: axes of a layer's part.
+    """
+    number = _layer.get()
+    if leaf.ndim == ndim or number is None:
+        return leaf
+    return lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+
+
+def take_layer(outputs: Any, number: Index) -> Any:
+    """A layer's entry of what `run_layers` returned as outputs."""
+    if isinstance(number, int):
+        return outputs[number]
+    return jax.tree.map(
+        lambda leaf: lax.dynamic_index_in_dim(leaf, number, axis=1, keepdims=False), outputs
+    )
+
+
+def extend_cache(cache: Any, new: Any, number: Index, slot: Int[Array, ""]) -> tuple[Any, Any]:
+    """Puts keys and values of a decode step at a slot of a cache.
+
+    Args:
+      cache: of all layers, as `run_layers` returns outputs: [B, H, L, K] each, or stacked.
+      new: this layer's keys and values of the tokens that are fed, [B, H, 1, K].
+      number: of the layer.
+      slot: where they lie on axis L.
+
+    Returns:
+      The keys and values of this layer, and the cache.
+    """
+    if isinstance(number, int):
+        layer = jax.tree.map(
+            lambda old, x: lax.dynamic_update_slice_in_dim(old, x, slot, axis=2),
+            cache[number],
+            new,
+        )
+        return layer, (*cache[:number], layer, *cache[number + 1 :])
+    # In place: only the slot is written, and the layer is read where it lies.
+    cache = jax.tree.map(
+        lambda old, x: lax.dynamic_update_slice(old, x[:, None], (0, number, 0, slot, 0)),
+        cache,
+        new,
+    )
+    return take_layer(cache, number), cache
 
 
 class LinenModel(abc.ABC):
     """A Linen module behind the functions of a `LanguageModel`; subclasses are frozen dataclasses.
 
     Attributes:
-      config: sizes and variant, with `vocab_size` and `emb_dim`.
+      config: sizes and variant, with `vocab_size`, `emb_dim` and `scan_layers`.
     """
 
     config: Any
@@ -26,7 +156,7 @@ class LinenModel(abc.ABC):
 
     @abc.abstractmethod
     def _boxed_params(self, key: Key[Array, ""]) -> PyTree:
-        """Random parameters in the boxes that hold their logical axes."""
+        """Random parameters, layers unstacked, in the boxes that hold their logical axes."""
 
     @property
     def vocab_size(self) -> int:
@@ -40,7 +170,9 @@ class LinenModel(abc.ABC):
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Makes float32 parameters; jit-able."""
-        return nn.meta.unbox(self._boxed_params(key))
+        params = nn.meta.unbox(self._boxed_params(key))
+        # The same numbers in both forms.
+        return stacking.stack(params) if self.config.scan_layers else params
 
     def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the parameters, without allocating them."""
@@ -48,7 +180,14 @@ class LinenModel(abc.ABC):
 
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
         """Logical axis names of each parameter, in T5X's words."""
-        return nn.get_partition_spec(jax.eval_shape(self._boxed_params, jax.random.key(0)))
+        axes = nn.get_partition_spec(jax.eval_shape(self._boxed_params, jax.random.key(0)))
+        if not self.config.scan_layers:
+            return axes
+
+        def stacked(*of_layers: jax.sharding.PartitionSpec) -> jax.sharding.PartitionSpec:
+            return jax.sharding.PartitionSpec(stacking.STACKED, *of_layers[0])
+
+        return stacking.stack(axes, stacked)
 
     def _apply(
         self,

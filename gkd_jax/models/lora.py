@@ -23,8 +23,9 @@ from flax import linen as nn
 from flax import traverse_util
 
 from gkd_jax.array_types import Array, Key, Params, PyTree
-from gkd_jax.models import layers
+from gkd_jax.models import layers, stacking
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.models.linen import of_this_layer
 from gkd_jax.models.narrowed import NarrowedModel
 from gkd_jax.models.wrapped import WrappedModel
 
@@ -65,8 +66,11 @@ class LoRA(WrappedModel):
         _check_settings(self)
 
     @functools.cached_property
-    def kernels(self) -> dict[str, tuple[tuple[int, int], jax.sharding.PartitionSpec]]:
-        """Each product with adapters: its path to the kernel's shape and logical axes."""
+    def kernels(self) -> dict[str, tuple[tuple[int, ...], jax.sharding.PartitionSpec]]:
+        """Each product with adapters: its path to the kernel's shape and logical axes.
+
+        Of stacked layers these have one axis more, the first.
+        """
         candidates = products(self.model)
         return {
             path: entry
@@ -91,15 +95,17 @@ class LoRA(WrappedModel):
     def init_adapters(self, key: Key[Array, ""]) -> Params:
         """A uniform in +-1/sqrt(its inputs), as PEFT has it, and B zero; float32."""
         adapters = {}
-        for path, ((inputs, outputs), _) in self.kernels.items():
-            # Keys by name: a target more or less leaves the others as they are.
-            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        for path, ((*depth, inputs, outputs), _) in self.kernels.items():
             bound = 1.0 / math.sqrt(inputs)
-            shape = (inputs, self.rank)
-            adapters[path] = {
-                A: jax.random.uniform(own, shape, jnp.float32, -bound, bound),
-                B: jnp.zeros((self.rank, outputs), jnp.float32),
-            }
+
+            def random(name: str, inputs: int = inputs, bound: float = bound) -> Array:
+                # Keys by name: a target more or less leaves the others as they are.
+                own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+                return jax.random.uniform(own, (inputs, self.rank), jnp.float32, -bound, bound)
+
+            names = stacking.names_of_layers(path, *depth)
+            a = jnp.stack([random(name) for name in names]) if depth else random(path)
+            adapters[path] = {A: a, B: jnp.zeros((*depth, self.rank, outputs), jnp.float32)}
         return traverse_util.unflatten_dict(adapters, sep="/")
 
     def init(self, key: Key[Array, ""]) -> Params:
@@ -116,7 +122,7 @@ class LoRA(WrappedModel):
         """Logical axis names: A lies as the kernel's inputs do, B as its outputs."""
         spec = jax.sharding.PartitionSpec
         adapters = {
-            path: {A: spec(axes[0], None), B: spec(None, axes[1])}
+            path: {A: spec(*axes[:-1], None), B: spec(*axes[:-2], None, axes[-1])}
             for path, (_, axes) in self.kernels.items()
         }
         nested = traverse_util.unflatten_dict(adapters, sep="/")
@@ -131,7 +137,7 @@ class LoRA(WrappedModel):
         flat = traverse_util.flatten_dict(params[_BASE], sep="/")
         for path, (a, b) in pairs.items():
             kernel = flat[f"{path}/kernel"].astype(jnp.float32)
-            flat[f"{path}/kernel"] = kernel + self.scale * jnp.dot(a, b, precision="highest")
+            flat[f"{path}/kernel"] = kernel + self.scale * jnp.matmul(a, b, precision="highest")
         return traverse_util.unflatten_dict(flat, sep="/")
 
     def tracing(self, params: Params) -> Any:
@@ -146,7 +152,7 @@ class LoRA(WrappedModel):
             if pair is None:
                 return y
             x = args[0].astype(y.dtype)
-            a, b = (matrix.astype(y.dtype) for matrix in pair)
+            a, b = (of_this_layer(matrix, 2).astype(y.dtype) for matrix in pair)
             return y + self.scale * jnp.dot(jnp.dot(x, a), b)
 
         return nn.intercept_methods(add)
@@ -221,8 +227,11 @@ def pairs_of(adapters: Params) -> dict[str, tuple[Array, Array]]:
 @functools.lru_cache(maxsize=64)  # Asked again by every equal model; it traces the model.
 def products(
     model: LanguageModel,
-) -> dict[str, tuple[tuple[int, int], jax.sharding.PartitionSpec]]:
-    """Every product of a model but that of the output layer, which losses make by themselves."""
+) -> dict[str, tuple[tuple[int, ...], jax.sharding.PartitionSpec]]:
+    """Every product of a model but that of the output layer, which losses make by themselves.
+
+    The path of each to its kernel's shape and logical axes.
+    """
     shapes = traverse_util.flatten_dict(model.abstract_params(), sep="/")
     axes = traverse_util.flatten_dict(model.logical_axes(), sep="/")
     head = traverse_util.flatten_dict(model.head(model.abstract_params()), sep="/")
@@ -257,7 +266,7 @@ def _check_settings(lora: LoRA) -> None:
                 f"some of {', '.join(known)}, or to longer ends of paths such as "
                 f"{min(candidates)!r}. The output layer can have no adapters."
             )
-    rank, smallest = lora.rank, min(min(shape) for shape, _ in lora.kernels.values())
+    rank, smallest = lora.rank, min(min(shape[-2:]) for shape, _ in lora.kernels.values())
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= smallest:
         raise ValueError(
             f"LoRA.rank must be a whole number from 1 to {smallest}, the smallest side of its "

@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from gkd_jax.array_types import Array, Float, Int, Key, Params, PyTree
 from gkd_jax.models import layers
+from gkd_jax.models.linen import of_this_layer
 from gkd_jax.models.lora import products
 from gkd_jax.models.wrapped import WrappedModel
 
@@ -61,7 +62,9 @@ class Int8(WrappedModel):
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
         """Logical axis names: scales lie as the outputs of their kernels do."""
         spec = jax.sharding.PartitionSpec
-        scales = {path: spec(axes[1]) for path, (_, axes) in products(self.model).items()}
+        scales = {
+            path: spec(*axes[:-2], axes[-1]) for path, (_, axes) in products(self.model).items()
+        }
         return {"weights": self.model.logical_axes(), "scales": scales}
 
     def tracing(self, params: Params) -> Any:
@@ -81,6 +84,7 @@ class Int8(WrappedModel):
                 module.get_variable("params", "kernel").astype(dtype),
                 preferred_element_type=jnp.float32,
             )
+            of_column = of_this_layer(of_column, 1)
             y = y * jnp.expand_dims(of_column, tuple(range(y.ndim - 1)))
             if module.use_bias:
                 bias: Array = module.get_variable("params", "bias").astype(jnp.float32)
@@ -91,10 +95,10 @@ class Int8(WrappedModel):
 
 
 def quantise_kernel(
-    kernel: Float[Array, "I O"],
-) -> tuple[Int[Array, "I O"], Float[Array, " O"]]:
+    kernel: Float[Array, "*n I O"],
+) -> tuple[Int[Array, "*n I O"], Float[Array, "*n O"]]:
     """Rounds a kernel to int8 with a float32 scale for each column; one of zeros has scale 1."""
     kernel = kernel.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(kernel), axis=0)
+    largest = jnp.max(jnp.abs(kernel), axis=-2)
     scales = jnp.where(largest == 0, 1.0, largest / _LARGEST)
-    return jnp.round(kernel / scales[None]).astype(jnp.int8), scales
+    return jnp.round(kernel / scales[..., None, :]).astype(jnp.int8), scales

@@ -29,6 +29,8 @@ def t5_config(
     vocab_size: int = T5_VOCAB_SIZE,
     dropout_rate: float = 0.0,
     dtype: str = "bfloat16",
+    scan_layers: bool = False,
+    remat_policy: str = "none",
 ) -> T5Config:
     """Makes the configuration of a released T5.
 
@@ -40,6 +42,8 @@ def t5_config(
       vocab_size: rows of the embedding.
       dropout_rate: as `T5Config.dropout_rate`.
       dtype: compute dtype, 'float32' or 'bfloat16'.
+      scan_layers: as `T5Config.scan_layers`.
+      remat_policy: as `T5Config.remat_policy`.
 
     Returns:
       The configuration.
@@ -66,4 +70,6 @@ def t5_config(
         dropout_rate=dropout_rate,
         logits_via_embedding=first_version,
         dtype=dtype,
+        scan_layers=scan_layers,
+        remat_policy=remat_policy,
     )

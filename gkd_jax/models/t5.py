@@ -6,17 +6,27 @@ minimal T5, so T5X's checkpoints are read name by name.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
 from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.models import layers
 from gkd_jax.models.config import T5Config
-from gkd_jax.models.linen import LinenModel, check_max_length
+from gkd_jax.models.linen import (
+    Index,
+    LinenModel,
+    check_max_length,
+    extend_cache,
+    make_layers,
+    run_layers,
+    take_layer,
+)
 
 KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
 
@@ -26,14 +36,14 @@ class T5DecodeState:
     """What decoding keeps between steps; the batch is the first axis of every leaf.
 
     Attributes:
-      self_attention: keys and values of the fed tokens by layer; slot 0 is the start token's,
-        slot t + 1 that of output position t.
-      cross_attention: keys and values of the encoded prompt by layer.
+      self_attention: keys and values of the fed tokens by layer, in a tuple or stacked along a
+        second axis; slot 0 is the start token's, slot t + 1 that of output position t.
+      cross_attention: keys and values of the encoded prompt, likewise.
       inputs_mask: True on the real tokens of the prompt.
     """
 
-    self_attention: tuple[KeysValues, ...]
-    cross_attention: tuple[KeysValues, ...]
+    self_attention: tuple[KeysValues, ...] | KeysValues
+    cross_attention: tuple[KeysValues, ...] | KeysValues
     inputs_mask: Bool[Array, "B S"]
 
 
@@ -95,7 +105,9 @@ class Encoder(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.relpos_bias = layers.RelativePositionBias(config.num_heads, bidirectional=True)
-        self.layers = [EncoderLayer(config) for _ in range(config.num_encoder_layers)]
+        self.layers = make_layers(
+            lambda: EncoderLayer(config), config.num_encoder_layers, stacked=config.scan_layers
+        )
         self.encoder_norm = _norm(config)
         self.dropout = _dropout(config)
         # In T5X, the encoder's last dropout alone draws for each position.
@@ -110,9 +122,15 @@ class Encoder(nn.Module):
         # Padded queries see nothing, so that their (unused) outputs are T5X's as well.
         mask = inputs_mask[:, None, :, None] & inputs_mask[:, None, None, :]
         relpos = self.relpos_bias(length, length)
-        x = self.dropout(x)
-        for layer in self.layers:
-            x = layer(x, relpos, mask)
+
+        def body(layer: EncoderLayer, x: Array, number: Index) -> tuple[Array, None]:
+            return layer(x, relpos, mask), None
+
+        config = self.config
+        x, _ = run_layers(
+            self.layers, body, self.dropout(x),
+            num_layers=config.num_encoder_layers, remat_policy=config.remat_policy,
+        )  # fmt: skip
         return self.final_dropout(self.encoder_norm(x))
 
 
@@ -139,27 +157,22 @@ class DecoderLayer(nn.Module):
         cross: KeysValues,
         self_bias: Float[Array, "1 H T L"],
         cross_bias: Float[Array, "B 1 1 S"],
-        *,
-        cache: KeysValues | None = None,
-        slot: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        keep: Callable[[KeysValues], tuple[KeysValues, PyTree]] = lambda new: (new, None),
+    ) -> tuple[Float[Array, "B T D"], PyTree]:
         """One body for a whole output and for a decode step, so that they cannot differ.
 
-        With a cache, the keys and values of `x` are put at `slot` of it, and `x` attends to the
-        cache.
+        `keep` takes the keys and values of `x`; it returns all those that `x` attends to, and what
+        is to be returned beside the layer's output.
         """
         y = self.pre_self_attention_layer_norm(x)
-        keys, values = self.self_attention.keys_values(y)
-        if cache is not None:
-            keys = lax.dynamic_update_slice_in_dim(cache[0], keys, slot, axis=2)
-            values = lax.dynamic_update_slice_in_dim(cache[1], values, slot, axis=2)
+        (keys, values), kept = keep(self.self_attention.keys_values(y))
         y = self.self_attention(y, keys, values, self_bias)
         x = x + self.dropout(y)
         y = self.pre_cross_attention_layer_norm(x)
         y = self.encoder_decoder_attention(y, *cross, cross_bias)
         x = x + self.dropout(y)
         y = self.mlp(self.pre_mlp_layer_norm(x))
-        return x + self.dropout(y), (keys, values)
+        return x + self.dropout(y), kept
 
 
 class Decoder(nn.Module):
@@ -170,7 +183,9 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.relpos_bias = layers.RelativePositionBias(config.num_heads, bidirectional=False)
-        self.layers = [DecoderLayer(config) for _ in range(config.num_decoder_layers)]
+        self.layers = make_layers(
+            lambda: DecoderLayer(config), config.num_decoder_layers, stacked=config.scan_layers
+        )
         self.decoder_norm = _norm(config)
         self.dropout = _dropout(config)
         if not config.logits_via_embedding:
@@ -187,29 +202,55 @@ class Decoder(nn.Module):
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
         self_bias = self.relpos_bias(length, length) + layers.mask_to_bias(causal)
         cross_bias = layers.mask_to_bias(inputs_mask[:, None, None, :])
-        x = self.dropout(x)
-        for layer in self.layers:
-            cross = layer.cross_keys_values(encoded)
-            x, _ = layer(x, cross, self_bias, cross_bias)
+
+        def body(layer: DecoderLayer, x: Array, number: Index) -> tuple[Array, None]:
+            return layer(x, layer.cross_keys_values(encoded), self_bias, cross_bias)
+
+        x, _ = self._run(body, self.dropout(x), remat_policy=self.config.remat_policy)
         return self.dropout(self.decoder_norm(x))
 
-    def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[KeysValues, ...]:
-        return tuple(layer.cross_keys_values(encoded) for layer in self.layers)
+    def _run(self, body: Any, carry: Any, **options: Any) -> tuple[Any, Any]:
+        return run_layers(
+            self.layers, body, carry, num_layers=self.config.num_decoder_layers, **options
+        )
+
+    def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> PyTree:
+        """Keys and values of all layers, in a tuple or stacked along a second axis."""
+
+        def body(layer: DecoderLayer, carry: tuple, number: Index) -> tuple[tuple, KeysValues]:
+            return carry, layer.cross_keys_values(encoded)
+
+        return self._run(body, ())[1]
+
+    def empty_cache(self, batch_size: int, num_slots: int) -> PyTree:
+        """A cache of the same form as `cross_keys_values`, of zeros."""
+        config = self.config
+        depth = (config.num_decoder_layers,) if config.scan_layers else ()
+        shape = (batch_size, *depth, config.num_heads, num_slots, config.head_dim)
+
+        def zeros() -> KeysValues:
+            return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+
+        # Not one array for all: donated buffers must not be shared.
+        return zeros() if depth else tuple(zeros() for _ in range(config.num_decoder_layers))
 
     def step(
         self, x: Float[Array, "B 1 D"], state: T5DecodeState, slot: Int[Array, ""]
     ) -> tuple[Float[Array, "B 1 D"], T5DecodeState]:
-        num_slots = state.self_attention[0][0].shape[2]
+        num_slots = jax.tree.leaves(state.self_attention)[0].shape[-2]
         seen = (jnp.arange(num_slots) <= slot)[None, None, None]
         self_bias = self.relpos_bias.row(slot, num_slots) + layers.mask_to_bias(seen)
         cross_bias = layers.mask_to_bias(state.inputs_mask[:, None, None, :])
-        caches = []
-        for layer, cache, cross in zip(
-            self.layers, state.self_attention, state.cross_attention, strict=True
-        ):
-            x, cache = layer(x, cross, self_bias, cross_bias, cache=cache, slot=slot)
-            caches.append(cache)
-        return self.decoder_norm(x), dataclasses.replace(state, self_attention=tuple(caches))
+
+        def body(layer: DecoderLayer, carry: tuple, number: Index) -> tuple[tuple, None]:
+            x, cache = carry
+            cross = take_layer(state.cross_attention, number)
+            return layer(
+                x, cross, self_bias, cross_bias, lambda new: extend_cache(cache, new, number, slot)
+            ), None
+
+        (x, cache), _ = self._run(body, (x, state.self_attention))
+        return self.decoder_norm(x), dataclasses.replace(state, self_attention=cache)
 
 
 class Transformer(nn.Module):
@@ -234,17 +275,11 @@ class Transformer(nn.Module):
         return self.decoder(embedded, encoded, inputs_mask)
 
     def prefill(self, inputs: Array, inputs_mask: Array, num_slots: int) -> tuple:
-        config = self.config
         encoded = self.encode(inputs, inputs_mask)
         batch = inputs.shape[0]
-        shape = (batch, config.num_heads, num_slots, config.head_dim)
-        # Not one array for all: donated buffers must not be shared.
-        self_attention = tuple(
-            (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-            for _ in range(config.num_decoder_layers)
-        )
-        state = T5DecodeState(self_attention, self.decoder.cross_keys_values(encoded), inputs_mask)
-        start = jnp.full((batch,), config.decoder_start_id, inputs.dtype)
+        cache = self.decoder.empty_cache(batch, num_slots)
+        state = T5DecodeState(cache, self.decoder.cross_keys_values(encoded), inputs_mask)
+        start = jnp.full((batch,), self.config.decoder_start_id, inputs.dtype)
         return self.step(state, start, jnp.zeros((), jnp.int32))
 
     def step(self, state: T5DecodeState, tokens: Array, slot: Array) -> tuple:
@@ -274,7 +309,8 @@ class T5(LinenModel):
 
     def _boxed_params(self, key: Key[Array, ""]) -> PyTree:
         tokens = jnp.zeros((1, 1), jnp.int32)
-        return self.module.init(key, tokens, tokens == 0, tokens)["params"]
+        module = Transformer(dataclasses.replace(self.config, scan_layers=False))
+        return module.init(key, tokens, tokens == 0, tokens)["params"]
 
     def encode(
         self,
