@@ -1,6 +1,6 @@
 """Checks of where outputs come from: who writes and who judges them, and their further use."""
 
-from gkd_jax.data.pipeline import MAX_EXAMPLE_ID
+from gkd_jax.data.batches import MAX_EXAMPLE_ID
 from gkd_jax.experiment import Experiment
 from gkd_jax.models.combined import RoutedModel
 from gkd_jax.objectives.divergences import ReverseKL

@@ -11,6 +11,7 @@ is padded on the right (or anywhere), and no row is shifted.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -59,10 +60,16 @@ def make_places(
     positions: Int[Array, "B Q"],
     key_positions: Int[Array, "B L"],
     is_key: Bool[Array, "B L"],
+    segments: Int[Array, "B L"] | None = None,
 ) -> Places:
-    """A query sees what stands at its position or before, within its layer's window."""
+    """A query sees what stands at its position or before, within its layer's window.
+
+    Of a packed row, where `segments` tell queries and keys, what is of its own example.
+    """
     distance = positions[:, :, None] - key_positions[:, None, :]
     seen = (distance >= 0) & is_key[:, None, :]
+    if segments is not None:
+        seen &= layers.same_segment(segments, segments)[:, 0]
     rotation, bias = {}, {}
     for kind in sorted(set(config.layer_kinds)):
         one, within = config.rope, seen
@@ -249,27 +256,52 @@ class Decoder(nn.Module):
             x = x * jnp.asarray(math.sqrt(self.config.emb_dim), x.dtype)
         return self.dropout(x)
 
-    def row(self, tokens: Array, mask: Array) -> tuple[Array, tuple[KeysValues, ...], Array]:
-        """Hidden states, keys and values of all tokens of a row, and their positions."""
+    def row(self, tokens: Array, mask: Array) -> tuple[Array, tuple[KeysValues, ...]]:
+        """Hidden states, keys and values of all tokens of a row."""
         positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-        places = make_places(self.config, positions, positions, mask)
+        return self._at(make_places(self.config, positions, positions, mask), tokens)
+
+    def _at(self, places: Places, tokens: Array) -> tuple[Array, tuple[KeysValues, ...]]:
         x, cache = self._embed(tokens), []
         for layer in self.layers:
             x, keys_values = layer(x, places)
             cache.append(keys_values)
-        return x, tuple(cache), positions
+        return x, tuple(cache)
 
     def hidden_states(self, inputs: Array, inputs_mask: Array, targets: Array) -> Array:
         fed = targets[:, :-1]
         tokens = jnp.concatenate([inputs, fed], axis=1)
         mask = jnp.concatenate([inputs_mask, jnp.ones_like(fed, bool)], axis=1)
-        x, _, _ = self.row(tokens, mask)
+        x, _ = self.row(tokens, mask)
         first = take_last(x[:, : inputs.shape[1]], inputs_mask)
         x = jnp.concatenate([first[:, None], x[:, inputs.shape[1] :]], axis=1)
         return self.dropout(self.decoder_norm(x))
 
+    def packed_hidden_states(
+        self, inputs: Array, targets: Array, inputs_segments: Array, targets_segments: Array
+    ) -> Array:
+        """The same of rows of several examples, whose positions begin anew with each."""
+        num_inputs, num_outputs = inputs.shape[1], targets.shape[1]
+        # [B, T, S]: the prompt of each output position.
+        is_prompt = targets_segments[:, :, None] == inputs_segments[:, None, :]
+        lengths = jnp.sum(is_prompt, axis=2, dtype=jnp.int32)
+        places_of_outputs = layers.places_in_segments(targets_segments)
+        positions = jnp.concatenate(
+            [layers.places_in_segments(inputs_segments), lengths + places_of_outputs], axis=1
+        )[:, :-1]
+        segments = jnp.concatenate([inputs_segments, targets_segments], axis=1)[:, :-1]
+        tokens = jnp.concatenate([inputs, targets], axis=1)[:, :-1]
+        places = make_places(self.config, positions, positions, segments > 0, segments)
+        x, _ = self._at(places, tokens)
+        # An output's first token follows its prompt's last, any other the one before it.
+        last_of_prompt = num_inputs - 1 - jnp.argmax(is_prompt[:, :, ::-1], axis=2)
+        before = jnp.arange(num_inputs - 1, num_inputs - 1 + num_outputs)[None]
+        came_before = jnp.where(places_of_outputs == 0, last_of_prompt, before)
+        x = jnp.take_along_axis(x, came_before[:, :, None], axis=1)
+        return self.dropout(self.decoder_norm(x))
+
     def prefill(self, inputs: Array, inputs_mask: Array, max_length: int) -> tuple:
-        x, cache, _ = self.row(inputs, inputs_mask)
+        x, cache = self.row(inputs, inputs_mask)
         # The last output token predicts nothing that is wanted: it has no slot.
         room = ((0, 0), (0, 0), (0, max(max_length - 1, 0)), (0, 0))
         padded = tuple((jnp.pad(keys, room), jnp.pad(values, room)) for keys, values in cache)
@@ -329,10 +361,16 @@ class DecoderOnly(LinenModel):
     ) -> Float[Array, "B T D"]:
         """Hidden states from which `unembed` predicts `batch.targets[:, t]` at position t.
 
-        That of position 0 is of the prompt's last token, so every prompt has at least one.
+        That of an output's first position is of its prompt's last token, so every prompt has at
+        least one.
         """
-        arguments = (batch.inputs, batch.inputs_mask, batch.targets)
-        return self._apply(params, Decoder.hidden_states, *arguments, dropout_key=dropout_key)
+        arguments: tuple[Array, ...] = (batch.inputs, batch.inputs_mask, batch.targets)
+        method: Callable[..., Any] = Decoder.hidden_states
+        if batch.inputs_segments is not None and batch.targets_segments is not None:
+            method = Decoder.packed_hidden_states
+            segments = (batch.inputs_segments, batch.targets_segments)
+            arguments = (batch.inputs, batch.targets, *segments)
+        return self._apply(params, method, *arguments, dropout_key=dropout_key)
 
     def head(self, params: Params) -> Params:
         """The head's kernel, or the embedding where it is tied, where they are in the tree."""
