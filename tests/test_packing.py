@@ -59,9 +59,7 @@ def weights_of(batch, objective):
 
 def gradient(case, batch, num_microbatches=1):
     student, teacher, objective, params, of_teacher = setting(case)
-    fn = train_step.make_gradient_fn(
-        student, teacher, objective, num_microbatches=num_microbatches
-    )
+    fn = train_step.make_gradient_fn(student, teacher, objective, num_microbatches=num_microbatches)
     batch = jax.tree.map(jnp.asarray, batch)
     weights = weights_of(batch, objective)
     return jax.jit(fn)(params, of_teacher, batch, weights, jax.random.key(0))

@@ -143,6 +143,11 @@ class DatasetConfig:
         """Longest prompt of the teacher: that of the student where it is not given."""
         return self.feature_lengths.get(_TEACHER, self.feature_lengths["inputs"])
 
+    @property
+    def batch(self) -> str:
+        """What a training batch is, in words."""
+        return f"{self.batch_size} {'packed rows' if self.pack else 'examples'}"
+
     def build(self) -> "Dataset":
         """Opens and checks the data."""
         return Dataset(self)
@@ -475,7 +480,7 @@ class Dataset:
         rows = self._rows.read(sample)
         lines = [
             f"task {self.task.name!r}, split {self.config.split!r}: {self.num_examples} examples, "
-            f"batches of {self.config.batch_size}, {self.config.vocabulary.name}"
+            f"batches of {self.config.batch}, {self.config.vocabulary.name}"
         ]
         for column, feature in enumerate(_FEATURES):
             full = rows.full_lengths[:, column]
