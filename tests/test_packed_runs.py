@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import small_recipes
 import small_runs
 
 from gkd_jax import prepare, store_teacher, train, train_step
@@ -128,3 +129,18 @@ def test_what_cannot_be_packed_is_refused(tiny_teacher, tmp_path):
     for run_mode, setting in (("eval", "Evaluation"), ("generate", "Generation")):
         with pytest.raises(ConfigurationError, match=rf"got True in {setting}\.data"):
             prepare.prepare(experiment, run_mode=run_mode)
+
+
+def test_a_recipe_packs_by_one_setting(tmp_path):
+    """From the command line; the evaluation stays as it is."""
+    recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "recipe")
+    changes = {
+        "train/pipeline.DatasetConfig.pack": True, "STUDENT_DATA_FRACTION": 0.0,
+        "TASK_FEATURE_LENGTHS": {"inputs": 96, "targets": 96}, "TRAIN_STEPS": 2,
+        "Experiment.log_period": 1,
+    }  # fmt: skip
+    status, out, err = small_recipes.run_main(*recipe.flags(tmp_path / "run", **changes))
+    assert status == 0, err
+    rows = [row for row in small_runs.metrics(tmp_path / "run") if "train/data/loss" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["train/data/packed_examples"] > 4 for row in rows)
