@@ -139,7 +139,7 @@ def test_a_recipe_packs_by_one_setting(tmp_path):
         "TASK_FEATURE_LENGTHS": {"inputs": 96, "targets": 96}, "TRAIN_STEPS": 2,
         "Experiment.log_period": 1,
     }  # fmt: skip
-    status, out, err = small_recipes.run_main(*recipe.flags(tmp_path / "run", **changes))
+    status, _, err = small_recipes.run_main(*recipe.flags(tmp_path / "run", **changes))
     assert status == 0, err
     rows = [row for row in small_runs.metrics(tmp_path / "run") if "train/data/loss" in row]
     assert [row["step"] for row in rows] == [1, 2]
