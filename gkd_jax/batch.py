@@ -33,6 +33,10 @@ class Batch:
     Masks and weights are explicit, so nothing is ever inferred from a padding id: a
     vocabulary may use its end-of-sequence id as padding, or have none at all.
 
+    Packed, a row holds several examples: their prompts one behind the other in `inputs`, their
+    outputs in `targets`. Models let none of them see another, and a mean over sequences is one
+    over outputs, not over rows.
+
     Attributes:
       inputs: prompt tokens, padded on the right.
       inputs_mask: True on the real tokens of `inputs`.
@@ -40,7 +44,8 @@ class Batch:
         the data, from a teacher or sampled by the student: the step cannot tell.
       loss_weights: 1 up to and including the end of the output, 0 after it.
       example_id: position in the global order of examples, from which random keys are
-        derived; -1 marks a filler row that completes a short last batch and counts nowhere.
+        derived; -1 marks a filler row that completes a short last batch and counts nowhere. Of a
+        packed row that of its first example.
       sample_log_probs: log-probabilities of `targets` under the sampling policy, where they
         were sampled.
       advantages: A_t of each token of `targets`, by which a policy gradient weighs it; constants,
@@ -48,11 +53,15 @@ class Batch:
       importance: factor of each token's loss where outputs were drawn from another distribution
         than the student's; it is no part of what a mean divides by.
       component: number of the source in the data's mixture that an example comes from, where
-        teachers are chosen by it.
+        teachers are chosen by it; of packed rows that of each output position's example.
       teacher_inputs: the prompt as the teacher reads it, padded on the right, where its template
         is another than the student's.
       teacher_inputs_mask: True on the real tokens of `teacher_inputs`.
       stored_teacher: what a store holds of the teacher for `targets`, where one teaches.
+      inputs_segments: of packed rows, which example of its row a prompt token is of, from 1 on in
+        order; 0 is padding. None where a row is one example.
+      targets_segments: the same of output tokens.
+      teacher_inputs_segments: the same of `teacher_inputs`.
     """
 
     inputs: Int[Array, "B S"]
@@ -63,10 +72,13 @@ class Batch:
     sample_log_probs: Float[Array, "B T"] | None = None
     advantages: Float[Array, "B T"] | None = None
     importance: Float[Array, "B T"] | None = None
-    component: Int[Array, " B"] | None = None
+    component: Int[Array, " B"] | Int[Array, "B T"] | None = None
     teacher_inputs: Int[Array, "B Z"] | None = None
     teacher_inputs_mask: Bool[Array, "B Z"] | None = None
     stored_teacher: TeacherDistributions | None = None
+    inputs_segments: Int[Array, "B S"] | None = None
+    targets_segments: Int[Array, "B T"] | None = None
+    teacher_inputs_segments: Int[Array, "B Z"] | None = None
 
     def as_teacher_reads(self) -> "Batch":
         """The batch with the teacher's prompts, where they are others."""
@@ -77,6 +89,8 @@ class Batch:
             self,
             inputs=self.teacher_inputs,
             inputs_mask=self.teacher_inputs_mask,
+            inputs_segments=self.teacher_inputs_segments,
             teacher_inputs=None,
             teacher_inputs_mask=None,
+            teacher_inputs_segments=None,
         )

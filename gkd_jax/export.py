@@ -31,7 +31,7 @@ A student distilled with gkd_jax ({source}, {num_params:,} parameters, {written}
 | objective | `{objective}` |
 | outputs trained on | `{outputs}`, `{rollout}` |
 | data | {data} |
-| steps | {step} of {num_steps}, {batch_size} examples each |
+| steps | {step} of {num_steps}, {batch} each |
 | optimizer | `{optimizer}` |
 | vocabulary | {vocabulary} |
 
@@ -135,7 +135,7 @@ def _card(experiment: Experiment, student: runtime.TrainedStudent) -> str:
         data=f"{task}, split {data.split}",
         step=student.step,
         num_steps=experiment.num_steps,
-        batch_size=data.batch_size,
+        batch=data.batch,
         optimizer=experiment.optimizer,
         vocabulary=data.vocabulary.name,
         metrics=_metrics(experiment, student.step),

@@ -1,6 +1,7 @@
 """Checks of where outputs come from: who writes and who judges them, and their further use."""
 
-from gkd_jax.data.pipeline import MAX_EXAMPLE_ID
+from gkd_jax.data.batches import MAX_EXAMPLE_ID
+from gkd_jax.data.pipeline import DatasetConfig
 from gkd_jax.experiment import Experiment
 from gkd_jax.models.combined import RoutedModel
 from gkd_jax.objectives.divergences import ReverseKL
@@ -47,6 +48,37 @@ def check_policy(experiment: Experiment) -> None:
         )
     policy.combine(student, network)
     _check_not_estimated(experiment, f"Rollout.policy = {policy}", "Rollout.policy")
+
+
+def check_packing(experiment: Experiment) -> None:
+    """Refuses packed rows where a row is to be one prompt that is answered.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    outputs, evaluation = experiment.outputs, experiment.evaluation
+    if experiment.train_data.pack and outputs.student_data_fraction != 0:
+        raise ValueError(
+            "DatasetConfig.pack packs the data's outputs; the student writes its own to one prompt "
+            f"a row; got {outputs}. Set OutputMix.student_data_fraction (STUDENT_DATA_FRACTION) to "
+            "0.0, or DatasetConfig.pack to False."
+        )
+    if evaluation is not None:
+        check_not_packed("Evaluation.data", evaluation.data)
+
+
+def check_not_packed(setting: str, data: DatasetConfig) -> None:
+    """Refuses packed rows of examples that are decoded.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    if data.pack:
+        raise ValueError(
+            f"DatasetConfig.pack is of training; got True in {setting}, whose prompts are answered "
+            "one a row. Set it for the training's data alone: "
+            "train/pipeline.DatasetConfig.pack = True."
+        )
 
 
 def check_replay(experiment: Experiment) -> None:

@@ -22,7 +22,13 @@ from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.combined import RoutedModel
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
-from gkd_jax.output_checks import check_policy, check_replay, check_reward
+from gkd_jax.output_checks import (
+    check_not_packed,
+    check_packing,
+    check_policy,
+    check_replay,
+    check_reward,
+)
 from gkd_jax.rewards import RewardMix
 from gkd_jax.sampling.methods import Sample
 from gkd_jax.store_checks import attach_teacher, check_stored_teacher, storing_of
@@ -123,8 +129,8 @@ class _Check:
         vocabulary = experiment.train_data.vocabulary
         self._open("train_data", experiment.train_data, experiment.num_microbatches)
         for check in (
-            *(_check_objective, check_stored_teacher, check_policy, check_replay, check_reward),
-            *(_check_best_metric, adapters.check_base),
+            *(_check_objective, check_stored_teacher, check_packing, check_policy, check_replay),
+            *(check_reward, _check_best_metric, adapters.check_base),
         ):
             with collecting():
                 check(experiment)
@@ -151,6 +157,8 @@ class _Check:
             )
             return
         data = experiment.evaluation.data
+        with self.problems.collecting():
+            check_not_packed("Evaluation.data", data)
         self._open("eval_data", data)
         self._check_model_dir()
         self._check_student_to_use(data.vocabulary)
@@ -166,6 +174,8 @@ class _Check:
                 "--run_mode=generate writes what Experiment.generation says; got None. Set it."
             )
             return
+        with collecting():
+            check_not_packed("Generation.data", generation.data)
         with collecting():
             given = generation.data
             if generation.prompts is not None:
@@ -454,13 +464,13 @@ def describe_plan(experiment: Experiment, prepared: Prepared) -> str:
         lines.append(f"replay: {experiment.replay}")
     lines += [f"optimizer: {experiment.optimizer}", adapters.describe_memory(experiment)]
     lines.append(
-        f"steps: {experiment.num_steps:,} of {experiment.train_data.batch_size} examples in "
+        f"steps: {experiment.num_steps:,} of {experiment.train_data.batch} in "
         f"{experiment.num_microbatches} microbatches, on a mesh of "
         f"{dict(experiment.partitioner.mesh.shape)}"
     )
     if prepared.train_data is not None:
-        num_rows = experiment.num_steps * experiment.train_data.batch_size
-        passes = num_rows / prepared.train_data.num_examples
+        num_examples = experiment.num_steps * prepared.train_data.examples_per_batch
+        passes = num_examples / prepared.train_data.num_examples
         lines.append(f"training data, {passes:.2f} passes: {prepared.train_data.describe()}")
     if experiment.evaluation is not None and prepared.eval_data is not None:
         lines.append(

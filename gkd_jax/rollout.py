@@ -76,8 +76,13 @@ def sample_outputs(
       `sample_log_probs`. What belongs to a prompt repeats with it.
 
     Raises:
-      ValueError: as `gkd_jax.sampling.decode.decode`.
+      ValueError: rows are packed; or as `gkd_jax.sampling.decode.decode`.
     """
+    if batch.inputs_segments is not None:
+        raise ValueError(
+            "outputs are sampled for one prompt a row; got packed rows. Set DatasetConfig.pack to "
+            "False."
+        )
     decoded = decode(
         model,
         lax.stop_gradient(params),

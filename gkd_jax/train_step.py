@@ -18,7 +18,7 @@ from gkd_jax.models import lora
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.fused import fused_weighted_loss
-from gkd_jax.objectives.objective import Objective, Predictions, final_weights
+from gkd_jax.objectives.objective import Objective, Predictions, count_outputs, final_weights
 from gkd_jax.objectives.policy_gradient import divergence_alone
 from gkd_jax.objectives.sequence_kl import importance_weights, returns_to_go
 
@@ -177,6 +177,12 @@ def make_returns_fn(
     return returns
 
 
+def _final_weights(batch: Batch, objective: Objective) -> Float[Array, "B T"]:
+    return final_weights(
+        batch.loss_weights, reduction=objective.reduction, segments=batch.targets_segments
+    )
+
+
 def loss_metrics(
     per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
 ) -> Metrics:
@@ -186,7 +192,7 @@ def loss_metrics(
     factors such as `Batch.importance`.
     """
     counts = batch.loss_weights > 0
-    return {
+    metrics = {
         "loss": _mean_over_sequences(per_token, batch, weights),
         "loss_per_token": (
             jnp.sum(jnp.where(counts, batch.loss_weights * per_token, 0.0)),
@@ -194,12 +200,26 @@ def loss_metrics(
         ),
         "target_tokens": (jnp.sum(batch.loss_weights), jnp.float32(1)),
     }
+    return metrics | _packing_metrics(batch)
+
+
+def _packing_metrics(batch: Batch) -> Metrics:
+    """Of packed rows, how many examples a batch has and what share of its places are tokens."""
+    if batch.inputs_segments is None or batch.targets_segments is None:
+        return {}
+    places = [batch.inputs_segments > 0, batch.targets_segments > 0]
+    filled = sum(jnp.sum(part.astype(jnp.float32)) for part in places)
+    examples = count_outputs(batch.loss_weights, batch.targets_segments)
+    return {
+        "packed_examples": (examples, jnp.float32(1)),
+        "packed_share": (filled, jnp.float32(sum(part.size for part in places))),
+    }
 
 
 def _mean_over_sequences(
     per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    num_sequences = jnp.sum(jnp.any(batch.loss_weights > 0, axis=1).astype(jnp.float32))
+    num_sequences = count_outputs(batch.loss_weights, batch.targets_segments)
     # where, not a product: an infinite value at a masked position must not become NaN.
     mean = jnp.sum(jnp.where(weights != 0, weights * per_token, 0.0))
     return mean * num_sequences, num_sequences
@@ -318,7 +338,7 @@ def make_train_step(
         key: Key[Array, ""],
         frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
-        weights = final_weights(batch.loss_weights, reduction=objective.reduction)
+        weights = _final_weights(batch, objective)
         if batch.importance is not None:
             weights = weights * batch.importance
         teacher_params = teacher_params_of(state, teacher_params, teacher_part, frozen)
@@ -344,7 +364,7 @@ def make_eval_step(
     loss_fn = make_loss_fn(student, teacher, objective)
 
     def eval_step(student_params: Params, teacher_params: Params | None, batch: Batch) -> Metrics:
-        weights = final_weights(batch.loss_weights, reduction=objective.reduction)
+        weights = _final_weights(batch, objective)
         _, per_token = loss_fn(student_params, teacher_params, batch, weights)
         return loss_metrics(per_token, batch, weights)
 

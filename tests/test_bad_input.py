@@ -146,6 +146,14 @@ _SETTINGS = {
         "wmt_ende", {"DIVERGENCE": Gin("@divergences.NegativeLogLikelihood()")},
         ("student_data_fraction to 0",),
     ),
+    "packed prompts to answer": (
+        "wmt_ende", {"train/pipeline.DatasetConfig.pack": True},
+        ("DatasetConfig.pack", "student_data_fraction=1.0", "(STUDENT_DATA_FRACTION) to 0.0"),
+    ),
+    "packed evaluation": (
+        "wmt_ende", {"pipeline.DatasetConfig.pack": True, "STUDENT_DATA_FRACTION": 0.0},
+        ("DatasetConfig.pack", "Evaluation.data", "train/pipeline.DatasetConfig.pack = True"),
+    ),
     "more data than there is": (
         "wmt_ende", {"DatasetConfig.num_examples": 1000}, ("num_examples is 1000", "at most 64"),
     ),

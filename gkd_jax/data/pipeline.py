@@ -3,15 +3,16 @@
 The state of training data is one number, the position in the global order of examples. Position p
 is an example of epoch p // num_examples, each epoch a new permutation that is computed and not
 stored. Process p of N takes the rows [pB/N, (p+1)B/N) of each global batch of B, so that neither
-order nor rows depend on the number of processes.
+order nor rows depend on the number of processes. Packed batches have as many examples as find room
+(`packed_rows`); which rows they make up is worked out by every process for the whole batch.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -19,6 +20,8 @@ import numpy as np
 
 from gkd_jax.array_types import Int
 from gkd_jax.batch import Batch
+from gkd_jax.data import packed_rows
+from gkd_jax.data.batches import MAX_EXAMPLE_ID, BatchMaker, TrainIterator, in_order, read_ahead
 from gkd_jax.data.chat import ChatTemplate
 from gkd_jax.data.encoding import Encoder, RowReader
 from gkd_jax.data.mixtures import MixedSource
@@ -29,8 +32,9 @@ from gkd_jax.data.vocabularies import Vocabulary
 _FEATURES = ("inputs", "targets")
 _TEACHER = "teacher_inputs"
 _LAST_POSITION = 1 << 60
-MAX_EXAMPLE_ID = 2**31 - 1
 _DESCRIBED_EXAMPLES = 1000
+_DESCRIBED_ROWS = 32
+_BLOCK = 64  # Examples that are read at a time to be packed.
 _CHECKED_EXAMPLES = 32
 
 
@@ -43,7 +47,7 @@ class DatasetConfig:
       split: a split of the task.
       feature_lengths: longest 'inputs' and 'targets', end of sequence included
         (`TASK_FEATURE_LENGTHS`).
-      batch_size: rows of a batch over all processes.
+      batch_size: rows of a batch over all processes; examples, unless rows are packed.
       vocabulary: text to token ids.
       shuffle: whether training takes a new order each epoch; evaluation never shuffles.
       seed: of the order.
@@ -63,6 +67,10 @@ class DatasetConfig:
       teacher_chat: the teacher's template, where it was trained to read another one.
       cache_bytes: token rows are kept in memory if those of all examples fit in this.
       read_threads: threads that make batches ahead of their use; 0 makes each when asked for.
+      pack: whether several examples share a row of a training batch, whose lengths
+        `feature_lengths` are then: for steps on the data's outputs. Each example goes to the first
+        row with room for it, and a batch ends at the first that none has room for, so that its
+        number of examples varies. Other passes over the data, of a store say, take one a row.
     """
 
     task: Task | str
@@ -82,6 +90,7 @@ class DatasetConfig:
     teacher_chat: ChatTemplate | None = None
     cache_bytes: int = 1 << 28
     read_threads: int = 2
+    pack: bool = False
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -134,6 +143,11 @@ class DatasetConfig:
         """Longest prompt of the teacher: that of the student where it is not given."""
         return self.feature_lengths.get(_TEACHER, self.feature_lengths["inputs"])
 
+    @property
+    def batch(self) -> str:
+        """What a training batch is, in words."""
+        return f"{self.batch_size} {'packed rows' if self.pack else 'examples'}"
+
     def build(self) -> "Dataset":
         """Opens and checks the data."""
         return Dataset(self)
@@ -165,16 +179,19 @@ class Dataset:
             cut_inputs=config.cut_inputs,
         )
         self._rows = self._reader(self._encoder, config.chat)
-        self._teacher_rows: RowReader | None = None
+        lengths = config.feature_lengths
+        self._maker = BatchMaker(
+            self._rows,
+            widths=(lengths["inputs"], lengths["targets"], config.teacher_inputs_length),
+            pad_id=config.vocabulary.pad_id,
+        )
         if config.teacher_chat is not None:
             length = config.teacher_inputs_length
             encoder = dataclasses.replace(self._encoder, inputs_length=length)
-            self._teacher_rows = self._reader(encoder, config.teacher_chat)
-            self._teacher_rows.read(np.zeros(1, np.int64))  # A broken template is found now.
+            self._maker.teacher_rows = self._reader(encoder, config.teacher_chat)
+            self._maker.teacher_rows.read(np.zeros(1, np.int64))  # A broken template is found now.
         order = grain.MapDataset.range(self.num_examples)
         self._order = (order.shuffle(config.seed) if config.shuffle else order).repeat()
-        self.stored_teacher: TeacherStore | None = None
-        self._mixture: MixedSource | None = None
         self._check_prompts_differ()
 
     def _reader(self, encoder: Encoder, chat: ChatTemplate | None) -> RowReader:
@@ -210,7 +227,12 @@ class Dataset:
                 "StoredTeacher.path to the store of these data, or write one with "
                 "--run_mode=store_teacher."
             )
-        self.stored_teacher = store
+        self._maker.stored_teacher = store
+
+    @property
+    def stored_teacher(self) -> TeacherStore | None:
+        """That of `use_stored_teacher`."""
+        return self._maker.stored_teacher
 
     def use_components(self, count: int) -> None:
         """Gives the batches that follow the number of each example's source in the mixture.
@@ -226,26 +248,7 @@ class Dataset:
                 f"got {found} in split {self.config.split!r} of task {self.task.name!r}. Give as "
                 "many routes as Mixture.sources of the training's and the evaluation's data has."
             )
-        self._mixture = source
-
-    def _batch(self, examples: Int[np.ndarray, " B"], example_id: Int[np.ndarray, " B"]) -> Batch:
-        rows = self._rows.read(examples)
-        batch = rows.batch(example_id)
-        if self._teacher_rows is not None:
-            read = self._teacher_rows.read(examples).batch(example_id)
-            batch = dataclasses.replace(
-                batch, teacher_inputs=read.inputs, teacher_inputs_mask=read.inputs_mask
-            )
-        if self._mixture is not None:
-            of: Any = np.array(
-                [self._mixture.component(int(one)) if one >= 0 else 0 for one in examples], np.int32
-            )
-            batch = dataclasses.replace(batch, component=of)
-        if self.stored_teacher is None:
-            return batch
-        length = self.config.feature_lengths["targets"]
-        stored = self.stored_teacher.read(examples, rows.tokens(), target_length=length)
-        return dataclasses.replace(batch, stored_teacher=stored)
+        self._maker.component = (lambda number: 0) if source is None else source.component
 
     def _check_vocabulary(self) -> None:
         if self.config.inputs_bos and self.config.vocabulary.bos_id is None:
@@ -373,7 +376,7 @@ class Dataset:
 
     def train_iterator(
         self, position: int = 0, *, process_index: int = 0, process_count: int = 1
-    ) -> "TrainIterator":
+    ) -> TrainIterator:
         """An endless iterator over this process's rows.
 
         Args:
@@ -390,14 +393,50 @@ class Dataset:
             raise ValueError(f"position must not be negative; got {position}.")
         first_row, num_rows = self._process_rows(process_index, process_count)
         batch_size = self.config.batch_size
+        if self.config.pack:
+            return self._packed_iterator(position, first_row, num_rows)
 
-        def make(start: int) -> Batch:
+        def make(start: int) -> tuple[Batch, int]:
             positions = start + first_row + np.arange(num_rows, dtype=np.int64)
-            examples = np.array([self._order[int(one)] for one in positions], np.int64)
-            return self._batch(examples, positions % MAX_EXAMPLE_ID)
+            batch = self._maker.batch(self._numbers(positions), positions % MAX_EXAMPLE_ID)
+            return batch, batch_size
 
-        batches = self._read_ahead(range(position, _LAST_POSITION, batch_size), make)
-        return TrainIterator(batches, position=position, batch_size=batch_size)
+        starts = range(position, _LAST_POSITION, batch_size)
+        batches = read_ahead(starts, make, threads=self.config.read_threads)
+        return TrainIterator(batches, position=position, close=batches.close)
+
+    def _numbers(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+        return np.array([self._order[int(position)] for position in positions], np.int64)
+
+    def _packed_iterator(self, position: int, first_row: int, num_rows: int) -> TrainIterator:
+        starts = range(position, _LAST_POSITION, _BLOCK)
+        blocks = read_ahead(starts, self._block, threads=self.config.read_threads)
+        pieces = itertools.chain.from_iterable(blocks)
+        batches = self._maker.packed_batches(
+            pieces, self.config.batch_size, first_row=first_row, num_rows=num_rows
+        )
+        return TrainIterator(batches, position=position, close=blocks.close)
+
+    def _block(self, start: int) -> list[packed_rows.Piece]:
+        positions = start + np.arange(_BLOCK, dtype=np.int64)
+        return self._maker.pieces(self._numbers(positions), positions)
+
+    @functools.cached_property
+    def packing(self) -> packed_rows.Packed:
+        """How the first examples of training fill some rows: a sample, by which to plan."""
+        blocks = map(self._block, range(0, _LAST_POSITION, _BLOCK))
+        return packed_rows.measure(
+            itertools.chain.from_iterable(blocks),
+            num_rows=min(self.config.batch_size, _DESCRIBED_ROWS),
+            widths=self._maker.packed_widths,
+            at_least=_DESCRIBED_EXAMPLES,
+        )
+
+    @property
+    def examples_per_batch(self) -> float:
+        """Examples of a training batch; of packed rows about so many."""
+        batch_size = self.config.batch_size
+        return self.packing.examples_per_row * batch_size if self.config.pack else batch_size
 
     def eval_batches(
         self, *, process_index: int = 0, process_count: int = 1
@@ -416,15 +455,10 @@ class Dataset:
         def make(start: int) -> tuple[Batch, Int[np.ndarray, " B"]]:
             examples = start + first_row + np.arange(num_rows, dtype=np.int64)
             examples[examples >= self.num_examples] = -1
-            return self._batch(examples, examples), examples
+            return self._maker.batch(examples, examples), examples
 
         starts = range(0, self.num_examples, self.config.batch_size)
-        return self._closing(self._read_ahead(starts, make))
-
-    @staticmethod
-    def _closing(batches: grain.DatasetIterator[Any]) -> Iterator[Any]:
-        with contextlib.closing(batches):
-            yield from batches
+        return in_order(starts, make, threads=self.config.read_threads)
 
     def _process_rows(self, process_index: int, process_count: int) -> tuple[int, int]:
         batch_size = self.config.batch_size
@@ -440,19 +474,13 @@ class Dataset:
         num_rows = batch_size // process_count
         return process_index * num_rows, num_rows
 
-    def _read_ahead(self, starts: range, make: Callable[[int], Any]) -> grain.DatasetIterator[Any]:
-        threads = self.config.read_threads
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        batches = grain.MapDataset.range(starts.start, starts.stop, starts.step).map(make)
-        return iter(batches.to_iter_dataset(options))
-
     def describe(self) -> str:
         """A report on lengths and cuts over a sample of the examples, and one example's rows."""
         sample = self._sample(_DESCRIBED_EXAMPLES)
         rows = self._rows.read(sample)
         lines = [
             f"task {self.task.name!r}, split {self.config.split!r}: {self.num_examples} examples, "
-            f"batches of {self.config.batch_size}, {self.config.vocabulary.name}"
+            f"batches of {self.config.batch}, {self.config.vocabulary.name}"
         ]
         for column, feature in enumerate(_FEATURES):
             full = rows.full_lengths[:, column]
@@ -462,40 +490,12 @@ class Dataset:
                 f"  {feature}: {half} tokens (median), {most} (95%), {longest} (longest of "
                 f"{len(sample)}); {np.mean(full > length):.1%} are cut to {length}"
             )
+        if self.config.pack:
+            lines.append(f"  packed: {self.packing}")
         for feature, ids in (("inputs", rows.inputs[0]), ("targets", rows.targets[0])):
             lines.append(f"  {feature}[0]: {self.config.vocabulary.decode(ids.tolist())!r}")
-        if self._teacher_rows is not None:
-            ids = self._teacher_rows.read(sample[:1]).inputs[0]
+        if self._maker.teacher_rows is not None:
+            ids = self._maker.teacher_rows.read(sample[:1]).inputs[0]
             decoded = self.config.vocabulary.decode(ids.tolist())
             lines.append(f"  teacher_inputs[0]: {decoded!r}")
         return "\n".join(lines)
-
-
-class TrainIterator(Iterator[Batch]):
-    """Endless batches, whose whole state is `position`.
-
-    Attributes:
-      position: number of examples in the batches returned so far, over all processes and since
-        the start of training. Batches made ahead of their use do not count.
-    """
-
-    def __init__(
-        self, batches: grain.DatasetIterator[Batch], *, position: int, batch_size: int
-    ) -> None:
-        self.position = position
-        self._batches = batches
-        self._batch_size = batch_size
-
-    def __next__(self) -> Batch:
-        try:
-            batch = next(self._batches)
-        except BaseException:
-            # Grain has dropped the batch that failed: to go on would skip its examples.
-            self.close()
-            raise
-        self.position += self._batch_size
-        return batch
-
-    def close(self) -> None:
-        """Ends the threads that read ahead."""
-        self._batches.close()

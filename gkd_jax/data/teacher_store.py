@@ -209,10 +209,12 @@ class TeacherStore:
 
     def read(
         self,
-        examples: Int[np.ndarray, " B"],
+        examples: Int[np.ndarray, " N"],
         tokens: Sequence[tuple[Int[np.ndarray, " s"], Int[np.ndarray, " t"]]],
         *,
         target_length: int,
+        places: Sequence[tuple[int, int]] | None = None,
+        num_rows: int | None = None,
     ) -> TeacherDistributions:
         """Distributions at the outputs of some examples, as NumPy arrays.
 
@@ -220,17 +222,22 @@ class TeacherStore:
           examples: their numbers in the data set; -1 is a filler row.
           tokens: prompt and output of each, without padding.
           target_length: T, to which rows are filled up.
+          places: of packed rows, the row of each and where in it the output begins; None gives
+            each example a row of its own.
+          num_rows: B; None for as many as examples.
 
         Raises:
           ValueError: the tokens differ from those of the store, or its bytes are not those that
             were written.
         """
-        rows = self.packing.empty(len(examples), target_length, self._num_entries)
-        for row, example in enumerate(examples.tolist()):
+        rows = self.packing.empty(num_rows or len(examples), target_length, self._num_entries)
+        places = places or [(row, 0) for row in range(len(examples))]
+        for example, (inputs, targets), (row, start) in zip(
+            examples.tolist(), tokens, places, strict=True
+        ):
             if example >= 0:
-                inputs, targets = tokens[row]
                 block = self._block(example, inputs, targets)
-                self.packing.unpack(block, len(targets), rows, row)
+                self.packing.unpack(block, len(targets), _from(rows, start), row)
         return rows
 
     def _block(self, example: int, inputs: np.ndarray, targets: np.ndarray) -> bytes:
@@ -248,3 +255,12 @@ class TeacherStore:
                 "those that were written. Copy it again from its source, or write it again."
             )
         return block
+
+
+def _from(rows: TeacherDistributions, start: int) -> TeacherDistributions:
+    """The positions from `start` on: the same memory, to be written to."""
+    parts: dict[str, Any] = {}
+    for field in dataclasses.fields(rows):
+        array = getattr(rows, field.name)
+        parts[field.name] = None if array is None else array[:, start:]
+    return TeacherDistributions(**parts)

@@ -55,6 +55,7 @@ class LanguageModel(Protocol):
     ) -> Float[Array, "B T D"]:
         """Hidden states from which `unembed` predicts `batch.targets[:, t]` at position t.
 
+        Where rows are packed (`batch.targets_segments`), an example of a row sees no other.
         Dropout is on exactly when `dropout_key` is given.
         """
         ...

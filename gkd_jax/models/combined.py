@@ -182,7 +182,7 @@ class MixtureModel(CombinedModel):
 
 @dataclasses.dataclass(frozen=True)
 class RoutedModel(CombinedModel):
-    """Each row's distribution is that of one of the parts: of the one that its component names.
+    """Each example's distribution is that of one of the parts, which its component names.
 
     The batch must have a `component`. Every part runs on every row, since rows of all kinds are
     in one batch: it costs what a mixture costs. The last column of hidden states is the part's
@@ -206,12 +206,13 @@ class RoutedModel(CombinedModel):
     def hidden_states(
         self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """Hidden states of all parts, then the number of the row's own part."""
+        """Hidden states of all parts, then the number of the example's own part."""
         hidden = super().hidden_states(params, batch, dropout_key=dropout_key)
         assert batch.component is not None, "the data set gives it to routed teachers"
         part = jnp.array(self.routes)[batch.component]
-        column = jnp.broadcast_to(part[:, None, None], (*hidden.shape[:2], 1))
-        return _side_by_side([hidden, column.astype(hidden.dtype)])
+        if part.ndim == 1:  # Of a row; where rows are packed, of a position.
+            part = jnp.broadcast_to(part[:, None], hidden.shape[:2])
+        return _side_by_side([hidden, part[..., None].astype(hidden.dtype)])
 
     def combine(
         self, logits: tuple[Float[Array, "*n V"], ...], rest: Float[Array, "*n R"]

@@ -81,10 +81,16 @@ def make_places(
     positions: Int[Array, "B Q"],
     key_positions: Int[Array, "B L"],
     is_key: Bool[Array, "B L"],
+    segments: Int[Array, "B L"] | None = None,
 ) -> Places:
-    """A query sees what stands at its position or before, within its layer's window."""
+    """A query sees what stands at its position or before, within its layer's window.
+
+    Of a packed row, where `segments` tell queries and keys, what is of its own example.
+    """
     distance = positions[:, :, None] - key_positions[:, None, :]
     seen = (distance >= 0) & is_key[:, None, :]
+    if segments is not None:
+        seen &= layers.same_segment(segments, segments)[:, 0]
     rotation, bias = {}, {}
     for kind in sorted(set(config.layer_kinds)):
         one, within = config.rope, seen
@@ -269,9 +275,12 @@ class Decoder(nn.Module):
 
     def row(self, tokens: Array, mask: Array, *, with_cache: bool) -> tuple[Array, PyTree]:
         """Hidden states of all tokens of a row; and their keys and values, where wanted."""
-        config = self.config
         positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-        places = make_places(config, positions, positions, mask)
+        places = make_places(self.config, positions, positions, mask)
+        return self._at(places, tokens, with_cache=with_cache)
+
+    def _at(self, places: Places, tokens: Array, *, with_cache: bool) -> tuple[Array, PyTree]:
+        config = self.config
 
         def body(layer: DecoderLayer, x: Array, number: Index) -> tuple[Array, PyTree]:
             x, keys_values = layer(x, *places.at(config, number))
@@ -293,6 +302,29 @@ class Decoder(nn.Module):
         x, _ = self.row(tokens, mask, with_cache=False)
         first = take_last(x[:, : inputs.shape[1]], inputs_mask)
         x = jnp.concatenate([first[:, None], x[:, inputs.shape[1] :]], axis=1)
+        return self.dropout(self.decoder_norm(x))
+
+    def packed_hidden_states(
+        self, inputs: Array, targets: Array, inputs_segments: Array, targets_segments: Array
+    ) -> Array:
+        """The same of rows of several examples, whose positions begin anew with each."""
+        num_inputs, num_outputs = inputs.shape[1], targets.shape[1]
+        # [B, T, S]: the prompt of each output position.
+        is_prompt = targets_segments[:, :, None] == inputs_segments[:, None, :]
+        lengths = jnp.sum(is_prompt, axis=2, dtype=jnp.int32)
+        places_of_outputs = layers.places_in_segments(targets_segments)
+        positions = jnp.concatenate(
+            [layers.places_in_segments(inputs_segments), lengths + places_of_outputs], axis=1
+        )[:, :-1]
+        segments = jnp.concatenate([inputs_segments, targets_segments], axis=1)[:, :-1]
+        tokens = jnp.concatenate([inputs, targets], axis=1)[:, :-1]
+        places = make_places(self.config, positions, positions, segments > 0, segments)
+        x, _ = self._at(places, tokens, with_cache=False)
+        # An output's first token follows its prompt's last, any other the one before it.
+        last_of_prompt = num_inputs - 1 - jnp.argmax(is_prompt[:, :, ::-1], axis=2)
+        before = jnp.arange(num_inputs - 1, num_inputs - 1 + num_outputs)[None]
+        came_before = jnp.where(places_of_outputs == 0, last_of_prompt, before)
+        x = jnp.take_along_axis(x, came_before[:, :, None], axis=1)
         return self.dropout(self.decoder_norm(x))
 
     def prefill(self, inputs: Array, inputs_mask: Array, max_length: int) -> tuple:
@@ -366,10 +398,16 @@ class DecoderOnly(LinenModel):
     ) -> Float[Array, "B T D"]:
         """Hidden states from which `unembed` predicts `batch.targets[:, t]` at position t.
 
-        That of position 0 is of the prompt's last token, so every prompt has at least one.
+        That of an output's first position is of its prompt's last token, so every prompt has at
+        least one.
         """
-        arguments = (batch.inputs, batch.inputs_mask, batch.targets)
-        return self._apply(params, Decoder.hidden_states, *arguments, dropout_key=dropout_key)
+        arguments: tuple[Array, ...] = (batch.inputs, batch.inputs_mask, batch.targets)
+        method: Callable[..., Any] = Decoder.hidden_states
+        if batch.inputs_segments is not None and batch.targets_segments is not None:
+            method = Decoder.packed_hidden_states
+            segments = (batch.inputs_segments, batch.targets_segments)
+            arguments = (batch.inputs, batch.targets, *segments)
+        return self._apply(params, method, *arguments, dropout_key=dropout_key)
 
     def head(self, params: Params) -> Params:
         """The head's kernel, or the embedding where it is tied, where they are in the tree."""

@@ -34,6 +34,24 @@ def mask_to_bias(mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(mask, 0.0, MASKED).astype(jnp.float32)
 
 
+def same_segment(queries: Int[Array, "B Q"], keys: Int[Array, "B L"]) -> Bool[Array, "B 1 Q L"]:
+    """True where query and key are of one example of a packed row, for all heads."""
+    return (queries[:, :, None] == keys[:, None, :])[:, None]
+
+
+def starts_of_segments(segments: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+    """True at the first position of each example of a packed row, and of its padding."""
+    changes = segments[:, 1:] != segments[:, :-1]
+    return jnp.concatenate([jnp.ones_like(changes, shape=(len(segments), 1)), changes], axis=1)
+
+
+def places_in_segments(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """Counts positions from 0 on within each example of a packed row."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1])[None], segments.shape)
+    starts = jnp.where(starts_of_segments(segments), index, 0)
+    return index - lax.cummax(starts, axis=1)
+
+
 def logical_param(
     module: nn.Module,
     name: str,

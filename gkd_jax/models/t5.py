@@ -117,10 +117,14 @@ class Encoder(nn.Module):
         self,
         x: Float[Array, "B S D"],
         inputs_mask: Bool[Array, "B S"],
+        segments: Int[Array, "B S"] | None,
     ) -> Float[Array, "B S D"]:
         length = x.shape[1]
         # Padded queries see nothing, so that their (unused) outputs are T5X's as well.
         mask = inputs_mask[:, None, :, None] & inputs_mask[:, None, None, :]
+        if segments is not None:
+            # Distances within an example are those it would have alone.
+            mask &= layers.same_segment(segments, segments)
         relpos = self.relpos_bias(length, length)
 
         def body(layer: EncoderLayer, x: Array, number: Index) -> tuple[Array, None]:
@@ -155,8 +159,8 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "B T D"],
         cross: KeysValues,
-        self_bias: Float[Array, "1 H T L"],
-        cross_bias: Float[Array, "B 1 1 S"],
+        self_biases: tuple[Float[Array, "#B #H #T L"], ...],
+        cross_bias: Float[Array, "B 1 #T S"],
         keep: Callable[[KeysValues], tuple[KeysValues, PyTree]] = lambda new: (new, None),
     ) -> tuple[Float[Array, "B T D"], PyTree]:
         """One body for a whole output and for a decode step, so that they cannot differ.
@@ -166,7 +170,7 @@ class DecoderLayer(nn.Module):
         """
         y = self.pre_self_attention_layer_norm(x)
         (keys, values), kept = keep(self.self_attention.keys_values(y))
-        y = self.self_attention(y, keys, values, self_bias)
+        y = self.self_attention(y, keys, values, *self_biases)
         x = x + self.dropout(y)
         y = self.pre_cross_attention_layer_norm(x)
         y = self.encoder_decoder_attention(y, *cross, cross_bias)
@@ -196,15 +200,23 @@ class Decoder(nn.Module):
         x: Float[Array, "B T D"],
         encoded: Float[Array, "B S D"],
         inputs_mask: Bool[Array, "B S"],
+        inputs_segments: Int[Array, "B S"] | None,
+        targets_segments: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         length = x.shape[1]
         # Causal only: which positions count is for the loss weights to say.
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        self_bias = self.relpos_bias(length, length) + layers.mask_to_bias(causal)
-        cross_bias = layers.mask_to_bias(inputs_mask[:, None, None, :])
+        whole = self.relpos_bias(length, length) + layers.mask_to_bias(causal)
+        self_biases: tuple[Array, ...] = (whole,)
+        seen = inputs_mask[:, None, None, :]
+        if targets_segments is not None and inputs_segments is not None:
+            own = layers.same_segment(targets_segments, targets_segments)
+            self_biases += (layers.mask_to_bias(own),)
+            seen &= layers.same_segment(targets_segments, inputs_segments)
+        cross_bias = layers.mask_to_bias(seen)
 
         def body(layer: DecoderLayer, x: Array, number: Index) -> tuple[Array, None]:
-            return layer(x, layer.cross_keys_values(encoded), self_bias, cross_bias)
+            return layer(x, layer.cross_keys_values(encoded), self_biases, cross_bias)
 
         x, _ = self._run(body, self.dropout(x), remat_policy=self.config.remat_policy)
         return self.dropout(self.decoder_norm(x))
@@ -239,15 +251,17 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B 1 D"], T5DecodeState]:
         num_slots = jax.tree.leaves(state.self_attention)[0].shape[-2]
         seen = (jnp.arange(num_slots) <= slot)[None, None, None]
-        self_bias = self.relpos_bias.row(slot, num_slots) + layers.mask_to_bias(seen)
+        self_biases = (self.relpos_bias.row(slot, num_slots) + layers.mask_to_bias(seen),)
         cross_bias = layers.mask_to_bias(state.inputs_mask[:, None, None, :])
 
         def body(layer: DecoderLayer, carry: tuple, number: Index) -> tuple[tuple, None]:
             x, cache = carry
             cross = take_layer(state.cross_attention, number)
-            return layer(
-                x, cross, self_bias, cross_bias, lambda new: extend_cache(cache, new, number, slot)
-            ), None
+
+            def keep(new: KeysValues) -> tuple[KeysValues, PyTree]:
+                return extend_cache(cache, new, number, slot)
+
+            return layer(x, cross, self_biases, cross_bias, keep), None
 
         (x, cache), _ = self._run(body, (x, state.self_attention))
         return self.decoder_norm(x), dataclasses.replace(state, self_attention=cache)
@@ -264,15 +278,26 @@ class Transformer(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def encode(self, inputs: Array, inputs_mask: Array) -> Array:
+    def encode(self, inputs: Array, inputs_mask: Array, segments: Array | None = None) -> Array:
         embedded = self.token_embedder(inputs)
-        return self.encoder(embedded, inputs_mask)
+        return self.encoder(embedded, inputs_mask, segments)
 
-    def hidden_states(self, inputs: Array, inputs_mask: Array, targets: Array) -> Array:
-        encoded = self.encode(inputs, inputs_mask)
-        start = jnp.full_like(targets[:, :1], self.config.decoder_start_id)
-        embedded = self.token_embedder(jnp.concatenate([start, targets[:, :-1]], axis=1))
-        return self.decoder(embedded, encoded, inputs_mask)
+    def hidden_states(
+        self,
+        inputs: Array,
+        inputs_mask: Array,
+        targets: Array,
+        inputs_segments: Array | None = None,
+        targets_segments: Array | None = None,
+    ) -> Array:
+        encoded = self.encode(inputs, inputs_mask, inputs_segments)
+        start_id = self.config.decoder_start_id
+        start = jnp.full_like(targets[:, :1], start_id)
+        fed = jnp.concatenate([start, targets[:, :-1]], axis=1)
+        if targets_segments is not None:
+            fed = jnp.where(layers.starts_of_segments(targets_segments), start_id, fed)
+        embedded = self.token_embedder(fed)
+        return self.decoder(embedded, encoded, inputs_mask, inputs_segments, targets_segments)
 
     def prefill(self, inputs: Array, inputs_mask: Array, num_slots: int) -> tuple:
         encoded = self.encode(inputs, inputs_mask)
@@ -340,7 +365,7 @@ class T5(LinenModel):
         """Hidden states from which `unembed` predicts `batch.targets[:, t]` at position t.
 
         The decoder reads the start token and the targets but the last, so position t depends
-        on the targets before t alone.
+        on the targets before t alone; of a packed row, on its own example's alone.
 
         Args:
           params: parameters.
@@ -350,7 +375,10 @@ class T5(LinenModel):
         Returns:
           Outputs of the decoder's last norm (and dropout), in the compute dtype.
         """
-        arguments = (batch.inputs, batch.inputs_mask, batch.targets)
+        arguments = (
+            *(batch.inputs, batch.inputs_mask, batch.targets),
+            *(batch.inputs_segments, batch.targets_segments),
+        )
         return self._apply(params, Transformer.hidden_states, *arguments, dropout_key=dropout_key)
 
     def head(self, params: Params) -> Params:

@@ -94,7 +94,10 @@ class Objective:
 
 
 def final_weights(
-    loss_weights: Float[Array, "B T"], *, reduction: Reduction
+    loss_weights: Float[Array, "B T"],
+    *,
+    reduction: Reduction,
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
     """Turns the weights of a whole batch into factors whose weighted sum is the reduced loss.
 
@@ -105,6 +108,8 @@ def final_weights(
       loss_weights: 0 where a token does not count, not negative; of the whole global batch.
       reduction: 'per_sequence' divides each sequence by its own sum and by the number of
         sequences that have any weight; 'per_token' divides by the sum of all.
+      segments: `Batch.targets_segments` where rows are packed: sequences are then the examples in
+        them, so that the loss is that of the same examples in rows of their own.
 
     Returns:
       float32 weights that sum to 1; all 0 where no token of the batch counts.
@@ -119,7 +124,38 @@ def final_weights(
         return _divide_or_zero(weights, jnp.sum(weights, keepdims=True))
     lengths = jnp.sum(weights, axis=1, keepdims=True)
     num_sequences = jnp.sum((lengths > 0).astype(jnp.float32), keepdims=True)
+    if segments is not None:
+        of_outputs, numbers = _sums_of_outputs(weights, segments)
+        lengths = jnp.take_along_axis(of_outputs, numbers, axis=1)
+        num_sequences = jnp.sum((of_outputs > 0).astype(jnp.float32), keepdims=True)
     return _divide_or_zero(_divide_or_zero(weights, lengths), num_sequences)
+
+
+def count_outputs(
+    loss_weights: Float[Array, "B T"], segments: Int[Array, "B T"] | None
+) -> Float[Array, ""]:
+    """Outputs of which any token counts: rows, or the examples in packed rows."""
+    counts = loss_weights > 0
+    if segments is None:
+        return jnp.sum(jnp.any(counts, axis=1).astype(jnp.float32))
+    of_outputs, _ = _sums_of_outputs(counts.astype(jnp.float32), segments)
+    return jnp.sum((of_outputs > 0).astype(jnp.float32))
+
+
+def _sums_of_outputs(
+    values: Float[Array, "B T"], segments: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
+    """Sums of each output of packed rows, in their order, and which of them a position is of.
+
+    The padding at a row's end is one more.
+    """
+    changes = (segments[:, 1:] != segments[:, :-1]).astype(jnp.int32)
+    numbers = jnp.pad(jnp.cumsum(changes, axis=1), ((0, 0), (1, 0)))
+
+    def of_row(values: Array, numbers: Array) -> Array:
+        return jax.ops.segment_sum(values, numbers, num_segments=len(values))
+
+    return jax.vmap(of_row)(values, numbers), numbers
 
 
 def weighted_loss(
