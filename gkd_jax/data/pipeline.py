@@ -166,6 +166,7 @@ class Dataset:
         )
         self._rows = self._reader(self._encoder, config.chat)
         self._teacher_rows: RowReader | None = None
+        self._teacher_vocabulary = config.vocabulary
         if config.teacher_chat is not None:
             length = config.teacher_inputs_length
             encoder = dataclasses.replace(self._encoder, inputs_length=length)
@@ -177,9 +178,13 @@ class Dataset:
         self._mixture: MixedSource | None = None
         self._check_prompts_differ()
 
-    def _reader(self, encoder: Encoder, chat: ChatTemplate | None) -> RowReader:
+    def _reader(
+        self, encoder: Encoder, chat: ChatTemplate | None, *, as_text: bool = False
+    ) -> RowReader:
         def read(index: int) -> TextExample:
             example = self.raw(index)
+            if as_text:  # Its ids are the student's.
+                example = dataclasses.replace(example, inputs_ids=None, targets_ids=None)
             if chat is None:
                 return example
             said = [{"role": "user", "content": example.inputs}]
@@ -211,6 +216,40 @@ class Dataset:
                 "--run_mode=store_teacher."
             )
         self.stored_teacher = store
+
+    def use_teacher_vocabulary(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        inputs_length: int | None,
+        inputs_eos: bool | None,
+        inputs_bos: bool,
+    ) -> None:
+        """Gives the batches that follow each prompt in a teacher's own tokens.
+
+        Args:
+          vocabulary: the teacher's.
+          inputs_length: longest prompt; None as many tokens as the student's.
+          inputs_eos: whether prompts end with the end of sequence; None as the student's.
+          inputs_bos: whether prompts begin with the beginning of sequence.
+
+        Raises:
+          ValueError: the vocabulary has none.
+        """
+        if inputs_bos and vocabulary.bos_id is None:
+            raise ValueError(
+                "CrossTokenizerTeacher.inputs_bos begins prompts with the vocabulary's beginning "
+                f"of sequence; got {vocabulary.name}, which has none. Set it to False."
+            )
+        encoder = dataclasses.replace(
+            self._encoder,
+            vocabulary=vocabulary,
+            inputs_length=inputs_length or self.config.teacher_inputs_length,
+            inputs_eos=self._encoder.inputs_eos if inputs_eos is None else inputs_eos,
+            inputs_bos=inputs_bos,
+        )
+        self._teacher_rows = self._reader(encoder, self.config.teacher_chat, as_text=True)
+        self._teacher_vocabulary = vocabulary
 
     def use_components(self, count: int) -> None:
         """Gives the batches that follow the number of each example's source in the mixture.
@@ -466,7 +505,7 @@ class Dataset:
             lines.append(f"  {feature}[0]: {self.config.vocabulary.decode(ids.tolist())!r}")
         if self._teacher_rows is not None:
             ids = self._teacher_rows.read(sample[:1]).inputs[0]
-            decoded = self.config.vocabulary.decode(ids.tolist())
+            decoded = self._teacher_vocabulary.decode(ids.tolist())
             lines.append(f"  teacher_inputs[0]: {decoded!r}")
         return "\n".join(lines)
 
