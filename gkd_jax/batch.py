@@ -3,6 +3,8 @@
 import dataclasses
 
 import flax.struct
+import jax
+import jax.numpy as jnp
 
 from gkd_jax.array_types import Array, Bool, Float, Int
 
@@ -24,6 +26,30 @@ class TeacherDistributions:
     log_probs: Float[Array, "B T E"]
     ids: Int[Array, "B T E"] | None = None
     tail: Float[Array, "B T"] | None = None
+
+
+@flax.struct.dataclass
+class TeacherTokens:
+    """A batch's outputs in the tokens of a teacher with another vocabulary, and their spans.
+
+    A span is a text that neighbouring tokens of both write, the shortest there are. The end of
+    sequence is one too.
+
+    Attributes:
+      targets: the teacher's tokens of the outputs, padded on the right.
+      loss_weights: 1 on its real tokens, 0 after them.
+      spans: the number of the span of each of the student's tokens, from 1 and rising along a
+        row; 0 on tokens of none.
+      teacher_spans: likewise of the teacher's.
+      labels: on each of the student's tokens, the entry that its span is of the distributions
+        that are compared (`objectives.spans`).
+    """
+
+    targets: Int[Array, "B U"]
+    loss_weights: Float[Array, "B U"]
+    spans: Int[Array, "B T"]
+    teacher_spans: Int[Array, "B U"]
+    labels: Int[Array, "B T"]
 
 
 @flax.struct.dataclass
@@ -55,13 +81,14 @@ class Batch:
       component: number of the source in the data's mixture that an example comes from, where
         teachers are chosen by it; of packed rows that of each output position's example.
       teacher_inputs: the prompt as the teacher reads it, padded on the right, where its template
-        is another than the student's.
+        or its vocabulary is another than the student's.
       teacher_inputs_mask: True on the real tokens of `teacher_inputs`.
       stored_teacher: what a store holds of the teacher for `targets`, where one teaches.
       inputs_segments: of packed rows, which example of its row a prompt token is of, from 1 on in
         order; 0 is padding. None where a row is one example.
       targets_segments: the same of output tokens.
       teacher_inputs_segments: the same of `teacher_inputs`.
+      teacher_tokens: `targets` in the teacher's tokens, where its vocabulary is another.
     """
 
     inputs: Int[Array, "B S"]
@@ -79,18 +106,37 @@ class Batch:
     inputs_segments: Int[Array, "B S"] | None = None
     targets_segments: Int[Array, "B T"] | None = None
     teacher_inputs_segments: Int[Array, "B Z"] | None = None
+    teacher_tokens: TeacherTokens | None = None
 
     def as_teacher_reads(self) -> "Batch":
-        """The batch with the teacher's prompts, where they are others."""
-        if self.teacher_inputs is None:
-            return self
-        assert self.teacher_inputs_mask is not None
-        return dataclasses.replace(
-            self,
-            inputs=self.teacher_inputs,
-            inputs_mask=self.teacher_inputs_mask,
-            inputs_segments=self.teacher_inputs_segments,
-            teacher_inputs=None,
-            teacher_inputs_mask=None,
-            teacher_inputs_segments=None,
-        )
+        """The batch with the teacher's prompts and tokens, where they are others."""
+        batch = self
+        if self.teacher_inputs is not None:
+            assert self.teacher_inputs_mask is not None
+            batch = dataclasses.replace(
+                batch,
+                inputs=self.teacher_inputs,
+                inputs_mask=self.teacher_inputs_mask,
+                inputs_segments=self.teacher_inputs_segments,
+                teacher_inputs=None,
+                teacher_inputs_mask=None,
+                teacher_inputs_segments=None,
+            )
+        if self.teacher_tokens is not None:
+            batch = dataclasses.replace(
+                batch,
+                targets=self.teacher_tokens.targets,
+                loss_weights=self.teacher_tokens.loss_weights,
+                teacher_tokens=None,
+            )
+        return batch
+
+    @property
+    def measured_weights(self) -> Float[Array, "B T"]:
+        """`loss_weights` where a divergence is measured: of a span at its first token alone."""
+        if self.teacher_tokens is None:
+            return self.loss_weights
+        spans = self.teacher_tokens.spans
+        # A token without text may stand between two of one span.
+        before = jax.lax.cummax(jnp.pad(spans[:, :-1], ((0, 0), (1, 0))), axis=1)
+        return jnp.where(spans > before, self.loss_weights, 0.0)

@@ -18,6 +18,7 @@ from gkd_jax.experiment import Experiment
 from gkd_jax.metrics.score import Score
 from gkd_jax.rollout import Rollout
 from gkd_jax.runtime import Purpose, make_key
+from gkd_jax.teacher_tokens import make_reader, measured_objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +73,9 @@ class Evaluator:
         self._objective = None
         stored = dataset.stored_teacher
         if teacher is not None or stored is not None or not self._needs_teacher:
-            self._objective = runtime.jit_eval_step(
-                student, teacher, experiment.objective, partitioner
-            )
+            objective = measured_objective(experiment, vocabulary)
+            self._objective = runtime.jit_eval_step(student, teacher, objective, partitioner)
+        self._reader = make_reader(experiment, vocabulary)
 
     def __call__(
         self, params: Params, teacher_params: Params | None, *, step: int = 0
@@ -120,13 +121,17 @@ class Evaluator:
         can_score = teacher_params is not None or batch.stored_teacher is not None
         if self._objective is None or (self._needs_teacher and not can_score):
             return
-        sums.add("on_data", self._objective(params, teacher_params, batch))
+        sums.add("on_data", self._objective(params, teacher_params, self._read(batch)))
         if self._needs_teacher and teacher_params is not None:
             key = make_key(self.experiment.seed, Purpose.EVALUATION_SAMPLES, step)
             sampled = self._rollout(params, batch, key)
             sums.add("samples", self._output_metrics(sampled))
             sampled = runtime.without_log_probs(sampled)
-            sums.add("on_samples", self._objective(params, teacher_params, sampled))
+            sums.add("on_samples", self._objective(params, teacher_params, self._read(sampled)))
+
+    def _read(self, batch: Batch) -> Batch:
+        """Has a teacher with its own tokens read the outputs."""
+        return batch if self._reader is None else self._reader(batch)[0]
 
     def _batches(self) -> Iterator[Batch]:
         partitioner = self.experiment.partitioner

@@ -209,20 +209,23 @@ class Storing:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What `--run_mode=export` writes: the student as a Hugging Face checkpoint.
+    """What `--run_mode=export` writes: the student as a checkpoint of Hugging Face or of T5X.
 
     Adapters (`LoRA`) are merged into their base, unless they are wanted alone.
 
     Attributes:
       output: the local directory to make, which does not exist yet.
+      format: 'hf', a directory that `transformers` loads; or 't5x', one that holds the native T5X
+        checkpoint `checkpoint_<step>` of a T5.
       dtype: of the weights, 'bfloat16' or 'float32'.
       tokenizer: directory of a checkpoint whose tokenizer files are copied; None takes those of
         the training's vocabulary.
-      shard_bytes: most bytes of a file of weights.
+      shard_bytes: most bytes of a file of weights, in format 'hf'.
       adapters: whether the adapters alone are written, as PEFT loads them onto the base.
     """
 
     output: str
+    format: str = "hf"
     dtype: str = "bfloat16"
     tokenizer: str | None = None
     shard_bytes: int = 5_000_000_000
@@ -234,6 +237,17 @@ class Export:
             raise ValueError(
                 f"Export.dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}. Set it to "
                 "one of them."
+            )
+        if self.format not in ("hf", "t5x"):
+            raise ValueError(
+                f"Export.format must be 'hf' or 't5x'; got {self.format!r}. Set it (EXPORT_FORMAT) "
+                "to 'hf' for Hugging Face's transformers, or to 't5x' for T5X."
+            )
+        if self.format == "t5x" and self.adapters:
+            raise ValueError(
+                "Export.adapters writes adapters as PEFT loads them; got Export.format = 't5x', "
+                "and T5X has none. Set adapters (EXPORT_ADAPTERS) to False to write them merged, "
+                "or format (EXPORT_FORMAT) to 'hf'."
             )
 
 

@@ -1,4 +1,4 @@
-"""Run mode `export`: the student as a directory that `transformers` and servers load."""
+"""Run mode `export`: the student as a directory that `transformers`, servers or T5X load."""
 
 import json
 from typing import Any
@@ -9,14 +9,15 @@ from etils import epath
 
 from gkd_jax import export_checks, hub, prepare, runtime
 from gkd_jax.array_types import Params
-from gkd_jax.checkpoints import hf, peft
+from gkd_jax.checkpoints import hf, peft, t5x
 from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.experiment import Experiment
 from gkd_jax.models import lora
+from gkd_jax.models.base import LanguageModel
 
 _GENERATION = "generation_config.json"
 _CARD = """---
-library_name: transformers
+library_name: {library}
 tags: [distillation, gkd_jax]
 ---
 
@@ -44,7 +45,8 @@ def export(experiment: Experiment) -> str:
 
     The directory appears when it is complete: weights in safetensors, config.json,
     generation_config.json, the tokenizer's files, and a model card that records the run. Of
-    adapters alone it has those and adapter_config.json in the place of the first three.
+    adapters alone it has those and adapter_config.json in the place of the first three; for T5X it
+    has `checkpoint_<step>` there.
 
     Returns:
       The path of the directory.
@@ -64,19 +66,24 @@ def export(experiment: Experiment) -> str:
     partial = epath.Path(f"{settings.output.rstrip('/')}.partial")
     if partial.exists():
         partial.rmtree()
-    write = _write_adapters if settings.adapters else _write_model
-    files = write(experiment, student.params, partial)
+    if settings.format == "t5x":
+        _write_t5x(experiment, student, partial)
+    else:
+        write = _write_adapters if settings.adapters else _write_model
+        files = write(experiment, student.params, partial)
+        logging.info("export: %d files of weights", len(files) - 1)
+    has_generation = settings.format == "hf" and not settings.adapters
     for name, file in export_checks.tokenizer_files(experiment).items():
-        if not settings.adapters or name != _GENERATION:
+        if has_generation or name != _GENERATION:
             (partial / name).write_bytes(file.read_bytes())
     generation = partial / _GENERATION
-    if not (settings.adapters or generation.exists()):
+    if has_generation and not generation.exists():
         config = experiment.student.model.config
         contents = _generation_config(config, experiment.train_data.vocabulary)
         generation.write_text(json.dumps(contents, indent=2) + "\n")
     (partial / "README.md").write_text(_card(experiment, student))
     partial.rename(output)
-    logging.info("export: %d files of weights in %s", len(files) - 1, output)
+    logging.info("export: %s is complete", output)
     return str(output)
 
 
@@ -84,16 +91,30 @@ def _write_model(experiment: Experiment, params: Params, folder: epath.Path) -> 
     """The whole student; adapters are merged into the base."""
     settings, student = experiment.export, experiment.student
     assert settings is not None
-    model, start, config = student.model, student.initial_checkpoint, None
+    start, config = student.initial_checkpoint, None
     if start is not None and hf.is_hf_checkpoint(hub.find(start)):
         config = hf.read_config(hub.find(start))
-    if isinstance(model, lora.LoRA):
-        params = model.merge(params)
-        model = model.model
+    model, params = _merged(student.model, params)
     return hf.write_hf_checkpoint(
         folder, model, params, dtype=settings.dtype, config=config,
         shard_bytes=settings.shard_bytes,
     )  # fmt: skip
+
+
+def _write_t5x(experiment: Experiment, student: runtime.TrainedStudent, folder: epath.Path) -> None:
+    """The whole student, its adapters merged, as T5X keeps a step of a run."""
+    assert experiment.export is not None
+    _, params = _merged(experiment.student.model, student.params)
+    t5x.write_t5x_checkpoint(
+        folder / f"checkpoint_{student.step}", params, step=student.step,
+        dtype=experiment.export.dtype,
+    )  # fmt: skip
+
+
+def _merged(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params]:
+    if isinstance(model, lora.LoRA):
+        return model.model, model.merge(params)
+    return model, params
 
 
 def _write_adapters(experiment: Experiment, params: Params, folder: epath.Path) -> list[str]:
@@ -123,6 +144,7 @@ def _card(experiment: Experiment, student: runtime.TrainedStudent) -> str:
     task = data.task if isinstance(data.task, str) else data.task.name
     assert experiment.export is not None
     return _CARD.format(
+        library="t5x" if experiment.export.format == "t5x" else "transformers",
         name=epath.Path(experiment.export.output).name,
         source=student.source,
         num_params=prepare.num_params(experiment.student.model),

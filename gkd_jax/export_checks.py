@@ -11,6 +11,8 @@ from gkd_jax.data.vocabularies import SentencePieceVocabulary
 from gkd_jax.experiment import Experiment
 from gkd_jax.models import families, lora
 
+_T5 = "t5"
+
 
 def check_export(experiment: Experiment) -> epath.Path:
     """Refuses an export of nothing, to where something is, or that no architecture can hold.
@@ -38,7 +40,13 @@ def check_export(experiment: Experiment) -> epath.Path:
             "a new directory, or remove that one."
         )
     model = experiment.student.model
-    families.model_to_hf(lora.base_of(model))
+    kind = families.model_to_hf(lora.base_of(model))["model_type"]
+    if export.format == "t5x" and kind != _T5:
+        raise ValueError(
+            "Export.format = 't5x' writes the parameters of T5X's T5; got Student.model = "
+            f"{type(lora.base_of(model)).__name__} ({kind}), which has no tree there. Set it "
+            "(EXPORT_FORMAT) to 'hf'."
+        )
     if export.adapters:
         if not lora.has_adapters(model):
             raise ValueError(
@@ -73,6 +81,6 @@ def tokenizer_files(experiment: Experiment) -> dict[str, epath.Path]:
         return found
     if isinstance(vocabulary, SentencePieceVocabulary):
         base = lora.base_of(experiment.student.model)
-        is_t5 = families.model_to_hf(base)["model_type"] == "t5"
+        is_t5 = families.model_to_hf(base)["model_type"] == _T5
         return {"spiece.model" if is_t5 else "tokenizer.model": epath.Path(vocabulary.path)}
     return {}

@@ -28,6 +28,11 @@ def check_policy(experiment: Experiment) -> None:
             f"Rollout.policy = {policy} lets a teacher into the rollout; got {missing}. Set "
             "Experiment.teacher and a divergence to it, or Rollout.policy to None."
         )
+    if teacher.own_tokens is not None:
+        raise ValueError(
+            f"Rollout.policy = {policy} asks the teacher for its next token; got "
+            "CrossTokenizerTeacher, whose tokens are not the student's. Set Rollout.policy to None."
+        )
     student = experiment.student_model
     network = teacher.model_for(student)
     if network is None:
@@ -130,6 +135,13 @@ def check_reward(experiment: Experiment) -> None:
         raise ValueError(
             "Experiment.reward is learnt from outputs that are drawn now; got Experiment.replay = "
             f"{experiment.replay}. Set Experiment.replay to None."
+        )
+    teacher = experiment.teacher
+    if teacher is not None and teacher.own_tokens is not None:
+        raise ValueError(
+            "Experiment.reward weighs the student's tokens one by one; got CrossTokenizerTeacher, "
+            "which judges spans of them. Set Experiment.reward to None, or take a teacher with the "
+            "student's vocabulary."
         )
     if isinstance(reward, RewardMix):
         _check_reward_mix(experiment, reward)

@@ -33,7 +33,13 @@ from gkd_jax.rewards import RewardMix
 from gkd_jax.sampling.methods import Sample
 from gkd_jax.store_checks import attach_teacher, check_stored_teacher, storing_of
 from gkd_jax.teachers import Teacher
-from gkd_jax.vocabulary_checks import check_padding, check_vocab_size, describe_padding
+from gkd_jax.vocabulary_checks import (
+    check_own_tokens,
+    check_padding,
+    check_vocab_size,
+    describe_own_tokens,
+    describe_padding,
+)
 
 
 class ConfigurationError(ValueError):
@@ -213,6 +219,10 @@ class _Check:
                 "score outputs only. Set Experiment.teacher to one of them."
             )
         else:
+            own = None if experiment.teacher is None else experiment.teacher.own_tokens
+            with self.problems.collecting("Generation.data, which Generation.model writes in: "):
+                if own is not None:
+                    check_same_vocabulary(generation.data.vocabulary, own.vocabulary)
             self._check_teacher_to_use(generation.data.vocabulary)
 
     def store_teacher(self) -> None:
@@ -278,6 +288,11 @@ class _Check:
         """Every network of the teacher; one made from the student is checked as the student is."""
         if self._experiment.teacher is None:
             return
+        own = self._experiment.teacher.own_tokens
+        if own is not None:
+            with self.problems.collecting():
+                check_own_tokens(self._experiment, self._experiment.train_data.vocabulary)
+            vocabulary = own.vocabulary
         self._experiment.teacher.restore(
             network=lambda teacher: self._check_network(teacher, vocabulary),
             initial_student=lambda: self._check_initial_student(vocabulary),
@@ -450,9 +465,10 @@ def describe_plan(experiment: Experiment, prepared: Prepared) -> str:
         lines.append(f"teacher: {size}, from {teacher.source(experiment.start)}{used}")
         if prepared.train_data is not None and prepared.train_data.stored_teacher is not None:
             lines.append(f"  {prepared.train_data.stored_teacher}")
-    padding = describe_padding(experiment)
-    if padding is not None:
-        lines.append(padding)
+    vocabulary = experiment.train_data.vocabulary
+    for line in (describe_padding(experiment), describe_own_tokens(experiment, vocabulary)):
+        if line is not None:
+            lines.append(line)
     lines.append(f"objective: {experiment.objective}")
     sampled = experiment.outputs.student_data_fraction != 0
     lines.append(

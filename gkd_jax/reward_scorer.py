@@ -32,6 +32,7 @@ from gkd_jax.rewards import (
 )
 from gkd_jax.sampling.outputs import repeat_rows
 from gkd_jax.sampling.policies import TeacherMixed
+from gkd_jax.teacher_tokens import measured_objective
 from gkd_jax.train_step import make_returns_fn
 
 Scorer: TypeAlias = Callable[[Params, Params | None, Batch, Batch], tuple[Batch, Metrics]]
@@ -40,10 +41,10 @@ outputs with what a step needs besides, and metrics."""
 
 
 def on_policy_objective(experiment: Experiment) -> Objective:
-    """What a step on the student's own outputs minimises."""
+    """What a step on the student's own outputs minimises, beside a reward or without one."""
     objective, reward = experiment.objective, experiment.reward
     if reward is None:
-        return objective
+        return measured_objective(experiment, experiment.train_data.vocabulary)
     if isinstance(reward, RewardMix):
         return with_policy_gradient(objective, reward.alpha)
     return with_returns(objective)

@@ -99,7 +99,9 @@ def sample_outputs(
     )
     # What belongs to a prompt repeats with it; what belonged to other outputs goes.
     repeated = repeat_rows(
-        dataclasses.replace(batch, advantages=None, importance=None, stored_teacher=None),
+        dataclasses.replace(
+            batch, advantages=None, importance=None, stored_teacher=None, teacher_tokens=None
+        ),
         rollout.num_samples,
     )
     return dataclasses.replace(

@@ -248,9 +248,11 @@ def abstract_rollout(experiment: Experiment) -> PyTree[jax.ShapeDtypeStruct]:
     }
     if experiment.teacher is not None and experiment.teacher.num_components is not None:
         shapes["component"] = shapes["example_id"]
-    if data.teacher_chat is not None:
+    own = None if experiment.teacher is None else experiment.teacher.own_tokens
+    if data.teacher_chat is not None or own is not None:
+        length = data.teacher_inputs_length if own is None else own.inputs_length
         for name in ("inputs", "inputs_mask"):
-            wide = (inputs[0], data.teacher_inputs_length)
+            wide = (inputs[0], length or data.teacher_inputs_length)
             shapes[f"teacher_{name}"] = jax.ShapeDtypeStruct(wide, shapes[name].dtype)
     return Batch(**shapes)
 

@@ -25,8 +25,8 @@ def check_stored_teacher(experiment: Experiment) -> None:
 def attach_teacher(experiment: Experiment, name: str, dataset: Dataset) -> None:
     """Lets a data set's batches hold what the teacher reads in them.
 
-    That is the stored teacher, if there is one for them, or which source of a mixture each
-    example comes from.
+    That is the stored teacher, if there is one for them, which source of a mixture each example
+    comes from, or prompts in tokens of the teacher's own.
 
     Args:
       experiment: whose teacher it is.
@@ -48,6 +48,12 @@ def attach_teacher(experiment: Experiment, name: str, dataset: Dataset) -> None:
         return
     if name not in ("train_data", "eval_data"):
         return
+    own = teacher.own_tokens
+    if own is not None:
+        dataset.use_teacher_vocabulary(
+            own.vocabulary, inputs_length=own.inputs_length, inputs_eos=own.inputs_eos,
+            inputs_bos=own.inputs_bos,
+        )  # fmt: skip
     path = teacher.store_for(name)
     if path is None:
         return
@@ -95,5 +101,11 @@ def storing_of(experiment: Experiment) -> Storing:
         raise ValueError(
             "--run_mode=store_teacher needs a teacher with a model; got Experiment.teacher = "
             f"{experiment.teacher}. Set it to the teacher itself."
+        )
+    assert experiment.teacher is not None
+    if experiment.teacher.own_tokens is not None:
+        raise ValueError(
+            "--run_mode=store_teacher keeps distributions over the student's tokens; got "
+            f"{experiment.teacher}, which has tokens of its own. Train with it directly."
         )
     return experiment.storing

@@ -234,7 +234,8 @@ def _given_networks(study: Study) -> list[tuple[str, Experiment]]:
 def _networks(teacher: AbstractTeacher | None) -> list[Student]:
     """The networks that a teacher consists of, each as a run's student."""
     networks: list[Student] = []
-    if teacher is not None:
+    # The test is in the student's tokens.
+    if teacher is not None and teacher.own_tokens is None:
         teacher.restore(
             network=lambda one: networks.append(Student(one.model, one.checkpoint)),
             initial_student=lambda: None,

@@ -64,6 +64,11 @@ class AbstractTeacher(abc.ABC):
         return None
 
     @property
+    def own_tokens(self) -> "CrossTokenizerTeacher | None":
+        """How it reads text in its own tokens; None for one that reads the student's."""
+        return None
+
+    @property
     def num_components(self) -> int | None:
         """How many sources the data's mixture has, where they decide who teaches; else None."""
         return None
@@ -132,6 +137,73 @@ class Teacher(AbstractTeacher):
         """Its own parameters."""
         del initial_student
         return network(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossTokenizerTeacher(AbstractTeacher):
+    """One frozen network with a vocabulary of its own: it reads the same text in its own tokens.
+
+    Divergences are those of spans of equal text (`objectives.spans`).
+
+    Attributes:
+      teacher: the network, with its `vocabulary`.
+      inputs_length: longest prompt in its tokens; None as many as the student's.
+      targets_length: longest output in its tokens; None as many as the student's. What is cut
+        teaches nothing.
+      inputs_eos: whether its prompts end with the end of sequence; None as the student's do.
+      inputs_bos: whether its prompts begin with the beginning of sequence.
+
+    Raises:
+      ValueError: the teacher is no `Teacher`, or has no vocabulary; a length is too short.
+    """
+
+    teacher: Teacher
+    inputs_length: int | None = None
+    targets_length: int | None = None
+    inputs_eos: bool | None = None
+    inputs_bos: bool = False
+
+    def __post_init__(self) -> None:
+        _checked_teachers(type(self), (self.teacher,))
+        if self.teacher.vocabulary is None:
+            raise ValueError(
+                "CrossTokenizerTeacher reads text in the tokens of its own vocabulary; got "
+                "Teacher.vocabulary = None. Set it to the teacher's."
+            )
+        for name in ("inputs_length", "targets_length"):
+            length = getattr(self, name)
+            if length is not None and length < 2:
+                raise ValueError(
+                    f"CrossTokenizerTeacher.{name} must be at least 2; got {length}. Set it to the "
+                    "longest text in the teacher's tokens plus one."
+                )
+
+    @property
+    def own_tokens(self) -> "CrossTokenizerTeacher":
+        """Itself."""
+        return self
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The network's."""
+        assert self.teacher.vocabulary is not None
+        return self.teacher.vocabulary
+
+    def source(self, start: str) -> str:
+        """The network's, and its vocabulary."""
+        return f"{self.teacher.source(start)}, which reads {self.vocabulary.name}"
+
+    def model_for(self, student: LanguageModel) -> LanguageModel:
+        """The network's, all of it."""
+        del student
+        return self.teacher.network
+
+    def restore(
+        self, *, network: Callable[[Teacher], Any], initial_student: Callable[[], Any]
+    ) -> Any:
+        """The network's parameters."""
+        del initial_student
+        return network(self.teacher)
 
 
 class _Several(AbstractTeacher):
@@ -412,8 +484,8 @@ def _checked_teachers(owner: type, teachers: Iterable[object]) -> tuple[Teacher,
         if not isinstance(teacher, Teacher):
             raise ValueError(
                 f"{owner.__name__}.teachers must each be a Teacher; got {teacher!r}. Give its "
-                "model and checkpoint as a Teacher; a teacher made from the student itself "
-                "cannot be one of several."
+                "model and checkpoint as a Teacher; a teacher made from the student itself, or one "
+                "with another vocabulary, cannot be one of several."
             )
         checked.append(teacher)
     if not checked:

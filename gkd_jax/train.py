@@ -29,6 +29,7 @@ from gkd_jax.partitioning import Partitioner, process_zero_decides
 from gkd_jax.replay import ReplayBuffer
 from gkd_jax.reward_scorer import make_scorer, on_policy_objective
 from gkd_jax.runtime import Purpose, make_key
+from gkd_jax.teacher_tokens import make_reader, measured_objective
 from gkd_jax.train_step import TrainState
 
 
@@ -128,13 +129,14 @@ class Trainer:
             teacher_part=self._teacher_part,
             average_decay=teacher.average_decay if teacher else None,
         )
-        functions = make_functions(experiment.objective)
+        vocabulary = dataset.config.vocabulary
+        functions = make_functions(measured_objective(experiment, vocabulary))
         # The same function where no reward joins the divergence.
         self.on_policy_step_fn = make_functions(on_policy_objective(experiment)).step
         self._scorer = make_scorer(experiment, dataset)
+        self._reader = make_reader(experiment, vocabulary)
         self.abstract_state: PyTree[jax.ShapeDtypeStruct] = functions.abstract_state
         self._init_fn, self.step_fn = functions.init, functions.step
-        vocabulary = dataset.config.vocabulary
         policy, writer = experiment.rollout.policy, student
         self._teacher_helps = policy is not None
         if policy is not None:
@@ -210,6 +212,7 @@ class Trainer:
                 batch = self.mix_fn(batch, sampled, jnp.float32(fraction), key)
             else:
                 batch = sampled
+        batch = self._read(batch, groups)
         key = make_key(seed, Purpose.DROPOUT, step)
         step_fn = self.on_policy_step_fn if kind == "on_policy" else self.step_fn
         state, groups[kind] = step_fn(state, self.teacher_params, batch, key, self.frozen)
@@ -218,10 +221,19 @@ class Trainer:
     def _replay_step(
         self, state: TrainState, replay: ReplayBuffer, step: int
     ) -> tuple[TrainState, dict[str, Metrics]]:
+        groups: dict[str, Metrics] = {}
         batch, staleness = replay.draw(step)
+        batch = self._read(batch, groups)
         key = make_key(self.experiment.seed, Purpose.DROPOUT, step)
         state, metrics = self.step_fn(state, self.teacher_params, batch, key, self.frozen)
-        return state, {"replay": metrics | {"staleness": staleness}}
+        groups["replay"] = metrics | {"staleness": staleness}
+        return state, groups
+
+    def _read(self, batch: Batch, groups: dict[str, Metrics]) -> Batch:
+        """Has a teacher with its own tokens read the outputs; notes how well they agree."""
+        if self._reader is not None:
+            batch, groups["spans"] = self._reader(batch)
+        return batch
 
 
 def train(experiment: Experiment, *, before_start: Callable[[], None] | None = None) -> TrainResult:

@@ -21,6 +21,7 @@ from gkd_jax.objectives.fused import fused_weighted_loss
 from gkd_jax.objectives.objective import Objective, Predictions, count_outputs, final_weights
 from gkd_jax.objectives.policy_gradient import divergence_alone
 from gkd_jax.objectives.sequence_kl import importance_weights, returns_to_go
+from gkd_jax.objectives.spans import SpanObjective, span_loss
 
 StepFn = Callable[..., tuple["TrainState", Metrics]]
 
@@ -122,6 +123,17 @@ def make_loss_fn(
                     "got no teacher, and a batch without a stored one. Set Experiment.teacher, or "
                     "train with NegativeLogLikelihood."
                 )
+        if isinstance(objective, SpanObjective):
+            assert isinstance(of_teacher, Predictions)
+            assert batch.teacher_tokens is not None, "a TeacherReader gives it"
+            return span_loss(
+                objective,
+                student=of_student,
+                teacher=of_teacher,
+                targets=batch.targets,
+                tokens=batch.teacher_tokens,
+                weights=weights,
+            )
         return fused_weighted_loss(
             objective,
             student=of_student,
@@ -179,7 +191,7 @@ def make_returns_fn(
 
 def _final_weights(batch: Batch, objective: Objective) -> Float[Array, "B T"]:
     return final_weights(
-        batch.loss_weights, reduction=objective.reduction, segments=batch.targets_segments
+        batch.measured_weights, reduction=objective.reduction, segments=batch.targets_segments
     )
 
 
@@ -191,12 +203,12 @@ def loss_metrics(
     `weights` are final weights, so their sum over everything is 1 (0 for an empty batch), before
     factors such as `Batch.importance`.
     """
-    counts = batch.loss_weights > 0
+    measured = batch.measured_weights
     metrics = {
         "loss": _mean_over_sequences(per_token, batch, weights),
         "loss_per_token": (
-            jnp.sum(jnp.where(counts, batch.loss_weights * per_token, 0.0)),
-            jnp.sum(batch.loss_weights),
+            jnp.sum(jnp.where(measured > 0, measured * per_token, 0.0)),
+            jnp.sum(measured),
         ),
         "target_tokens": (jnp.sum(batch.loss_weights), jnp.float32(1)),
     }
@@ -219,7 +231,7 @@ def _packing_metrics(batch: Batch) -> Metrics:
 def _mean_over_sequences(
     per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    num_sequences = count_outputs(batch.loss_weights, batch.targets_segments)
+    num_sequences = count_outputs(batch.measured_weights, batch.targets_segments)
     # where, not a product: an infinite value at a masked position must not become NaN.
     mean = jnp.sum(jnp.where(weights != 0, weights * per_token, 0.0))
     return mean * num_sequences, num_sequences

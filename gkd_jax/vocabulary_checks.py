@@ -1,8 +1,10 @@
 """Checks of output layers against vocabularies, and of those that are padded to different sizes."""
 
-from gkd_jax.data.vocabularies import Vocabulary
+from gkd_jax.data.vocabularies import Vocabulary, check_same_vocabulary
 from gkd_jax.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.objectives.spans import SpanObjective
+from gkd_jax.teacher_tokens import measured_objective
 from gkd_jax.teachers import Teacher
 
 
@@ -44,6 +46,48 @@ def check_padding(
         f"{student.vocab_size} (student) over {vocabulary.size} ids of {vocabulary.name}. If they "
         "differ by padding alone, set Teacher.vocabulary to the teacher's own vocabulary, which is "
         "then compared with the student's. Otherwise take models over one vocabulary."
+    )
+
+
+def check_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> None:
+    """Refuses a teacher with its own tokens where it needs none, or cannot be compared.
+
+    Args:
+      experiment: whose teacher it is.
+      vocabulary: the student's.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    own = None if experiment.teacher is None else experiment.teacher.own_tokens
+    if own is None or not experiment.objective.divergence.needs_teacher:
+        return
+    if experiment.train_data.pack:
+        raise ValueError(
+            "DatasetConfig.pack is True, and CrossTokenizerTeacher reads rows of one example. Set "
+            "DatasetConfig.pack to False."
+        )
+    try:
+        check_same_vocabulary(vocabulary, own.vocabulary)
+    except ValueError:
+        measured_objective(experiment, vocabulary)
+        return
+    raise ValueError(
+        "CrossTokenizerTeacher is for a teacher with another vocabulary; got "
+        f"{own.vocabulary.name}, which is the student's own. Set Experiment.teacher to the Teacher "
+        "alone."
+    )
+
+
+def describe_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> str | None:
+    """One line on how a teacher with its own tokens is compared; None for other teachers."""
+    objective = measured_objective(experiment, vocabulary)
+    if not isinstance(objective, SpanObjective) or objective.vocabularies is None:
+        return None
+    classes = objective.vocabularies.student.num_classes
+    return (
+        f"tokens: the teacher reads its own, compared on spans of equal text, over {classes:,} "
+        f"texts that are tokens of both ({vocabulary.size:,} of the student's)"
     )
 
 

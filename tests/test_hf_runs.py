@@ -174,12 +174,20 @@ def test_an_export_that_cannot_be_is_refused_before_it_begins(checkpoints, tmp_p
         (Export("gs://bucket/student"), r"Export\.output must be a local directory"),
         (Export(str(tmp_path)), r"exists already"),
         (Export(str(tmp_path / "new"), tokenizer=str(tmp_path)), r"which holds no tokenizer"),
+        (
+            Export(str(tmp_path / "new"), format="t5x"),
+            r"Export\.format = 't5x' .*got Student\.model = DecoderOnly \(llama\).* to 'hf'",
+        ),
     ):
         experiment = small_export(checkpoints, tmp_path, export=export)
         with pytest.raises(prepare.ConfigurationError, match=message):
             prepare.prepare(experiment, run_mode="export")
     with pytest.raises(ValueError, match=r"Export\.dtype must be one of float32, bfloat16"):
         Export("x", dtype="int8")
+    with pytest.raises(ValueError, match=r"Export\.format must be 'hf' or 't5x'; got 'torch'"):
+        Export("x", format="torch")
+    with pytest.raises(ValueError, match=r"Export\.adapters .* 't5x', and T5X has none"):
+        Export("x", format="t5x", adapters=True)
 
 
 def test_a_student_of_our_own_is_exported_with_its_vocabulary(tmp_path):

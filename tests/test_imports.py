@@ -38,6 +38,7 @@ _FLOORS = {
     "store_checks": 4,
     "runtime": 4,
     "reward_scorer": 4,
+    "teacher_tokens": 4,
     "plots": 4,
     "train_step": 3,
     "rewards": 3,

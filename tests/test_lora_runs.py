@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import hf_models
@@ -273,6 +274,19 @@ def with_random_adapters(run, monkeypatch):
     student = dataclasses.replace(student, params=lora.join(adapters, frozen))
     monkeypatch.setattr(runtime, "student_to_use", lambda experiment: student)
     return student
+
+
+def test_adapters_are_merged_for_t5x(checkpoints, tmp_path, monkeypatch):
+    run = exported(checkpoints, "t5_1_1", tmp_path, export=dict(format="t5x"))
+    student = with_random_adapters(run, monkeypatch)
+    output = pathlib.Path(export.export(run))
+    assert sorted(file.name for file in output.iterdir() if file.is_dir()) == [
+        f"checkpoint_{student.step}"
+    ]
+    assert "adapters merged" in (output / "README.md").read_text()
+    model = run.student.model
+    read = load.load_params(output, model.model.abstract_params())
+    small_runs.assert_equal_bits(read, model.merge(student.params))
 
 
 def test_a_merged_export_is_a_whole_model(checkpoints, tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ _AFTER = {
         f"gin_configs/methods/{name}.gin": "gin_configs/gsm8k.gin"
         for name in (
             *("supervised_kd", "on_policy_kd", "imitkd", "f_distill", "self_distillation"),
-            *("distillm", "speculative_kd"),
+            *("distillm", "speculative_kd", "cross_tokenizer"),
             *("ema_teacher", "sft", "gkd", "rl_gkd", "minillm", "stored_teacher"),
         )
     },

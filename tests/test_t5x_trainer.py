@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_runs
 from flax import traverse_util
 
+from gkd_jax import export
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.load import describe_checkpoint, load_params
 from gkd_jax.models.config import T5Config
@@ -440,6 +442,48 @@ def test_t5x_trains_the_gin_file_and_goes_on(fraction, kind, tiny, start, tmp_pa
 
 
 @pytest.mark.slow
+def test_t5x_reads_what_we_export(tmp_path):
+    """Its `Checkpointer.restore`, for inference; and a fine-tuning that starts from it."""
+    from gkd_jax.checkpoints.store import save_params
+    from gkd_jax.experiment import Export, Student
+
+    student = T5(T5Config(**SIZES))
+    params = student.init(jax.random.key(4))
+    save_params(tmp_path / "params", params)
+    experiment = small_runs.sft(
+        tmp_path / "run", student=Student(student, str(tmp_path / "params")),
+        export=Export(str(tmp_path / "out"), format="t5x", dtype="float32"),
+    )  # fmt: skip
+    # The check of the vocabulary's size is none of the test: T5X's network is tiny.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gkd_jax.prepare.check_vocab_size", lambda *_, **__: None)
+        folder = os.path.join(export.export(experiment), "checkpoint_0")
+
+    model = make_model(SIZES)
+    partitioner = partitioning.PjitPartitioner(num_partitions=1)
+    shapes = dict.fromkeys(("decoder_input_tokens", "decoder_target_tokens"), (8, 10))
+    for optimizer_def, changes in (
+        (None, {}),
+        (model.optimizer_def, {"fallback_to_scratch": True, "assignment_map": ()}),
+    ):
+        initializer = utils.TrainStateInitializer(
+            optimizer_def=optimizer_def,
+            init_fn=model.get_initial_variables,
+            input_shapes={"encoder_input_tokens": (8, 12), **shapes},
+            partitioner=partitioner,
+        )
+        config = utils.RestoreCheckpointConfig(
+            path=folder, mode="specific", dtype="float32", **changes
+        )
+        state = initializer.from_checkpoint([config], init_rng=jax.random.PRNGKey(0))
+        assert int(state.step) == 0
+        restored = jax.device_get(traverse_util.flatten_dict(dict(state.params), sep="/"))
+        wanted = jax.device_get(traverse_util.flatten_dict(params, sep="/"))
+        assert restored.keys() == wanted.keys()
+        for name, leaf in wanted.items():
+            assert restored[name].tobytes() == leaf.tobytes(), name
+
+
 def test_the_teacher_of_the_example_trains(tmp_path):
     """The remaining gin file; and its sizes are those of the teacher of the other."""
     run_t5x("gin_configs/t5x/tiny_teacher.gin", tmp_path / "teacher", steps=2, kind="orbax")

@@ -1,9 +1,10 @@
-"""Reads parameters from T5X's checkpoints, native and Orbax.
+"""Parameters in T5X's checkpoints: read from native and Orbax ones, written to native ones.
 
 Native (T5X's `checkpoints.Checkpointer`, version 3): a msgpack file `checkpoint` with the tree
 `{'version', 'optimizer': {'target', 'state'}}`, whose leaves are small arrays or TensorStore
 specs of Zarr arrays beside it. Orbax (T5X's `OrbaxCheckpointManagerInterface`): an item `state`
-with the same tree, all arrays in one OCDBT database. Only `target`, the parameters, is read.
+with the same tree, all arrays in one OCDBT database. Only `target`, the parameters, is read; what
+is written has besides it the step, and no state of an optimizer.
 """
 
 import json
@@ -20,6 +21,8 @@ from gkd_jax.checkpoints.leaves import DAMAGED, read_leaf
 
 NATIVE = "native"
 ORBAX = "orbax"
+_VERSION = 3
+_CHUNK_BYTES = 64 << 20
 
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 
@@ -81,6 +84,55 @@ def read_t5x_params(path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtype
     _check_names(folder, stored=set(stored), wanted=set(wanted))
     arrays = [read_leaf(name, stored[name], wanted[name], folder) for name in wanted]
     return jax.tree_util.tree_unflatten(treedef, arrays)
+
+
+def write_t5x_checkpoint(folder: epath.Path, params: Params, *, step: int, dtype: str) -> None:
+    """Writes a native checkpoint of parameters: T5X's `Checkpointer` restores it.
+
+    Args:
+      folder: a local directory `checkpoint_<step>`, made if it is not there.
+      params: in T5X's tree; fetched from the devices one at a time.
+      step: number of updates that made them.
+      dtype: of the arrays, 'float32' or 'bfloat16'.
+    """
+    from flax import serialization
+
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(path: Any, leaf: jax.Array) -> dict[str, Any]:
+        name = ".".join(("target", *(str(key.key) for key in path)))
+        return _write_array(
+            folder, name, np.asarray(jax.device_get(leaf)).astype(jax.numpy.dtype(dtype))
+        )
+
+    contents = {
+        "version": _VERSION,
+        "optimizer": {
+            "target": jax.tree_util.tree_map_with_path(write, params),
+            "state": {"step": np.asarray(step, np.int32)},
+        },
+    }
+    # Last: without this file the folder is no checkpoint.
+    (folder / "checkpoint").write_bytes(serialization.msgpack_serialize(contents))
+
+
+def _write_array(folder: epath.Path, name: str, array: np.ndarray) -> dict[str, Any]:
+    """Writes one Zarr array; returns its spec, whose path is within the checkpoint's folder."""
+    import tensorstore
+
+    row_bytes = max(1, array[:1].nbytes)
+    rows = max(1, min(len(array), _CHUNK_BYTES // row_bytes))
+    metadata = {
+        "compressor": {"id": "gzip", "level": 1},
+        "shape": list(array.shape),
+        "chunks": [rows, *array.shape[1:]],
+    }
+    spec = {"driver": "zarr", "dtype": array.dtype.name, "metadata": metadata}
+    # Zeros are written too: a chunk that is missing is then one that was lost.
+    complete = {**spec, "store_data_equal_to_fill_value": True, "kvstore": _kvstore(folder / name)}
+    store = tensorstore.open(complete, create=True).result()
+    store.write(array).result()
+    return {**spec, "kvstore": {"driver": "file", "path": f"{name}/"}}
 
 
 def _kind(folder: epath.Path) -> str | None:

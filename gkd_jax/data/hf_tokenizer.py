@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from gkd_jax import hub
-from gkd_jax.data.vocabularies import fingerprint_of_pieces, up_to_eos
+from gkd_jax.data.vocabularies import Piece, byte_of, fingerprint_of_pieces, up_to_eos
 
 TOKENIZER = "tokenizer.json"
 
@@ -73,6 +73,38 @@ class HFTokenizer:
         named = (f"▁{piece}" if re.fullmatch(r"<extra_id_\d+>", piece) else piece
                  for piece in pieces)  # fmt: skip
         return fingerprint_of_pieces(piece.encode("utf-8") for piece in named)
+
+    @functools.cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What each id writes, by the tokenizer's decoder.
+
+        Raises:
+          ValueError: it is of a kind whose tokens have no bytes of their own (WordPiece).
+        """
+        settings = json.loads(self._tokenizer.to_str())
+        decoders = _kinds(settings["decoder"])
+        if not decoders or decoders - _DECODERS:
+            raise ValueError(
+                f"the text of each token is known of byte-level and SentencePiece tokenizers; got "
+                f"{self.name} with the decoders {sorted(decoders)}. Take a model with another "
+                "tokenizer."
+            )
+        added = self._tokenizer.get_added_tokens_decoder()
+        return tuple(self._piece(token, added, decoders) for token in range(self.size))
+
+    def _piece(self, token: int, added: dict[int, Any], decoders: set[str]) -> Piece:
+        piece = self._tokenizer.id_to_token(token)
+        if token in added and added[token].special:
+            return piece
+        if piece is None or token in added:
+            return None if piece is None else piece.encode("utf-8")
+        if "ByteLevel" in decoders:
+            return bytes(_byte_letters()[letter] for letter in piece)
+        if "ByteFallback" in decoders and re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            return byte_of(piece)
+        if decoders & {"Metaspace", "Replace"}:
+            piece = piece.replace("▁", " ")
+        return piece.encode("utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens that are written in the text are those tokens."""
@@ -143,3 +175,24 @@ class HFTokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+# Decoders of byte-level BPE, of SentencePiece's models, and of single characters.
+_DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
+
+
+def _kinds(decoder: dict[str, Any] | None) -> set[str]:
+    if decoder is None:
+        return set()
+    if decoder["type"] == "Sequence":
+        return set().union(*map(_kinds, decoder["decoders"]))
+    return {decoder["type"]}
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """The letter that byte-level tokenizers write for each byte: itself, where it is visible."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in visible]
+    letters = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(len(others))]
+    return dict(zip(letters, [*visible, *others], strict=True))

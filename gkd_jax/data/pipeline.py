@@ -185,6 +185,7 @@ class Dataset:
             widths=(lengths["inputs"], lengths["targets"], config.teacher_inputs_length),
             pad_id=config.vocabulary.pad_id,
         )
+        self._teacher_vocabulary = config.vocabulary
         if config.teacher_chat is not None:
             length = config.teacher_inputs_length
             encoder = dataclasses.replace(self._encoder, inputs_length=length)
@@ -194,9 +195,13 @@ class Dataset:
         self._order = (order.shuffle(config.seed) if config.shuffle else order).repeat()
         self._check_prompts_differ()
 
-    def _reader(self, encoder: Encoder, chat: ChatTemplate | None) -> RowReader:
+    def _reader(
+        self, encoder: Encoder, chat: ChatTemplate | None, *, as_text: bool = False
+    ) -> RowReader:
         def read(index: int) -> TextExample:
             example = self.raw(index)
+            if as_text:  # Its ids are the student's.
+                example = dataclasses.replace(example, inputs_ids=None, targets_ids=None)
             if chat is None:
                 return example
             said = [{"role": "user", "content": example.inputs}]
@@ -233,6 +238,40 @@ class Dataset:
     def stored_teacher(self) -> TeacherStore | None:
         """That of `use_stored_teacher`."""
         return self._maker.stored_teacher
+
+    def use_teacher_vocabulary(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        inputs_length: int | None,
+        inputs_eos: bool | None,
+        inputs_bos: bool,
+    ) -> None:
+        """Gives the batches that follow each prompt in a teacher's own tokens.
+
+        Args:
+          vocabulary: the teacher's.
+          inputs_length: longest prompt; None as many tokens as the student's.
+          inputs_eos: whether prompts end with the end of sequence; None as the student's.
+          inputs_bos: whether prompts begin with the beginning of sequence.
+
+        Raises:
+          ValueError: the vocabulary has none.
+        """
+        if inputs_bos and vocabulary.bos_id is None:
+            raise ValueError(
+                "CrossTokenizerTeacher.inputs_bos begins prompts with the vocabulary's beginning "
+                f"of sequence; got {vocabulary.name}, which has none. Set it to False."
+            )
+        encoder = dataclasses.replace(
+            self._encoder,
+            vocabulary=vocabulary,
+            inputs_length=inputs_length or self.config.teacher_inputs_length,
+            inputs_eos=self._encoder.inputs_eos if inputs_eos is None else inputs_eos,
+            inputs_bos=inputs_bos,
+        )
+        self._maker.teacher_rows = self._reader(encoder, self.config.teacher_chat, as_text=True)
+        self._teacher_vocabulary = vocabulary
 
     def use_components(self, count: int) -> None:
         """Gives the batches that follow the number of each example's source in the mixture.
@@ -496,6 +535,6 @@ class Dataset:
             lines.append(f"  {feature}[0]: {self.config.vocabulary.decode(ids.tolist())!r}")
         if self._maker.teacher_rows is not None:
             ids = self._maker.teacher_rows.read(sample[:1]).inputs[0]
-            decoded = self.config.vocabulary.decode(ids.tolist())
+            decoded = self._teacher_vocabulary.decode(ids.tolist())
             lines.append(f"  teacher_inputs[0]: {decoded!r}")
         return "\n".join(lines)

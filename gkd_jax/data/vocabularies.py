@@ -9,9 +9,14 @@ import struct
 import threading
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from gkd_jax.data.text_files import blocks
+
+Piece: TypeAlias = bytes | str | None
+"""What a token id writes: bytes of text; or the name of a token without text; or nothing at all.
+The bytes of several tokens, one after another, are those of the text that they decode to, but for
+a space at its beginning. A vocabulary that can tell has `pieces`, one for each id in order."""
 
 
 class Vocabulary(Protocol):
@@ -74,6 +79,17 @@ def up_to_eos(ids: Sequence[int], eos_ids: tuple[int, ...]) -> list[int]:
     return kept
 
 
+_OWN_TOKENS = (
+    ", or have it read its own tokens by teachers.CrossTokenizerTeacher "
+    "(gin_configs/methods/cross_tokenizer.gin)"
+)
+
+
+def byte_of(piece: str) -> bytes:
+    """The byte of a piece such as '<0x0A>', which stands for what no other piece writes."""
+    return bytes([int(piece[3:5], 16)])
+
+
 def check_same_vocabulary(
     student: Vocabulary, other: Vocabulary, *, whose: str = "teacher"
 ) -> None:
@@ -100,7 +116,7 @@ def check_same_vocabulary(
             f"to both. The student's is {student.name} ({student.size} ids, "
             f"{student.fingerprint[:12]}), the {whose}'s {other.name} ({other.size} ids, "
             f"{other.fingerprint[:12]}). Give the student the {whose}'s vocabulary, or take "
-            f"another {whose}."
+            f"another {whose}{_OWN_TOKENS if whose == 'teacher' else ''}."
         )
 
 
@@ -134,6 +150,11 @@ class ByteVocabulary:
     def fingerprint(self) -> str:
         specials = (b"<pad>", b"</s>", b"<unk>")
         return fingerprint_of_pieces((*specials, *(b"<0x%02X>" % byte for byte in range(256))))
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What each id writes."""
+        return ("<pad>", "</s>", "<unk>", *(bytes([byte]) for byte in range(256)))
 
     def encode(self, text: str) -> list[int]:
         return [byte + self._OFFSET for byte in text.encode("utf-8")]
@@ -207,6 +228,20 @@ class SentencePieceVocabulary:
         return fingerprint_of_pieces(
             processor.id_to_piece(token).encode("utf-8") for token in range(self.size)
         )
+
+    @functools.cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What each id writes."""
+        return tuple(self._piece(token) for token in range(self.size))
+
+    def _piece(self, token: int) -> Piece:
+        processor = self._processor
+        piece = processor.id_to_piece(token)
+        if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
+            return piece
+        if processor.is_byte(token):
+            return byte_of(piece)
+        return piece.replace("▁", " ").encode("utf-8")
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)

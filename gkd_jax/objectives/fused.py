@@ -19,11 +19,7 @@ from jax.sharding import PartitionSpec
 from gkd_jax.array_types import Array, Float, Int, Params
 from gkd_jax.batch import TeacherDistributions
 from gkd_jax.objectives.objective import Objective, Predictions, check_predictions
-from gkd_jax.objectives.token_divergence import (
-    TokenTeacher,
-    check_advantages,
-    divergence_and_gradient,
-)
+from gkd_jax.objectives.token_divergence import TokenTeacher, check_advantages
 
 CHUNK_ENTRIES = 1 << 22
 """Logits that one model makes at a time on a CPU, for its caches: 16 MB in float32."""
@@ -89,21 +85,53 @@ def fused_weighted_loss(
         of_teacher, make_teacher = (teacher.hidden, teacher.head), teacher.unembed
     elif teacher is not None:
         of_teacher = (teacher, None)
-    functions = _Functions(objective, student.unembed, make_teacher)
-    others = (
-        lax.stop_gradient(of_teacher),
-        targets,
-        lax.stop_gradient(weights.astype(jnp.float32)),
-        lax.stop_gradient(advantages),
+    return chunked_loss(
+        objective,
+        student=student,
+        teacher=of_teacher,
+        make_teacher=make_teacher,
+        targets=targets,
+        weights=weights,
+        advantages=advantages,
     )
-    loss, per_token = _fused(functions, (student.hidden, student.head), others)
-    return loss, lax.stop_gradient(per_token)
 
 
 def _as_stored(head: None, distributions: TeacherDistributions) -> TeacherDistributions:
     """A store has no output layer: its distributions are made already."""
     del head
     return distributions
+
+
+def chunked_loss(
+    objective: Objective,
+    *,
+    student: Predictions,
+    teacher: "_Teacher | None",
+    make_teacher: Callable[[Params, Any], Any] = _as_stored,
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    advantages: Float[Array, "B T"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """Sums weights times what `objective.of_logits` gives, as `fused_weighted_loss`, unchecked.
+
+    Args:
+      objective: gives value and gradient of a chunk.
+      student: gets gradients.
+      teacher: a tree of what there is of the teacher at each position, and its head.
+      make_teacher: `(head, the tree at some positions)` to what `objective.of_logits` takes.
+      targets: the output tokens.
+      weights: final weights; where they are 0 nothing is computed.
+      advantages: of the output tokens.
+    """
+    functions = _Functions(objective, student.unembed, make_teacher)
+    others = (
+        lax.stop_gradient(teacher),
+        targets,
+        lax.stop_gradient(weights.astype(jnp.float32)),
+        lax.stop_gradient(advantages),
+    )
+    loss, per_token = _fused(functions, (student.hidden, student.head), others)
+    return loss, lax.stop_gradient(per_token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,15 +358,7 @@ def _of_group(
     advantages: Float[Array, " G"] | None,
 ) -> tuple[Float[Array, " G"], Float[Array, ""], Float[Array, "G V"]]:
     """As `_of_chunk`, all positions at once."""
-    value, gradient = divergence_and_gradient(
-        objective.divergence,
-        logits,
-        teacher,
-        targets,
-        student_temperature=objective.student_temperature,
-        teacher_temperature=objective.teacher_temperature,
-        advantages=advantages,
-    )
+    value, gradient = objective.of_logits(logits, teacher, targets, advantages)
     counts = weights != 0
     value = jnp.where(counts, value, 0.0)
     loss = value

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 from gkd_jax.array_types import Array, Bool, Float, Int, Params
 from gkd_jax.batch import TeacherDistributions
 from gkd_jax.objectives.divergences import Divergence
-from gkd_jax.objectives.token_divergence import TokenTeacher, token_divergence
+from gkd_jax.objectives.token_divergence import (
+    TokenTeacher,
+    divergence_and_gradient,
+    token_divergence,
+)
 
 Reduction: TypeAlias = Literal["per_sequence", "per_token"]
 """'per_sequence' is the mean over a sequence's tokens, then over sequences (the paper's);
@@ -91,6 +95,24 @@ class Objective:
                 f"Objective.z_loss must be 0 or a positive number; got {self.z_loss!r}. Set "
                 "Objective.z_loss to 0.0 for none."
             )
+
+    def of_logits(
+        self,
+        logits: Float[Array, "*n V"],
+        teacher: TokenTeacher | None,
+        targets: Int[Array, "*n"],
+        advantages: Float[Array, "*n"] | None,
+    ) -> tuple[Float[Array, "*n"], Float[Array, "*n V"]]:
+        """The divergence of each token, and its gradient in the student's logits."""
+        return divergence_and_gradient(
+            self.divergence,
+            logits,
+            teacher,
+            targets,
+            student_temperature=self.student_temperature,
+            teacher_temperature=self.teacher_temperature,
+            advantages=advantages,
+        )
 
 
 def final_weights(

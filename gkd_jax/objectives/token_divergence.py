@@ -98,7 +98,7 @@ def divergence_and_gradient(
         is_target,
         advantages,
     )
-    term, slope = _term_and_slope(divergence, entries)
+    term, slope = term_and_slope(divergence, entries)
     total = jnp.sum(slope, axis=-1, keepdims=True)
     if buckets is not None:
         slope = buckets.spread(slope)
@@ -120,7 +120,7 @@ def _teacher_log_probs(teacher: TokenTeacher | None, temperature: float) -> Arra
     return tempered_log_probs(log_probs, 1.0)
 
 
-def _term_and_slope(divergence: Divergence, entries: VocabularyEntries) -> tuple[Array, Array]:
+def term_and_slope(divergence: Divergence, entries: VocabularyEntries) -> tuple[Array, Array]:
     """Both of each entry; 0 where neither distribution has any probability."""
     student, teacher = entries.student_log_probs, entries.teacher_log_probs
     if teacher is None:

@@ -321,3 +321,47 @@ def test_truncated_t5x_orbax_checkpoint_is_an_error(external_data, tmp_path):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match="could not be read"):
         read_t5x_params(copy, make_model(folder).abstract_params())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_written_is_read_byte_for_byte(dtype, tmp_path, monkeypatch):
+    """In several chunks of rows too, and zeros as well."""
+    monkeypatch.setattr(t5x, "_CHUNK_BYTES", 12)
+    arrays = {**ARRAYS, "decoder/logits_dense/kernel": np.zeros((5, 3), np.float32)}
+    folder = epath.Path(tmp_path / "student" / "checkpoint_12")
+    params = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(arrays, sep="/"))
+    t5x.write_t5x_checkpoint(folder, params, step=12, dtype=dtype)
+    assert is_t5x_checkpoint(folder) == is_t5x_checkpoint(folder.parent) == "native"
+    leaves = {k: jax.ShapeDtypeStruct(v.shape, jnp.dtype(dtype)) for k, v in arrays.items()}
+    wanted = traverse_util.unflatten_dict(leaves, sep="/")
+    read = traverse_util.flatten_dict(read_t5x_params(folder.parent, wanted), sep="/")
+    for name, array in arrays.items():
+        expected = array.astype(jnp.dtype(dtype))
+        assert np.asarray(read[name]).tobytes() == expected.tobytes(), name
+    chunk = next((folder / "target.decoder.logits_dense.kernel").glob("1.*"))
+    chunk.unlink()
+    with pytest.raises(ValueError, match=r"decoder/logits_dense/kernel could not be read"):
+        read_t5x_params(folder, wanted)
+
+
+def test_what_is_written_is_what_t5x_itself_wrote(external_data, tmp_path):
+    """Names, shapes and dtypes of the arrays of a checkpoint of T5X's, and its file."""
+    there = external_data / "t5x_tiny" / "v1_1" / "native" / "checkpoint_2000"
+    config = json.loads((there.parents[1] / "meta.json").read_text())["config"]
+    params = read_t5x_params(there, T5(T5Config(**config)).abstract_params())
+    folder = epath.Path(tmp_path / "checkpoint_2000")
+    t5x.write_t5x_checkpoint(folder, params, step=2000, dtype="float32")
+    left, right = (
+        serialization.msgpack_restore((one / "checkpoint").read_bytes()) for one in (there, folder)
+    )
+    assert left["version"] == right["version"]
+    assert left["optimizer"]["state"]["step"] == right["optimizer"]["state"]["step"]
+    specs = [
+        {
+            name: spec
+            for name, spec in traverse_util.flatten_dict(one["optimizer"]["target"]).items()
+            if name[-1] != "chunks"
+        }
+        for one in (left, right)
+    ]
+    assert specs[0] == specs[1]
