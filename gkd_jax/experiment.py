@@ -275,6 +275,7 @@ class Experiment:
       generation: what `--run_mode=generate` writes.
       storing: what `--run_mode=store_teacher` writes.
       export: what `--run_mode=export` writes.
+      topology: what `--run_mode=compile_ahead` compiles for, such as 'v5e:4x4'.
       partitioner: the device mesh and the rules that shard arrays over it.
       num_microbatches: parts of the batch whose gradients are added up before an update.
       checkpoints: when states are saved and which are kept.
@@ -299,6 +300,7 @@ class Experiment:
     generation: Generation | None = None
     storing: Storing | None = None
     export: Export | None = None
+    topology: str | None = None
     partitioner: Partitioner = dataclasses.field(default_factory=Partitioner)
     num_microbatches: int = 1
     checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)

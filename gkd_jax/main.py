@@ -33,7 +33,15 @@ _GIN_BINDINGS = flags.DEFINE_multi_string(
 _GIN_SEARCH_PATHS = flags.DEFINE_list(
     "gin_search_paths", [], "Folders in which gin files are searched, before the current one."
 )
-_OF_AN_EXPERIMENT = ("train", "eval", "generate", "interactive", "store_teacher", "export")
+_OF_AN_EXPERIMENT = (
+    "train",
+    "eval",
+    "generate",
+    "interactive",
+    "store_teacher",
+    "export",
+    "compile_ahead",
+)
 _RUN_MODE = flags.DEFINE_enum(
     "run_mode",
     None,
@@ -164,6 +172,10 @@ def _call(run_mode: str, experiment: Any, *, before_start: Callable[[], None]) -
 
         interactive.interactive(experiment)
         return ""
+    if run_mode == "compile_ahead":
+        from gkd_jax import compile_ahead
+
+        return compile_ahead.compile_ahead(experiment)
     if run_mode == "export":
         from gkd_jax import export
 

@@ -25,6 +25,7 @@ _FLOORS = {
     "generate": 4,
     "store_teacher": 4,
     "export": 4,
+    "compile_ahead": 4,
     "interactive": 4,
     "export_checks": 4,
     "hf_checks": 4,
@@ -65,6 +66,9 @@ _FLOORS = {
     "models.decoder_config": 0,
     "models.stacking": 0,
     "hub": 0,
+    "chips": 0,
+    "flops": 0,
+    "hlo": 0,
     "batch": 0,
     "array_types": 0,
 }

@@ -253,7 +253,9 @@ def _all_chunks(
     num_parts = 1 if mesh.empty else mesh.size // mesh.shape.get(_DATA_AXIS, 1)
     if vocab_size % num_parts == 0:
         vocab_size //= num_parts
-    platform = jax.default_backend()
+    # That of the mesh: a program may be compiled for other devices than this machine's.
+    device = mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
     size = chunk_positions(vocab_size, num_positions, platform=platform)
     group = group_positions(vocab_size, size, platform=platform)
     size = -(-size // group) * group

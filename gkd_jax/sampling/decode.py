@@ -213,23 +213,25 @@ def _run_chunks(
     )
 
     def is_open(carry: tuple[_Progress, _Columns, Array]) -> Bool[Array, ""]:
-        progress, _, start = carry
-        return (start < max_length) & ~jnp.all(progress.ended)
+        progress, _, number = carry
+        return (number < num_chunks) & ~jnp.all(progress.ended)
 
     def run_chunk(
         carry: tuple[_Progress, _Columns, Array],
     ) -> tuple[_Progress, _Columns, Array]:
-        progress, columns, start = carry
+        progress, columns, number = carry
+        start = 1 + number * chunk
         progress, new = lax.scan(step, progress, start + jnp.arange(chunk, dtype=jnp.int32))
         columns = jax.tree.map(
             lambda old, part: lax.dynamic_update_slice(old, part.T, (0, start)), columns, new
         )
-        return progress, columns, start + chunk
+        return progress, columns, number + 1
 
-    start = jnp.ones((), jnp.int32)
-    progress, columns, end = lax.while_loop(is_open, run_chunk, (progress, columns, start))
+    # Counted in chunks, so that the program says how often its loop may run.
+    state = (progress, columns, jnp.zeros((), jnp.int32))
+    progress, columns, number = lax.while_loop(is_open, run_chunk, state)
     columns = jax.tree.map(lambda x: x[:, :max_length], columns)
-    return progress.ended, columns, jnp.minimum(end, max_length)
+    return progress.ended, columns, jnp.minimum(1 + number * chunk, max_length)
 
 
 def _best_beam(beams: Beams, *, filler: Bool[Array, " B"]) -> Decoded:

@@ -1,0 +1,389 @@
+"""Run mode `compile_ahead`: what a run needs of a TPU slice, on a machine without one.
+
+The functions that training and evaluation jit are compiled for the chips that are named, by the
+compiler that will run there (libtpu). Nothing is run, and no checkpoint is read.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from gkd_jax import chips, flops, hlo, runtime, train
+from gkd_jax.array_types import PyTree
+from gkd_jax.chips import CHIPS, GIB
+from gkd_jax.experiment import Experiment
+from gkd_jax.models import lora
+from gkd_jax.objectives import fused
+from gkd_jax.reward_scorer import on_policy_objective
+from gkd_jax.rollout import Rollout
+from gkd_jax.teacher_tokens import measured_objective
+
+_MIB = 1 << 20
+_MOST_MICROBATCHES = 16
+_TRIED_SLICES = 4
+
+
+class DoesNotFitError(ValueError):
+    """A part of the run needs more memory than a chip has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One compiled function.
+
+    Attributes:
+      name: 'train step', 'rollout' or 'evaluation'.
+      temporaries: bytes a chip beside what lies there all the time; None where it does not fit.
+      needed: the same as the compiler's message has it, where it does not fit.
+      seconds_to_compile: by this machine.
+      cost: of one run on one chip.
+      traced: FLOPs of one run on all chips, as the function is written.
+    """
+
+    name: str
+    temporaries: int | None
+    needed: str
+    seconds_to_compile: float
+    cost: hlo.Cost
+    traced: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a run needs of a slice.
+
+    Attributes:
+      topology: such as 'v5e:4x4'.
+      mesh: axes and their sizes.
+      residents: bytes a chip of what lies there all the time, by what it is.
+      parts: what was compiled.
+    """
+
+    topology: str
+    mesh: dict[str, int]
+    residents: dict[str, int]
+    parts: list[Part]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every part does, beside what lies there all the time."""
+        memory = CHIPS[self.topology.partition(":")[0]].memory
+        resident = sum(self.residents.values())
+        return all(
+            part.temporaries is not None and resident + part.temporaries <= memory
+            for part in self.parts
+        )
+
+    def table(self) -> str:
+        """The report as text."""
+        chip = CHIPS[self.topology.partition(":")[0]]
+        num_chips = math.prod(self.mesh.values())
+        resident = sum(self.residents.values())
+        lines = [
+            f"{self.topology}: {num_chips} chips of {chip.memory / GIB:.0f} GiB, mesh "
+            + " x ".join(f"{name} {size}" for name, size in self.mesh.items()),
+            "",
+            "| lies on each chip | MiB |",
+            "|---|---|",
+            *(f"| {what} | {size / _MIB:,.1f} |" for what, size in self.residents.items()),
+            "",
+            "| part | temporaries, MiB | in all, of the chip | GFLOPs a chip | of those traced |"
+            " GB of memory | MB sent | least seconds | bound by | compiled in |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for part in self.parts:
+            if part.temporaries is None:
+                lines.append(f"| {part.name} | does not fit: {part.needed} | | | | | | | | |")
+                continue
+            cost, share = part.cost, (resident + part.temporaries) / chip.memory
+            seconds, bound = roofline(cost, chip)
+            traced = cost.flops * num_chips / part.traced if part.traced else math.nan
+            lines.append(
+                f"| {part.name} | {part.temporaries / _MIB:,.1f} | {share:.1%} | "
+                f"{cost.flops / 1e9:,.1f} | {traced:.2f} | {cost.bytes / 1e9:,.2f} | "
+                f"{cost.sent / 1e6:,.1f} | {seconds:.4f} | {bound} | "
+                f"{part.seconds_to_compile:.0f} s |"
+            )
+        sent = [
+            f"{part.name}: "
+            + ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in kinds.items())
+            for part in self.parts
+            if (kinds := {k: v for k, v in sorted(part.cost.collectives.items()) if v})
+        ]
+        return "\n".join([*lines, *(["", "sent by each chip:", *sent] if sent else [])])
+
+
+def roofline(cost: hlo.Cost, chip: chips.Chip) -> tuple[float, str]:
+    """The least time that a chip can take, and what it then waits for."""
+    times = {
+        "compute": cost.flops / chip.flops,
+        "memory": cost.bytes / chip.bandwidth,
+        "interconnect": cost.sent / chip.interconnect,
+    }
+    bound = max(times, key=lambda name: times[name])
+    return times[bound], bound
+
+
+def compile_ahead(experiment: Experiment) -> str:
+    """Compiles a run for `Experiment.topology`; returns what it needs there, as a table.
+
+    Raises:
+      DoesNotFitError: it needs more memory than there is; says what would fit.
+      ValueError: no such topology, no libtpu, or the mesh does not suit the model.
+    """
+    topology = experiment.topology
+    if topology is None:
+        raise ValueError(
+            "--run_mode=compile_ahead compiles for a slice of TPUs; got TOPOLOGY None. Set it "
+            "(Experiment.topology), for example --gin.TOPOLOGY='\"v5e:4x4\"'."
+        )
+    chips.parse_topology(topology)
+    report = compile_for(experiment, topology)
+    if report.fits:
+        return report.table()
+    raise DoesNotFitError(
+        f"the run does not fit on {topology}.\n\n{report.table()}\n\n"
+        + "\n".join(_remedies(experiment, report))
+    )
+
+
+def compile_for(experiment: Experiment, topology: str) -> Report:
+    """Compiles every part of a run for a slice."""
+    experiment = on_topology(experiment, topology)
+    partitioner = experiment.partitioner
+    batch_size = experiment.train_data.batch_size * experiment.rollout.num_samples
+    partitioner.check_batch_size(batch_size, experiment.num_microbatches)
+    arguments = _Arguments(experiment)
+    parts = [
+        _compile(name, function, values, experiment, arguments)
+        for name, function, values in _functions(experiment, arguments)
+    ]
+    return Report(topology, dict(partitioner.mesh.shape), arguments.residents(), parts)
+
+
+def on_topology(experiment: Experiment, topology: str) -> Experiment:
+    """The experiment on the devices of a slice that is not there.
+
+    Raises:
+      ValueError: libtpu is not installed.
+    """
+    # libtpu would ask the machine's metadata, and keep other processes out.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    try:
+        description = topologies.get_topology_desc(topology, platform="tpu")
+    except Exception as error:
+        raise ValueError(
+            f"no compiler for {topology}: {error}. Install it with pip install libtpu, of the "
+            "version that `pip install 'jax[tpu]'` names."
+        ) from error
+    devices = tuple(description.devices)
+    partitioner = dataclasses.replace(experiment.partitioner, devices=devices)
+    return dataclasses.replace(experiment, partitioner=partitioner)
+
+
+class _Arguments:
+    """Shapes and shardings of what the run's functions are given."""
+
+    def __init__(self, experiment: Experiment):
+        if experiment.teacher is not None and experiment.teacher.store_for("train_data"):
+            raise ValueError(
+                "--run_mode=compile_ahead needs no files, and a StoredTeacher's entries are in "
+                "one. Set Experiment.teacher to the network that wrote them."
+            )
+        self._experiment = experiment
+        student = experiment.student_model
+        abstract = runtime.sharded_abstract_params(experiment, student)
+        self.trained, self.frozen = lora.split(student, abstract)
+        self.needs_teacher = experiment.objective.divergence.needs_teacher
+        teacher = experiment.teacher if self.needs_teacher else None
+        self.teacher = None
+        if teacher is not None and teacher.state_part is None:
+            assert experiment.teacher_model is not None
+            dtype = jnp.dtype(experiment.teacher_model.config.dtype)
+            shapes = runtime.sharded_abstract_params(experiment, experiment.teacher_model)
+            self.teacher = jax.tree.map(lambda leaf: _as_restored(leaf, dtype), shapes)
+        functions = self.step_functions()
+        self.state = functions.abstract_state
+        sharding = experiment.partitioner.batch_sharding
+        self.batch = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            runtime.abstract_rollout(experiment),
+        )
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        self.key = jax.ShapeDtypeStruct(
+            key.shape, key.dtype, sharding=experiment.partitioner.replicated
+        )
+
+    def step_functions(self) -> train.StepFunctions:
+        experiment = self._experiment
+        teacher = experiment.teacher if self.needs_teacher else None
+        return train.jit_step_functions(
+            experiment.student_model,
+            experiment.teacher_model if teacher else None,
+            _objective(experiment),
+            experiment.optimizer,
+            experiment.partitioner,
+            num_microbatches=experiment.num_microbatches,
+            teacher_part=teacher.state_part if teacher else None,
+            average_decay=teacher.average_decay if teacher else None,
+        )
+
+    def residents(self) -> dict[str, int]:
+        """Bytes a chip of what lies there from step to step."""
+        found = {
+            "student's parameters": self.state.params,
+            "student's frozen parameters": self.frozen,
+            "optimizer": self.state.opt_state,
+            "average of the student": self.state.average,
+            "teacher": self.teacher,
+        }
+        return {what: size for what, tree in found.items() if (size := _bytes_a_chip(tree))}
+
+
+def _objective(experiment: Experiment) -> Any:
+    if experiment.outputs.student_data_fraction == 0:
+        return measured_objective(experiment, experiment.train_data.vocabulary)
+    return on_policy_objective(experiment)
+
+
+def _as_restored(leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax.ShapeDtypeStruct:
+    # Scales of int8 weights stay float32; they are vectors, and small.
+    is_number = jnp.issubdtype(leaf.dtype, jnp.floating)
+    kept = leaf.dtype if not is_number else dtype
+    return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=leaf.sharding)
+
+
+def _bytes_a_chip(tree: PyTree[Any]) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _functions(
+    experiment: Experiment, arguments: _Arguments
+) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """Each jitted function of the run with the shapes of its arguments."""
+    batch = arguments.batch
+    if experiment.reward is not None:
+        batch = dataclasses.replace(batch, advantages=batch.loss_weights)
+    teacher = arguments.teacher
+    step = (arguments.state, teacher, batch, arguments.key, arguments.frozen)
+    yield "train step", arguments.step_functions().step, step
+    vocabulary = experiment.train_data.vocabulary
+    try:
+        ids = {"eos_ids": vocabulary.eos_ids, "pad_id": vocabulary.pad_id}
+    except FileNotFoundError:  # Which ids they are changes no cost.
+        ids = {"eos_ids": (1,), "pad_id": 0}
+    student, partitioner = experiment.student_model, experiment.partitioner
+    params = lora.join(arguments.state.params, arguments.frozen)
+    if experiment.outputs.student_data_fraction != 0:
+        policy, writer, writer_params = experiment.rollout.policy, student, params
+        if policy is not None:
+            assert experiment.teacher_model is not None
+            writer = policy.combine(student, experiment.teacher_model)
+            writer_params = (params, params if teacher is None else teacher)
+        function = runtime.jit_rollout(experiment.rollout, writer, partitioner, **ids)
+        yield "rollout", function, (writer_params, _prompts(experiment, batch), arguments.key)
+    if experiment.evaluation is not None:
+        decoding = Rollout(method=experiment.evaluation.method)
+        function = runtime.jit_rollout(decoding, student, partitioner, **ids)
+        size = experiment.evaluation.data.batch_size
+        rows = jax.tree.map(lambda leaf: _with_rows(leaf, size), arguments.batch)
+        yield "evaluation", function, (params, rows, arguments.key)
+
+
+def _prompts(experiment: Experiment, batch: Any) -> Any:
+    """A rollout's prompts: one for each group of samples."""
+    size = experiment.train_data.batch_size
+    rows = jax.tree.map(lambda leaf: _with_rows(leaf, size), batch)
+    return dataclasses.replace(rows, advantages=None)
+
+
+def _with_rows(leaf: jax.ShapeDtypeStruct, number: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((number, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+
+
+def _compile(
+    name: str,
+    function: Callable[..., Any],
+    values: tuple[Any, ...],
+    experiment: Experiment,
+    arguments: _Arguments,
+) -> Part:
+    logging.info("compiling: %s", name)
+    start = time.monotonic()
+    traced = flops.traced(function, *values, unknown_trips=_chunks(experiment))
+    try:
+        compiled = function.lower(*values).compile()  # type: ignore[attr-defined]
+    except jax.errors.JaxRuntimeError as error:
+        needed = _out_of_memory(error)
+        if needed is None:
+            raise
+        return Part(name, None, needed, time.monotonic() - start, hlo.Cost(), traced)
+    memory = compiled.memory_analysis()
+    temporaries = (
+        memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    cost = hlo.cost(compiled.as_text(), unknown_trips=_chunks(experiment))
+    return Part(name, int(temporaries), "", time.monotonic() - start, cost, traced)
+
+
+def _chunks(experiment: Experiment) -> int:
+    """How often the loss's loop over chunks of positions runs, if every position counts."""
+    mesh = experiment.partitioner.mesh.shape
+    rows = experiment.train_data.batch_size * experiment.rollout.num_samples
+    lengths = experiment.train_data.feature_lengths
+    positions = rows // experiment.num_microbatches // mesh["data"] * lengths["targets"]
+    entries = experiment.student_model.vocab_size
+    size = fused.chunk_positions(entries, positions, platform="tpu")
+    return -(-positions // size)
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """What the compiler says of memory; None where the error is another."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+        return None
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", text)
+    return f"{used[1]} of {used[2]}" if used else "more than a chip has"
+
+
+def _remedies(experiment: Experiment, report: Report) -> Iterator[str]:
+    """What would fit, seen by compiling it."""
+    per_device = experiment.train_data.batch_size // report.mesh["data"]
+    step = next(part for part in report.parts if part.name == "train step")
+    microbatches = experiment.num_microbatches
+    while step.temporaries is None and (microbatches := 2 * microbatches) <= _MOST_MICROBATCHES:
+        if per_device % microbatches:
+            break
+        tried = dataclasses.replace(experiment, num_microbatches=microbatches)
+        if compile_for(tried, report.topology).fits:
+            yield f"It fits there with NUM_MICROBATCHES = {microbatches}."
+            break
+    for topology in chips.larger(report.topology)[:_TRIED_SLICES]:
+        try:
+            other = compile_for(experiment, topology)
+        except ValueError as error:
+            yield f"{topology} does not suit the run: {error}"
+            return
+        if other.fits:
+            yield f"The smallest slice of these chips that it fits on is {topology}:"
+            yield ""
+            yield other.table()
+            return
+    yield "No slice that was tried is large enough; see REMAT_POLICY and PARTITIONING_RULES."

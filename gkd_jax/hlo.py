@@ -1,0 +1,352 @@
+"""What a compiled program costs, read from its text: products, memory traffic, collectives.
+
+XLA's own analysis counts the body of a loop once. Here a loop counts as often as it runs, as its
+condition says: loops of `lax.scan` compare a counter with a constant.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+_BITS = {
+    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
+    "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64,
+}  # fmt: skip
+_COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+)  # fmt: skip
+# What moves or names buffers without reading them.
+_FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "async-done",
+)  # fmt: skip
+
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one run of a program does on one device.
+
+    Attributes:
+      flops: of matrix products and convolutions, two for a multiplication and an addition.
+      bytes: read from and written to the device's memory, at most: what stays on the chip between
+        two instructions is counted where the compiler says nothing of it.
+      collectives: bytes that the device sends, by kind of collective.
+      unknown_loops: loops whose number of runs is not in the program.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    collectives: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    unknown_loops: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        kinds = {*self.collectives, *other.collectives}
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            {k: self.collectives.get(k, 0.0) + other.collectives.get(k, 0.0) for k in kinds},
+            self.unknown_loops + other.unknown_loops,
+        )
+
+    def times(self, number: float) -> "Cost":
+        """The cost of that many runs."""
+        collectives = {kind: number * sent for kind, sent in self.collectives.items()}
+        return Cost(number * self.flops, number * self.bytes, collectives, self.unknown_loops)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that the device sends."""
+        return sum(self.collectives.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    kind: str
+    shape: tuple[int, ...]
+    is_on_chip: bool
+
+    @property
+    def bytes(self) -> float:
+        return math.prod(self.shape) * _BITS.get(self.kind, 0) / 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    arrays: tuple[_Array, ...]  # Of its result, which may be a tuple.
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str  # Attributes.
+    is_root: bool
+
+    @property
+    def bytes(self) -> float:
+        return sum(array.bytes for array in self.arrays if not array.is_on_chip)
+
+    def called(self, name: str) -> str:
+        """The computation in an attribute; an empty name where there is none."""
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+        return match[1] if match else ""
+
+
+def cost(text: str, *, unknown_trips: int = 1) -> Cost:
+    """Counts what a compiled program does.
+
+    Args:
+      text: `compiled.as_text()`.
+      unknown_trips: how often loops run whose number of runs depends on data.
+    """
+    program = _parse(text)
+    return _Counter(program, unknown_trips).of_entry()
+
+
+def trip_count(condition: Mapping[str, "_Instruction"]) -> int | None:
+    """How often a loop runs: the largest constant that its condition compares a counter with."""
+    found = []
+    for instruction in condition.values():
+        if instruction.opcode == "constant" and instruction.arrays[0].kind in ("s32", "u32", "s64"):
+            match = re.match(r"(-?\d+)\)", instruction.rest)
+            if match and not instruction.arrays[0].shape:
+                found.append(int(match[1]))
+    compared = any("direction=LT" in one.rest for one in condition.values())
+    return max(found) if found and compared and max(found) > 0 else None
+
+
+class _Counter:
+    """Walks through a program, each computation once."""
+
+    def __init__(self, program: "_Program", unknown_trips: int):
+        self._program = program
+        self._unknown_trips = unknown_trips
+        self._channels: set[str] = set()
+        self._of = functools.cache(self._computation)
+
+    def of_entry(self) -> Cost:
+        return self._of(self._program.entry)
+
+    def _computation(self, name: str) -> Cost:
+        total = Cost()
+        instructions = self._program.computations[name]
+        for instruction in instructions.values():
+            total += self._instruction(instruction, instructions)
+        return total
+
+    def _instruction(
+        self, one: _Instruction, others: Mapping[str, _Instruction], *, is_fused: bool = False
+    ) -> Cost:
+        opcode = one.opcode.removesuffix("-start")
+        if one.opcode == "while":
+            condition, body = one.called("condition"), one.called("body")
+            trips = trip_count(self._program.with_called(condition))
+            cost = self._of(body).times(self._unknown_trips if trips is None else trips)
+            return cost + Cost(unknown_loops=int(trips is None))
+        if opcode in _COLLECTIVES:
+            return self._collective(opcode, one, others)
+        flops = _product(one, others) if opcode in ("dot", "convolution") else 0.0
+        moved = 0.0 if is_fused or opcode in _FREE else self._traffic(one, others)
+        cost = Cost(flops, moved)
+        inner = one.called("calls") or one.called("to_apply")
+        if inner in self._program.computations and opcode in ("fusion", "call", "async"):
+            inside = self._program.computations[inner]
+            for fused in inside.values():
+                cost += self._instruction(fused, inside, is_fused=opcode != "call")
+        if opcode == "conditional":
+            branches = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
+            names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
+            names += [n for k in ("true", "false") if (n := one.called(f"{k}_computation"))]
+            costs = [self._of(branch) for branch in names]
+            cost += max(costs, key=lambda c: (c.flops, c.bytes), default=Cost())
+        return cost
+
+    def _traffic(self, one: _Instruction, others: Mapping[str, _Instruction]) -> float:
+        read = 0.0
+        sliced = self._sliced_parameters(one)
+        for index, operand in enumerate(one.operands):
+            if index in sliced:
+                read += sliced[index]
+            elif operand in others:
+                read += others[operand].bytes
+        written = one.bytes
+        if one.opcode in ("dynamic-slice", "gather", "slice"):
+            return 2 * written
+        if one.opcode == "dynamic-update-slice" and len(one.operands) > 1:
+            update = others.get(one.operands[1])
+            return 2 * update.bytes if update else 0.0
+        return read + written - self._updated_in_place(one)
+
+    def _sliced_parameters(self, one: _Instruction) -> dict[int, float]:
+        """Operands of a fusion of which it reads a slice only; bytes of that."""
+        inner = one.called("calls")
+        if one.opcode != "fusion" or inner not in self._program.computations:
+            return {}
+        inside = self._program.computations[inner]
+        found = {}
+        for fused in inside.values():
+            if fused.opcode != "parameter":
+                continue
+            readers = [x for x in inside.values() if fused.name in x.operands]
+            number = re.match(r"(\d+)\)", fused.rest)
+            kinds = {x.opcode for x in readers}
+            if number is None or not readers:
+                continue
+            if kinds <= {"dynamic-slice", "gather", "slice"}:
+                found[int(number[1])] = sum(x.bytes for x in readers)
+            elif kinds == {"dynamic-update-slice"} and all(
+                x.operands[0] == fused.name for x in readers
+            ):
+                found[int(number[1])] = 0.0
+        return found
+
+    def _updated_in_place(self, one: _Instruction) -> float:
+        """Of a fusion's result, what an update in place leaves untouched."""
+        inner = one.called("calls")
+        if one.opcode != "fusion" or inner not in self._program.computations:
+            return 0.0
+        inside = self._program.computations[inner]
+        untouched = 0.0
+        for fused in inside.values():
+            if fused.opcode == "dynamic-update-slice" and len(fused.operands) > 1:
+                update = inside.get(fused.operands[1])
+                untouched += fused.bytes - (update.bytes if update else 0.0)
+        return min(untouched, one.bytes)
+
+    def _collective(self, kind: str, one: _Instruction, others: Mapping[str, _Instruction]) -> Cost:
+        # A collective that overlaps with products appears in several pieces of one channel.
+        channel = re.search(r"channel_id=(\d+)", one.rest)
+        if channel:
+            if channel[1] in self._channels:
+                return Cost()
+            self._channels.add(channel[1])
+        operands = [others[name] for name in one.operands if name in others]
+        read = sum(array.bytes for operand in operands for array in operand.arrays)
+        size = _group_size(one.rest)
+        share = (size - 1) / size if size > 1 else 0.0
+        sent = {
+            "all-gather": read * (size - 1),
+            "all-reduce": 2 * read * share,
+            "reduce-scatter": read * share,
+            "all-to-all": read * share,
+            "collective-permute": read,
+        }[kind]
+        return Cost(collectives={kind: sent})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    computations: Mapping[str, Mapping[str, _Instruction]]
+    entry: str
+
+    def with_called(self, name: str) -> dict[str, _Instruction]:
+        """A computation's instructions, and those of the computations that it calls."""
+        found = dict(self.computations[name])
+        for instruction in self.computations[name].values():
+            inner = instruction.called("calls")
+            if inner in self.computations:
+                found |= self.with_called(inner)
+        return found
+
+
+def _parse(text: str) -> _Program:
+    computations: dict[str, dict[str, _Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            current = computations.setdefault(header[1], {})
+            if line.startswith("ENTRY"):
+                entry = header[1]
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            instruction = _instruction(match[1], match[2], is_root=line.startswith("  ROOT"))
+            current[instruction.name] = instruction
+    return _Program(computations, entry)
+
+
+def _instruction(name: str, text: str, *, is_root: bool) -> _Instruction:
+    shape, text = _split_shape(text)
+    arrays = tuple(
+        _Array(kind, tuple(map(int, filter(None, sizes.split(",")))), "S(1)" in layout)
+        for kind, sizes, layout in _ARRAY.findall(shape)
+    )
+    opcode, _, rest = text.partition("(")
+    inside = rest.partition(")")[0]
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    return _Instruction(name, arrays, opcode.strip(), operands, rest, is_root)
+
+
+def _split_shape(text: str) -> tuple[str, str]:
+    """The shape, which may be a tuple of shapes in parentheses, and what follows."""
+    if not text.startswith("("):
+        shape, _, rest = text.partition(" ")
+        return shape, rest
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[: place + 1], text[place + 2 :]
+    return text, ""
+
+
+def _group_size(rest: str) -> int:
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    if listed:
+        return len(listed[1].split(","))
+    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
+    if tiled:
+        return int(tiled[2])
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    return 1
+
+
+def _product(one: _Instruction, others: Mapping[str, _Instruction]) -> float:
+    """FLOPs of a product: two for each entry of the result and each term of its sum."""
+    if any(name not in others for name in one.operands[:2]):
+        return 0.0
+    left, right = (others[name].arrays[0].shape for name in one.operands[:2])
+    result = math.prod(one.arrays[0].shape)
+    if one.opcode == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
+        summed = [int(axis) for axis in axes[1].split(",") if axis] if axes else []
+        return 2.0 * result * math.prod(left[axis] for axis in summed)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
+    assert labels is not None
+    total = 2.0 * result * right[labels[2].index("i")]
+    return total * math.prod(_terms(one, left, labels, axis) for axis in _windows(one))
+
+
+def _windows(one: _Instruction) -> Iterator[dict[str, int]]:
+    """By spatial axis of a convolution: its number, and the window's settings."""
+    window = re.search(r"window=\{([^}]*)\}", one.rest)
+    settings = dict(re.findall(r"(\w+)=([\w\-]+)", window[1])) if window else {}
+    for number, size in enumerate(filter(None, settings.get("size", "").split("x"))):
+        axis = {"number": number, "size": int(size)}
+        for name, default in (("stride", "1"), ("lhs_dilate", "1"), ("rhs_dilate", "1")):
+            values = settings.get(name, "").split("x")
+            axis[name] = int(values[number] if len(values) > number and values[number] else default)
+        pads = settings.get("pad", "").split("x")
+        low = pads[number].split("_")[0] if len(pads) > number and pads[number] else "0"
+        axis["low"] = int(low)
+        yield axis
+
+
+def _terms(
+    one: _Instruction, left: tuple[int, ...], labels: "re.Match[str]", axis: dict[str, int]
+) -> float:
+    """How many entries of the window lie on entries of the input, for each of the result's."""
+    name = str(axis["number"])
+    size_in = (left[labels[1].index(name)] - 1) * axis["lhs_dilate"] + 1
+    size_out = one.arrays[0].shape[labels[3].index(name)]
+    valid = 0
+    for out in range(size_out):
+        for entry in range(axis["size"]):
+            place = out * axis["stride"] - axis["low"] + entry * axis["rhs_dilate"]
+            valid += 0 <= place < size_in and place % axis["lhs_dilate"] == 0
+    return valid / max(size_out, 1)

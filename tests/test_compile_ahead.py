@@ -1,0 +1,214 @@
+"""What a run needs of a TPU slice: counted on known programs, and compiled where libtpu is."""
+
+import dataclasses
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small_runs
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from gkd_jax import chips, compile_ahead, flops, hlo
+from gkd_jax.experiment import Evaluation
+from gkd_jax.partitioning import Partitioner
+
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: it compiles for a TPU",
+)
+ROWS, WIDTH, LENGTH = 64, 256, 13
+
+
+def shape(*sizes, dtype=jnp.float32, sharding=None):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+
+def products(x, w):
+    """LENGTH products in a loop."""
+    return lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=LENGTH)[0]
+
+
+def nested(x, w):
+    return lax.scan(lambda x, _: (products(x, w), None), x, None, length=3)[0]
+
+
+def batched(x, w):
+    """Heads times heads, as attention has them."""
+    heads = x.reshape(8, 8, WIDTH)
+    return jnp.einsum("bqk,blk->bql", heads, heads) @ jnp.ones((8, 8)) + w.sum()
+
+
+def branches(x, w):
+    return lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
+
+
+def bounded(x, w):
+    """At most LENGTH products: data may end the loop sooner."""
+
+    def is_open(carry):
+        return (carry[0] < LENGTH) & jnp.any(carry[1] > 0)
+
+    return lax.while_loop(is_open, lambda c: (c[0] + 1, c[1] @ w), (0, x))[1]
+
+
+ONE = 2.0 * ROWS * WIDTH * WIDTH
+EXPECTED = {
+    products: LENGTH * ONE,
+    nested: 3 * LENGTH * ONE,
+    batched: 2.0 * 8 * 8 * 8 * WIDTH + 2.0 * 8 * 8 * 8 * 8,
+    branches: 2 * ONE,
+    bounded: LENGTH * ONE,
+}
+
+
+@pytest.mark.parametrize("function", EXPECTED, ids=lambda function: function.__name__)
+def test_loops_count_as_often_as_they_run(function):
+    arguments = shape(ROWS, WIDTH), shape(WIDTH, WIDTH)
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    assert flops.traced(function, *arguments) == EXPECTED[function]
+    if function is not batched:  # The compiler may turn a small product into sums.
+        assert hlo.cost(text).flops == EXPECTED[function]
+        assert hlo.cost(text).unknown_loops == 0
+
+
+def test_a_loop_of_unknown_length_is_told_and_counted_as_given():
+    def function(x, w, number):
+        return lax.fori_loop(0, number, lambda _, x: x @ w, x)
+
+    arguments = shape(ROWS, WIDTH), shape(WIDTH, WIDTH), shape(dtype=jnp.int32)
+    cost = hlo.cost(jax.jit(function).lower(*arguments).compile().as_text(), unknown_trips=5)
+    assert cost.flops == flops.traced(function, *arguments, unknown_trips=5) == 5 * ONE
+    assert cost.unknown_loops == 1
+
+
+def test_recomputation_and_shards_are_traced():
+    layer = jax.checkpoint(lambda x, w: jnp.tanh(jnp.tanh(x @ w) @ w))
+    gradient = jax.grad(lambda x, w: layer(x, w).sum())
+    # Two products forward, both made again, and two backward.
+    assert flops.traced(gradient, shape(ROWS, WIDTH), shape(WIDTH, WIDTH)) == 6 * ONE
+    mesh = Partitioner(model_parallelism=2).mesh
+    spec = PartitionSpec("data")
+    shards = jax.shard_map(
+        lambda x, w: x @ w, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec,
+        axis_names={"data"},
+    )  # fmt: skip
+    assert flops.traced(shards, shape(ROWS, WIDTH), shape(WIDTH, WIDTH)) == ONE
+
+
+def compiled_on(partitioner, dtype=jnp.bfloat16):
+    """A feed-forward block in a loop, its width split over 'model'."""
+    x = shape(ROWS, WIDTH, sharding=partitioner.sharding("data"), dtype=dtype)
+    wi = shape(WIDTH, 2 * WIDTH, sharding=partitioner.sharding(None, "model"), dtype=dtype)
+    wo = shape(2 * WIDTH, WIDTH, sharding=partitioner.sharding("model", None), dtype=dtype)
+
+    def function(x, wi, wo):
+        return lax.scan(lambda x, _: (jnp.tanh(x @ wi) @ wo, None), x, None, length=LENGTH)[0]
+
+    out = partitioner.sharding("data")
+    return jax.jit(function, out_shardings=out).lower(x, wi, wo).compile()
+
+
+@pytest.mark.parametrize("topology", [None, pytest.param("v5e:2x2", marks=NEEDS_LIBTPU)])
+def test_a_known_loop_on_a_mesh(topology):
+    """Each of 2 x 2 devices makes a quarter of every run; two add up their rows' results."""
+    devices = tuple(jax.devices()[:4])
+    if topology:
+        run = compile_ahead.on_topology(small_runs.sft("/none"), topology)
+        devices = run.partitioner.devices
+    cost = hlo.cost(compiled_on(Partitioner(model_parallelism=2, devices=devices)).as_text())
+    assert cost.flops == LENGTH * 4 * ONE / 4
+    assert cost.unknown_loops == 0
+    # All-reduce over two devices: each sends as many bytes as the result has. A CPU adds float32.
+    width = 2 if topology else 4
+    assert cost.collectives == {"all-reduce": LENGTH * ROWS / 2 * WIDTH * width}
+
+
+def test_topologies_are_checked_and_ordered():
+    assert chips.parse_topology("v5e:4x4") == ("v5e", "4x4")
+    assert chips.larger("v5p:4x4x4")[0] == "v5p:4x4x8"
+    for wrong in ("v5e", "v5e:3x3", "h100:8", ""):
+        with pytest.raises(ValueError, match="TOPOLOGY must be a chip and a size"):
+            chips.parse_topology(wrong)
+    for chip in chips.CHIPS.values():
+        sizes = [math.prod(map(int, size.split("x"))) for size in chip.slices]
+        assert sizes == sorted(sizes)
+
+
+def test_the_roofline_names_what_binds():
+    chip = chips.CHIPS["v5e"]
+    assert compile_ahead.roofline(hlo.Cost(flops=chip.flops), chip) == (1.0, "compute")
+    cost = hlo.Cost(bytes=2 * chip.bandwidth, collectives={"all-reduce": chip.interconnect})
+    assert compile_ahead.roofline(cost, chip) == (2.0, "memory")
+
+
+def small_run():
+    """Vocabularies and widths that two chips divide; no file is there."""
+    student = small_runs.model(vocab_size=512)
+    experiment = small_runs.gkd("/none", "/none/teacher")
+    return dataclasses.replace(
+        experiment,
+        student=dataclasses.replace(experiment.student, model=student),
+        teacher=dataclasses.replace(experiment.teacher, model=small_runs.model(24, vocab_size=512)),
+        train_data=dataclasses.replace(small_runs.data(), batch_size=8),
+        evaluation=Evaluation(small_runs.data("validation")),
+        num_microbatches=1,
+        partitioner=Partitioner(model_parallelism=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def report():
+    # A program for other devices cannot be read back from the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield compile_ahead.compile_for(small_run(), "v5e:2x2")
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.mark.slow
+@NEEDS_LIBTPU
+def test_a_run_is_compiled_for_a_slice_that_is_not_there(report):
+    assert report.mesh == {"data": 2, "model": 2}
+    assert [part.name for part in report.parts] == ["train step", "rollout", "evaluation"]
+    assert report.fits
+    student = small_run().student.model.abstract_params()
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(student))
+    assert size / 2 <= report.residents["student's parameters"] <= size
+    step, rollout, _ = report.parts
+    # Small shares are rounded up to the chip's tiles, and some are made on both of two chips.
+    assert 0.9 <= step.cost.flops * 4 / step.traced <= 1.3
+    assert rollout.cost.flops > 0
+    assert step.cost.sent > 0
+    table = report.table()
+    assert "4 chips of 16 GiB, mesh data 2 x model 2" in table
+    assert "| train step |" in table
+
+
+@pytest.mark.slow
+@NEEDS_LIBTPU
+def test_what_does_not_fit_is_refused_with_what_would(monkeypatch, report):
+    """The chips have a little more memory than the run needs on four times as many."""
+    small = sum(report.residents.values()) + 1
+    chip = dataclasses.replace(chips.CHIPS["v5e"], memory=small)
+    monkeypatch.setitem(chips.CHIPS, "v5e", chip)
+    fits = dataclasses.replace(report, topology="v5e:2x4", residents={}, parts=[])
+    sizes = iter([report, fits])
+    monkeypatch.setattr(compile_ahead, "compile_for", lambda *_: next(sizes))
+    experiment = dataclasses.replace(small_run(), topology="v5e:2x2")
+    with pytest.raises(compile_ahead.DoesNotFitError, match="does not fit on v5e:2x2") as error:
+        compile_ahead.compile_ahead(experiment)
+    assert "The smallest slice of these chips that it fits on is v5e:2x4" in str(error.value)
+
+
+def test_a_compiler_that_runs_out_of_memory_is_understood():
+    understood = compile_ahead._out_of_memory
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.51G of 15.75G hbm"
+    assert understood(RuntimeError(message)) == "20.51G of 15.75G"
+    assert understood(RuntimeError("INTERNAL: something else")) is None
+
+
+def test_a_topology_must_be_named():
+    with pytest.raises(ValueError, match="TOPOLOGY"):
+        compile_ahead.compile_ahead(small_run())
