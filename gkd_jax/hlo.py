@@ -182,26 +182,37 @@ class _Counter:
 
     def _sliced_parameters(self, one: _Instruction) -> dict[int, float]:
         """Operands of a fusion of which it reads a slice only; bytes of that."""
-        inner = one.called("calls")
-        if one.opcode != "fusion" or inner not in self._program.computations:
+        inside = self._program.computations.get(one.called("calls"), {})
+        if one.opcode != "fusion":
             return {}
-        inside = self._program.computations[inner]
         found = {}
         for fused in inside.values():
-            if fused.opcode != "parameter":
-                continue
-            readers = [x for x in inside.values() if fused.name in x.operands]
             number = re.match(r"(\d+)\)", fused.rest)
-            kinds = {x.opcode for x in readers}
-            if number is None or not readers:
-                continue
-            if kinds <= {"dynamic-slice", "gather", "slice"}:
-                found[int(number[1])] = sum(x.bytes for x in readers)
-            elif kinds == {"dynamic-update-slice"} and all(
-                x.operands[0] == fused.name for x in readers
-            ):
-                found[int(number[1])] = 0.0
+            if fused.opcode == "parameter" and number is not None:
+                read = self._read(fused.name, inside)
+                if read is not None:
+                    found[int(number[1])] = read
         return found
+
+    def _read(self, name: str, inside: Mapping[str, _Instruction]) -> float | None:
+        """Bytes that a fusion reads of one of its values; None for all of it."""
+        total = 0.0
+        readers = [x for x in inside.values() if name in x.operands]
+        for reader in readers:
+            part: float | None = None
+            is_first = reader.operands[0] == name  # The others say where.
+            if reader.opcode in ("dynamic-slice", "gather", "slice") and is_first:
+                part = sum(array.bytes for array in reader.arrays)
+            elif reader.opcode == "dynamic-update-slice" and is_first:
+                part = 0.0
+            elif reader.opcode == "bitcast":
+                part = self._read(reader.name, inside)
+            elif reader.opcode == "fusion":
+                part = self._sliced_parameters(reader).get(reader.operands.index(name))
+            if part is None:
+                return None
+            total += part
+        return total if readers else None
 
     def _updated_in_place(self, one: _Instruction) -> float:
         """Of a fusion's result, what an update in place leaves untouched."""

@@ -74,6 +74,19 @@ def test_loops_count_as_often_as_they_run(function):
         assert hlo.cost(text).unknown_loops == 0
 
 
+def test_a_loop_reads_of_stacked_layers_the_one_that_it_is_at():
+    def function(x, layers):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0]
+
+    def moved(depth):
+        arguments = shape(8, WIDTH), shape(depth, WIDTH, WIDTH)
+        return hlo.cost(jax.jit(function).lower(*arguments).compile().as_text()).bytes
+
+    one_layer = 4 * WIDTH * WIDTH
+    # Read where it lies; a copy of it would be written and read again.
+    assert 8 * one_layer <= moved(16) - moved(8) <= 3.5 * 8 * one_layer
+
+
 def test_a_loop_of_unknown_length_is_told_and_counted_as_given():
     def function(x, w, number):
         return lax.fori_loop(0, number, lambda _, x: x @ w, x)
