@@ -212,6 +212,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         _exit_with(f"unexpected argument {argv[1]!r}. Gin files are given by --gin_file=...")
     arguments = shlex.join(sys.argv[1:])
+    from gkd_jax import interruption
+
     try:
         _run(f"python -m gkd_jax.main {arguments}".strip())
     except (ValueError, OSError) as error:
@@ -222,6 +224,8 @@ def main(argv: Sequence[str]) -> None:
         if _TRACEBACK.value:
             raise
         _exit_with(str(error), status=1)
+    except interruption.InterruptedRunError as error:
+        _exit_with(str(error), status=interruption.EXIT_STATUS)
 
 
 def _exit_with(message: str, *, status: int = 2) -> NoReturn:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from gkd_jax import adapters, prepare, runtime, train_step, writers
+from gkd_jax import adapters, interruption, prepare, runtime, train_step, writers
 from gkd_jax.array_types import Array, Bool, Metrics, Params, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.store import CheckpointStore
@@ -246,6 +246,7 @@ def train(experiment: Experiment, *, before_start: Callable[[], None] | None = N
     Raises:
       gkd_jax.prepare.ConfigurationError: something is wrong with the experiment; lists all.
       FloatingPointError: the loss became NaN or infinite.
+      gkd_jax.interruption.InterruptedRunError: SIGTERM came; the run has saved.
     """
     prepared = prepare.prepare(experiment, run_mode="train")
     assert prepared.train_data is not None
@@ -261,7 +262,8 @@ def train(experiment: Experiment, *, before_start: Callable[[], None] | None = N
     loop = _Loop(experiment, trainer, evaluator)
     loop.writer.write_text(loop.start_step, "plan", plan)
     try:
-        return loop.run()
+        with interruption.Interruption() as signals:
+            return loop.run(signals)
     finally:
         loop.close()
 
@@ -289,6 +291,7 @@ class _Loop:
         self.scores: dict[str, float] = {}
         self.scored_step: int | None = None
         self.seconds_before = 0.0
+        self.owes_evaluation = False
         self.state, self.start_step, position = self._start()
         layout = experiment.partitioner.data_layout
         self.iterator = trainer.dataset.train_iterator(
@@ -317,13 +320,21 @@ class _Loop:
         self.scores = host["scores"]
         self.sums = runtime.MetricSums.from_host(host["metric_sums"])
         self.seconds_before = host["seconds"]
+        self.owes_evaluation = host.get("owes_evaluation", False)
         return state, step, host["position"]
 
-    def run(self) -> TrainResult:
+    def run(self, signals: interruption.Interruption) -> TrainResult:
         num_steps = self.experiment.num_steps
         for step in range(self.start_step, num_steps + 1):
+            if signals.is_due(step):
+                # There is little time: an evaluation is made when the run goes on.
+                owes = self._is_evaluation_due(step) and step > self.start_step
+                self._save(step, owes_evaluation=owes)
+                self.store.wait()
+                raise interruption.stopped(step, num_steps)
             # What was done at the step of a restored checkpoint is not done again.
-            if step > self.start_step or step == 0:
+            if step > self.start_step or step == 0 or self.owes_evaluation:
+                self.owes_evaluation = False
                 self._evaluate_if_due(step)
                 self._save_if_due(step)
             if step == num_steps:
@@ -370,11 +381,14 @@ class _Loop:
                     step, name, _KINDS[group], value, name, limit,
                 )  # fmt: skip
 
-    def _evaluate_if_due(self, step: int) -> None:
+    def _is_evaluation_due(self, step: int) -> bool:
         evaluation = self.experiment.evaluation
-        if evaluation is None or self.evaluator is None:
-            return
-        if step % evaluation.period and step != self.experiment.num_steps:
+        if evaluation is None:
+            return False
+        return step % evaluation.period == 0 or step == self.experiment.num_steps
+
+    def _evaluate_if_due(self, step: int) -> None:
+        if self.evaluator is None or not self._is_evaluation_due(step):
             return
         # Steps that are still under way are training's time, all that follows is not.
         jax.block_until_ready(self.state)
@@ -402,8 +416,13 @@ class _Loop:
         due = step > 0 and step % checkpoints.period == 0
         # The best checkpoint can only be kept where it was saved.
         scored = checkpoints.best_metric is not None and step > 0 and self.scored_step == step
-        if not (due or scored or step == self.experiment.num_steps):
-            return
+        if due or scored or step == self.experiment.num_steps:
+            self._save(step)
+
+    def _save(self, step: int, *, owes_evaluation: bool = False) -> None:
+        if step == 0:
+            return  # A run starts so, without a checkpoint.
+        checkpoints = self.experiment.checkpoints
         sums = self.sums.to_host()
         # What was summed before the last line of metrics was checked there.
         _check_finite(runtime.means(sums), step)
@@ -424,6 +443,7 @@ class _Loop:
                 "scores": self.scores,
                 "metric_sums": sums,
                 "seconds": self._seconds(),
+                "owes_evaluation": owes_evaluation,
                 **({} if replay is None else {"replay": replay.host_part()}),
             },
             metric=metric,

@@ -25,6 +25,7 @@ _FLOORS = {
     "generate": 4,
     "store_teacher": 4,
     "export": 4,
+    "interruption": 4,
     "compile_ahead": 4,
     "interactive": 4,
     "export_checks": 4,
