@@ -18,13 +18,16 @@ from absl import logging
 
 from gkd_jax import chips, flops, hlo, runtime, train
 from gkd_jax.array_types import PyTree
+from gkd_jax.batch import Batch
 from gkd_jax.chips import CHIPS, GIB
 from gkd_jax.experiment import Experiment
 from gkd_jax.models import lora
+from gkd_jax.models.quantised import Int8
 from gkd_jax.objectives import fused
 from gkd_jax.reward_scorer import on_policy_objective
 from gkd_jax.rollout import Rollout
 from gkd_jax.teacher_tokens import measured_objective
+from gkd_jax.teachers import Teacher
 
 _MIB = 1 << 20
 _MOST_MICROBATCHES = 16
@@ -72,15 +75,16 @@ class Report:
     residents: dict[str, int]
     parts: list[Part]
 
-    @property
-    def fits(self) -> bool:
-        """Whether every part does, beside what lies there all the time."""
+    def fits_part(self, part: Part) -> bool:
+        """Whether one does, beside what lies there all the time."""
         memory = CHIPS[self.topology.partition(":")[0]].memory
         resident = sum(self.residents.values())
-        return all(
-            part.temporaries is not None and resident + part.temporaries <= memory
-            for part in self.parts
-        )
+        return part.temporaries is not None and resident + part.temporaries <= memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether every part does."""
+        return all(self.fits_part(part) for part in self.parts)
 
     def table(self) -> str:
         """The report as text."""
@@ -159,8 +163,9 @@ def compile_for(experiment: Experiment, topology: str) -> Report:
     """Compiles every part of a run for a slice."""
     experiment = on_topology(experiment, topology)
     partitioner = experiment.partitioner
-    batch_size = experiment.train_data.batch_size * experiment.rollout.num_samples
-    partitioner.check_batch_size(batch_size, experiment.num_microbatches)
+    partitioner.check_batch_size(experiment.train_data.batch_size, experiment.num_microbatches)
+    if experiment.evaluation is not None:
+        partitioner.check_batch_size(experiment.evaluation.data.batch_size)
     arguments = _Arguments(experiment)
     parts = [
         _compile(name, function, values, experiment, arguments)
@@ -196,11 +201,7 @@ class _Arguments:
     """Shapes and shardings of what the run's functions are given."""
 
     def __init__(self, experiment: Experiment):
-        if experiment.teacher is not None and experiment.teacher.store_for("train_data"):
-            raise ValueError(
-                "--run_mode=compile_ahead needs no files, and a StoredTeacher's entries are in "
-                "one. Set Experiment.teacher to the network that wrote them."
-            )
+        _check_known(experiment)
         self._experiment = experiment
         student = experiment.student_model
         abstract = runtime.sharded_abstract_params(experiment, student)
@@ -208,22 +209,42 @@ class _Arguments:
         self.needs_teacher = experiment.objective.divergence.needs_teacher
         teacher = experiment.teacher if self.needs_teacher else None
         self.teacher = None
-        if teacher is not None and teacher.state_part is None:
-            assert experiment.teacher_model is not None
-            dtype = jnp.dtype(experiment.teacher_model.config.dtype)
-            shapes = runtime.sharded_abstract_params(experiment, experiment.teacher_model)
-            self.teacher = jax.tree.map(lambda leaf: _as_restored(leaf, dtype), shapes)
+        if teacher is not None:
+            self.teacher = teacher.restore(
+                network=self._network, initial_student=self._initial_student
+            )
         functions = self.step_functions()
         self.state = functions.abstract_state
         sharding = experiment.partitioner.batch_sharding
         self.batch = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            runtime.abstract_rollout(experiment),
+            _batch(experiment),
         )
         key = jax.eval_shape(lambda: jax.random.key(0))
         self.key = jax.ShapeDtypeStruct(
             key.shape, key.dtype, sharding=experiment.partitioner.replicated
         )
+
+    def _network(self, teacher: Teacher) -> PyTree[jax.ShapeDtypeStruct]:
+        """As `runtime.load_teacher` makes them."""
+        dtype = jnp.dtype(teacher.model.config.dtype)
+        model = teacher.network
+        if not isinstance(model, Int8):
+            return runtime.sharded_abstract_params(self._experiment, model, dtype=dtype)
+        plain = runtime.sharded_abstract_params(self._experiment, teacher.model, dtype=dtype)
+        shardings = self._experiment.partitioner.param_shardings(model)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(model.quantise, plain),
+            shardings,
+        )
+
+    def _initial_student(self) -> PyTree[jax.ShapeDtypeStruct]:
+        if self.frozen is not None:
+            return self.frozen
+        model = self._experiment.student.model
+        dtype = jnp.dtype(model.config.dtype)
+        return runtime.sharded_abstract_params(self._experiment, model, dtype=dtype)
 
     def step_functions(self) -> train.StepFunctions:
         experiment = self._experiment
@@ -246,7 +267,8 @@ class _Arguments:
             "student's frozen parameters": self.frozen,
             "optimizer": self.state.opt_state,
             "average of the student": self.state.average,
-            "teacher": self.teacher,
+            # A base that teaches is there once.
+            "teacher": None if self.teacher is self.frozen else self.teacher,
         }
         return {what: size for what, tree in found.items() if (size := _bytes_a_chip(tree))}
 
@@ -257,11 +279,59 @@ def _objective(experiment: Experiment) -> Any:
     return on_policy_objective(experiment)
 
 
-def _as_restored(leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax.ShapeDtypeStruct:
-    # Scales of int8 weights stay float32; they are vectors, and small.
-    is_number = jnp.issubdtype(leaf.dtype, jnp.floating)
-    kept = leaf.dtype if not is_number else dtype
-    return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=leaf.sharding)
+def _check_known(experiment: Experiment) -> None:
+    """Refuses what is known from files only, which are not read.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    teacher = experiment.teacher
+    if teacher is None:
+        return
+    if teacher.store_for("train_data"):
+        raise ValueError(
+            "--run_mode=compile_ahead reads no files, and a StoredTeacher's entries are in one. "
+            "Set Experiment.teacher to the network that wrote them."
+        )
+    if teacher.own_tokens is not None:
+        raise ValueError(
+            "--run_mode=compile_ahead reads no files, and what a CrossTokenizerTeacher shares with "
+            "the student is in their vocabularies. Set Experiment.teacher to its teacher alone, "
+            "which costs about as much."
+        )
+
+
+def _batch(experiment: Experiment) -> Batch:
+    """Shapes of a training batch."""
+    batch = runtime.abstract_rollout(experiment)
+    if not experiment.train_data.pack:
+        return batch
+    segments = {
+        f"{name}_segments": value
+        for name, value in vars(batch).items()
+        if name in ("inputs", "targets", "teacher_inputs") and value is not None
+    }
+    if batch.component is not None:
+        segments["component"] = batch.targets
+    return dataclasses.replace(batch, **segments)
+
+
+def _evaluation_batch(experiment: Experiment, batch: Batch) -> Batch:
+    """Shapes of the prompts that an evaluation decodes."""
+    assert experiment.evaluation is not None
+    data, sharding = experiment.evaluation.data, batch.inputs.sharding
+
+    def rows(dtype: Any, *sizes: int) -> Any:
+        return jax.ShapeDtypeStruct((data.batch_size, *sizes), dtype, sharding=sharding)
+
+    lengths = data.feature_lengths["inputs"], data.feature_lengths["targets"]
+    return Batch(
+        inputs=rows(jnp.int32, lengths[0]),
+        inputs_mask=rows(jnp.bool_, lengths[0]),
+        targets=rows(jnp.int32, lengths[1]),
+        loss_weights=rows(jnp.float32, lengths[1]),
+        example_id=rows(jnp.int32),
+    )
 
 
 def _bytes_a_chip(tree: PyTree[Any]) -> int:
@@ -298,10 +368,9 @@ def _functions(
         yield "rollout", function, (writer_params, _prompts(experiment, batch), arguments.key)
     if experiment.evaluation is not None:
         decoding = Rollout(method=experiment.evaluation.method)
-        function = runtime.jit_rollout(decoding, student, partitioner, **ids)
-        size = experiment.evaluation.data.batch_size
-        rows = jax.tree.map(lambda leaf: _with_rows(leaf, size), arguments.batch)
-        yield "evaluation", function, (params, rows, arguments.key)
+        function = runtime.jit_rollout(decoding, experiment.student.model, partitioner, **ids)
+        prompts = _evaluation_batch(experiment, batch)
+        yield "evaluation", function, (params, prompts, arguments.key)
 
 
 def _prompts(experiment: Experiment, batch: Any) -> Any:
@@ -368,7 +437,7 @@ def _remedies(experiment: Experiment, report: Report) -> Iterator[str]:
     per_device = experiment.train_data.batch_size // report.mesh["data"]
     step = next(part for part in report.parts if part.name == "train step")
     microbatches = experiment.num_microbatches
-    while step.temporaries is None and (microbatches := 2 * microbatches) <= _MOST_MICROBATCHES:
+    while not report.fits_part(step) and (microbatches := 2 * microbatches) <= _MOST_MICROBATCHES:
         if per_device % microbatches:
             break
         tried = dataclasses.replace(experiment, num_microbatches=microbatches)

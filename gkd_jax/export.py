@@ -12,7 +12,7 @@ from gkd_jax.array_types import Params
 from gkd_jax.checkpoints import hf, peft, t5x
 from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.experiment import Experiment
-from gkd_jax.models import lora
+from gkd_jax.models import lora, stacking
 from gkd_jax.models.base import LanguageModel
 
 _GENERATION = "generation_config.json"
@@ -106,7 +106,7 @@ def _write_t5x(experiment: Experiment, student: runtime.TrainedStudent, folder: 
     assert experiment.export is not None
     _, params = _merged(experiment.student.model, student.params)
     t5x.write_t5x_checkpoint(
-        folder / f"checkpoint_{student.step}", params, step=student.step,
+        folder / f"checkpoint_{student.step}", stacking.unstack(params), step=student.step,
         dtype=experiment.export.dtype,
     )  # fmt: skip
 

@@ -236,7 +236,7 @@ class _Counter:
             self._channels.add(channel[1])
         operands = [others[name] for name in one.operands if name in others]
         read = sum(array.bytes for operand in operands for array in operand.arrays)
-        size = _group_size(one.rest)
+        size = _group_size(one.rest) or self._program.num_devices
         share = (size - 1) / size if size > 1 else 0.0
         sent = {
             "all-gather": read * (size - 1),
@@ -252,6 +252,7 @@ class _Counter:
 class _Program:
     computations: Mapping[str, Mapping[str, _Instruction]]
     entry: str
+    num_devices: int
 
     def with_called(self, name: str) -> dict[str, _Instruction]:
         """A computation's instructions, and those of the computations that it calls."""
@@ -275,7 +276,8 @@ def _parse(text: str) -> _Program:
         elif current is not None and (match := _INSTRUCTION.match(line)):
             instruction = _instruction(match[1], match[2], is_root=line.startswith("  ROOT"))
             current[instruction.name] = instruction
-    return _Program(computations, entry)
+    devices = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+    return _Program(computations, entry, int(devices[1]) if devices else 1)
 
 
 def _instruction(name: str, text: str, *, is_root: bool) -> _Instruction:
@@ -304,6 +306,7 @@ def _split_shape(text: str) -> tuple[str, str]:
 
 
 def _group_size(rest: str) -> int:
+    """How many devices a collective is among; 0 where it does not say, which means all."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
         return len(listed[1].split(","))
@@ -314,7 +317,7 @@ def _group_size(rest: str) -> int:
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    return 1
+    return 0
 
 
 def _product(one: _Instruction, others: Mapping[str, _Instruction]) -> float:

@@ -1,9 +1,10 @@
 """SIGTERM, as clusters send it before they take a machine back: the run saves and ends."""
 
+import itertools
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -16,18 +17,28 @@ class InterruptedRunError(Exception):
     """The run was told to stop, and has saved."""
 
 
+# Over several processes each call must have a greater number, in all runs of a process.
+_calls = itertools.count()
+
+
 class Interruption:
     """Whether the run was told to stop; to be asked between steps.
 
-    While it is entered, SIGTERM does not end the process. Over several processes JAX has them agree
-    on a step, whichever of them was told.
+    While it is entered, SIGTERM does not end the process. Within another one it is the same as
+    that: what was told in a study's run, its next run would not know. Over several processes JAX
+    has them agree on when to stop, whichever of them was told; all must ask equally often.
     """
+
+    _outermost: ClassVar["Interruption | None"] = None
 
     def __init__(self) -> None:
         self._told = threading.Event()
         self._before: Any = None
 
     def __enter__(self) -> "Interruption":
+        if Interruption._outermost is not None:
+            return Interruption._outermost
+        Interruption._outermost = self
         # Over several processes JAX's own notifier waits for the signal. Only the main thread may
         # set a handler: elsewhere, as in a notebook's worker, the signal ends the process.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
@@ -40,6 +51,9 @@ class Interruption:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if Interruption._outermost is not self:
+            return
+        Interruption._outermost = None
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
@@ -47,10 +61,10 @@ class Interruption:
     def _tell(self, number: int, frame: FrameType | None) -> None:
         self._told.set()
 
-    def is_due(self, step: int) -> bool:
-        """Whether to save and end before this step; all processes must ask at every step."""
+    def is_due(self) -> bool:
+        """Whether to save and end now."""
         if jax.process_count() > 1:
-            return bool(multihost_utils.reached_preemption_sync_point(step))
+            return bool(multihost_utils.reached_preemption_sync_point(next(_calls)))
         return self._told.is_set()
 
 

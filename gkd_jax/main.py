@@ -106,6 +106,11 @@ def _run(command: str) -> None:
     experiment = config.build()
     if run_mode in ("train", "study") and not _ALLOW_CHANGED_CONFIG.value:
         gin_utils.check_config(experiment.model_dir, config)
+    if _DRY_RUN.value and run_mode == "compile_ahead":
+        raise ValueError(
+            "--run_mode=compile_ahead runs nothing and reads no data, as --dry_run does; got both. "
+            "Leave --dry_run out, or the run mode."
+        )
     if _DRY_RUN.value:
         from gkd_jax import dry_run
 

@@ -9,6 +9,7 @@ import jax
 from etils import epath
 
 from gkd_jax import adapters, runtime, writers
+from gkd_jax.array_types import Params
 from gkd_jax.checkpoints import load
 from gkd_jax.checkpoints.layout import OtherShapesError
 from gkd_jax.data.pipeline import Dataset, DatasetConfig
@@ -17,7 +18,7 @@ from gkd_jax.data.vocabularies import Vocabulary, check_same_vocabulary
 from gkd_jax.experiment import Experiment, Generation
 from gkd_jax.export_checks import check_export
 from gkd_jax.hf_checks import check_same_config, check_same_tokenizer
-from gkd_jax.models import lora
+from gkd_jax.models import lora, stacking
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.combined import RoutedModel
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
@@ -29,6 +30,7 @@ from gkd_jax.output_checks import (
     check_replay,
     check_reward,
 )
+from gkd_jax.partitioning import layer_of
 from gkd_jax.rewards import RewardMix
 from gkd_jax.sampling.methods import Sample
 from gkd_jax.store_checks import attach_teacher, check_stored_teacher, storing_of
@@ -365,13 +367,18 @@ class _Check:
         return trained_with is not None
 
 
+def _layer_by_layer(model: LanguageModel) -> Params:
+    """A model's shapes, each layer on its own: a checkpoint of either form serves the other."""
+    return stacking.unstack(model.abstract_params(), lambda leaf, _: layer_of(leaf))
+
+
 def _check_same_shapes(
     setting: str, path: str, model: LanguageModel, trained: LanguageModel
 ) -> None:
     shapes, trained_shapes = (
         {
             jax.tree_util.keystr(name, simple=True, separator="/"): leaf.shape
-            for name, leaf in jax.tree_util.tree_leaves_with_path(each.abstract_params())
+            for name, leaf in jax.tree_util.tree_leaves_with_path(_layer_by_layer(each))
         }
         for each in (model, trained)
     )

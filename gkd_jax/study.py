@@ -9,7 +9,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from gkd_jax import evaluate, plots, prepare, runtime, train
+from gkd_jax import evaluate, interruption, plots, prepare, runtime, train
 from gkd_jax.experiment import Evaluation, Experiment, Student
 from gkd_jax.metrics.score import Score
 from gkd_jax.models.lora import base_of
@@ -189,18 +189,25 @@ def run_study(study: Study, *, before_start: Callable[[], None] | None = None) -
 
     Raises:
       gkd_jax.prepare.ConfigurationError: something is wrong; the message lists all of it.
+      gkd_jax.interruption.InterruptedRunError: SIGTERM came; what was made is saved.
     """
     check_study(study)
     if before_start is not None:
         before_start()
     rows = [_measure(study, *given, seconds=None) for given in _given_networks(study)]
-    for seed in study.seeds:
-        for cell in study.cells:
-            experiment = study.experiment_of(cell, seed=seed)
-            logging.info("study: %s, seed %d", cell.name, seed)
-            result = train.train(experiment)
-            rows.append(_measure(study, cell.name, experiment, seconds=result.seconds))
-            _write_table(study, rows)
+    with interruption.Interruption() as signals:
+        for seed in study.seeds:
+            for cell in study.cells:
+                experiment = study.experiment_of(cell, seed=seed)
+                logging.info("study: %s, seed %d", cell.name, seed)
+                result = train.train(experiment)
+                if signals.is_due():
+                    raise interruption.InterruptedRunError(
+                        f"stopped by SIGTERM after the run {cell.name} of the study. Give the same "
+                        "command again to go on."
+                    )
+                rows.append(_measure(study, cell.name, experiment, seconds=result.seconds))
+                _write_table(study, rows)
     _plot(study)
     return rows
 

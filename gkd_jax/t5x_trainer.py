@@ -60,8 +60,10 @@ def t5_of(module: nn.Module, *, setting: str) -> T5:
             "@network.Transformer(): other networks of T5X have other parameters."
         )
     sizes = module.config
-    # How an output starts is no setting of T5X's, which shifts in a 0.
-    names = {field.name for field in dataclasses.fields(T5Config)} - {"dtype", "decoder_start_id"}
+    # How an output starts is no setting of T5X's, which shifts in a 0, and its minimal network has
+    # its layers one by one.
+    ours = {"dtype", "decoder_start_id", "scan_layers", "remat_policy"}
+    names = {field.name for field in dataclasses.fields(T5Config)} - ours
     same = {name: getattr(sizes, name) for name in names}
     return T5(T5Config(**same, dtype=jnp.dtype(sizes.dtype).name))
 

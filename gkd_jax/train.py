@@ -312,8 +312,6 @@ class _Loop:
         self.trainer.dataset.check_fingerprint(host["data_fingerprint"])
         adapters.check_frozen(self.experiment, self.trainer.frozen_description, host)
         logging.info("resuming after step %d of %d", step, self.experiment.num_steps)
-        if step >= self.experiment.num_steps:
-            logging.info("nothing to do: set TRAIN_STEPS above %d to train on", step)
         if self.trainer.replay is not None:
             self.trainer.replay.restore(state.pop("replay"), host["replay"])
             state = TrainState(**state)
@@ -321,12 +319,14 @@ class _Loop:
         self.sums = runtime.MetricSums.from_host(host["metric_sums"])
         self.seconds_before = host["seconds"]
         self.owes_evaluation = host.get("owes_evaluation", False)
+        if step >= self.experiment.num_steps and not self.owes_evaluation:
+            logging.info("nothing to do: set TRAIN_STEPS above %d to train on", step)
         return state, step, host["position"]
 
     def run(self, signals: interruption.Interruption) -> TrainResult:
         num_steps = self.experiment.num_steps
         for step in range(self.start_step, num_steps + 1):
-            if signals.is_due(step):
+            if signals.is_due():
                 # There is little time: an evaluation is made when the run goes on.
                 owes = self._is_evaluation_due(step) and step > self.start_step
                 self._save(step, owes_evaluation=owes)

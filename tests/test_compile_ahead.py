@@ -13,13 +13,23 @@ from jax.sharding import PartitionSpec
 
 from gkd_jax import chips, compile_ahead, flops, hlo
 from gkd_jax.experiment import Evaluation
+from gkd_jax.models.lora import LoRA
 from gkd_jax.partitioning import Partitioner
+from gkd_jax.teachers import InitialStudent, TeacherMixture
 
 NEEDS_LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: it compiles for a TPU",
 )
 ROWS, WIDTH, LENGTH = 64, 256, 13
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_cache():
+    """A program for other devices cannot be read back from the cache."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def shape(*sizes, dtype=jnp.float32, sharding=None):
@@ -172,12 +182,55 @@ def small_run():
     )
 
 
+def arguments_of(experiment):
+    """What `compile_ahead` would compile with, on simulated devices."""
+    mesh = dataclasses.replace(experiment.partitioner, devices=tuple(jax.devices()[:4]))
+    return compile_ahead._Arguments(dataclasses.replace(experiment, partitioner=mesh))
+
+
+def test_several_teachers_lie_there():
+    run = small_run()
+    one = arguments_of(run).residents()["teacher"]
+    two = TeacherMixture((run.teacher, run.teacher))
+    assert arguments_of(dataclasses.replace(run, teacher=two)).residents()["teacher"] == 2 * one
+    weights = dataclasses.replace(run.teacher, weights="int8")
+    int8 = arguments_of(dataclasses.replace(run, teacher=weights)).residents()["teacher"]
+    assert 0.25 * one < int8 < 0.8 * one  # Embeddings and the output layer are not quantised.
+
+
+def test_a_base_that_teaches_lies_there_once():
+    run = small_run()
+    base = dataclasses.replace(run.student, model=LoRA(run.student.model, rank=4))
+    run = dataclasses.replace(
+        run, student=dataclasses.replace(base, initial_checkpoint="/none"), teacher=InitialStudent()
+    )
+    residents = arguments_of(run).residents()
+    assert "teacher" not in residents
+    assert residents["student's frozen parameters"] > residents["student's parameters"]
+
+
+def test_packed_rows_have_segments():
+    run = small_run()
+    packed = dataclasses.replace(run.train_data, pack=True)
+    batch = arguments_of(dataclasses.replace(run, train_data=packed)).batch
+    assert batch.targets_segments.shape == batch.targets.shape
+
+
+def test_batches_that_do_not_divide_are_refused(monkeypatch):
+    monkeypatch.setattr(compile_ahead, "on_topology", lambda experiment, _: experiment)
+    devices = tuple(jax.devices()[:4])
+    run = dataclasses.replace(
+        small_run(), partitioner=Partitioner(model_parallelism=2, devices=devices)
+    )
+    three = dataclasses.replace(small_runs.data("validation"), batch_size=3)
+    for changes in (dict(evaluation=Evaluation(three)), dict(train_data=three)):
+        with pytest.raises(ValueError, match="batch_size must be divisible by the data axis"):
+            compile_ahead.compile_for(dataclasses.replace(run, **changes), "v5e:2x2")
+
+
 @pytest.fixture(scope="module")
 def report():
-    # A program for other devices cannot be read back from the cache.
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield compile_ahead.compile_for(small_run(), "v5e:2x2")
-    jax.config.update("jax_enable_compilation_cache", True)
+    return compile_ahead.compile_for(small_run(), "v5e:2x2")
 
 
 @pytest.mark.slow

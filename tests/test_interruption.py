@@ -11,9 +11,10 @@ import small_runs
 import test_kill_and_resume
 import test_two_processes
 
-from gkd_jax import interruption, train
+from gkd_jax import interruption, study, train
 from gkd_jax.checkpoints.store import CheckpointStore
 from gkd_jax.evaluate import Evaluator
+from gkd_jax.experiment import Evaluation
 
 
 def terminate_at(monkeypatch, wanted):
@@ -77,13 +78,35 @@ def test_sigterm_twice_at_an_owed_evaluation(tmp_path, monkeypatch, tiny_teacher
     assert small_runs.metrics(tmp_path / "run") == metrics
 
 
+def test_a_study_is_stopped_between_its_runs(tmp_path, monkeypatch, tiny_teacher):
+    """What is told after a run's last step is known in the next; a second start makes the rest."""
+    cells = tuple(
+        study.Cell(name, small_runs.sft(tmp_path / name, num_steps=3)) for name in ("a", "b")
+    )
+    plan = study.Study(
+        cells=cells, model_dir=str(tmp_path / "study"), test=Evaluation(small_runs.data("test")),
+        metric="gsm8k_accuracy",
+    )  # fmt: skip
+    original = train._Loop.close
+
+    def close(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Loop, "close", close)
+        with pytest.raises(interruption.InterruptedRunError, match="after the run a of the study"):
+            study.run_study(plan)
+    assert [row.name for row in study.run_study(plan)] == ["a", "b"]
+
+
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch, tiny_teacher):
     experiment = small_runs.gkd(tmp_path / "run", tiny_teacher)
     original = train._Loop.__init__
 
     def init(self, *args):
         original(self, *args)
-        monkeypatch.setattr(interruption.Interruption, "is_due", lambda self, step: True)
+        monkeypatch.setattr(interruption.Interruption, "is_due", lambda self: True)
 
     monkeypatch.setattr(train._Loop, "__init__", init)
     with pytest.raises(interruption.InterruptedRunError, match="when there was nothing to save"):

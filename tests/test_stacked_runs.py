@@ -14,7 +14,7 @@ from gkd_jax.checkpoints import hf, load
 from gkd_jax.checkpoints.store import CheckpointStore, save_params
 from gkd_jax.experiment import Evaluation, Export, Student
 from gkd_jax.export import export
-from gkd_jax.models import stacking
+from gkd_jax.models import lora, stacking
 from gkd_jax.models.lora import LoRA
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.partitioning import Partitioner
@@ -77,6 +77,18 @@ def test_a_hugging_face_checkpoint_is_read_into_a_loop_and_written_from_it(tmp_p
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 
+def load_state(path, wanted):
+    with CheckpointStore(path, read_only=True) as store:
+        return store.restore(wanted)
+
+
+def test_a_base_is_known_again_in_either_form():
+    params = jax.jit(deep().init)(jax.random.key(0))
+    assert lora.fingerprint(params) == lora.fingerprint(stacking.stack(params))
+    other = stacking.stack(jax.tree.map(lambda leaf: leaf + 1, params))
+    assert lora.fingerprint(params) != lora.fingerprint(other)
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deep_teacher") / "run"
@@ -111,10 +123,15 @@ def test_a_run_of_stacked_layers_is_that_of_one_by_one(tmp_path, teacher):
     theirs = load.load_params(tmp_path / "one", deep().abstract_params())
     limit = 0.02 * 6 * 1e-2
     chex.assert_trees_all_close(stacking.unstack(ours), theirs, atol=limit, rtol=0)
-    out = str(tmp_path / "exported")
-    export(dataclasses.replace(loop, export=Export(output=out, dtype="float32")))
-    exported = load.load_params(out, deep().abstract_params())
-    chex.assert_trees_all_equal(exported, stacking.unstack(ours))
+    for form in ("hf", "t5x"):
+        out = str(tmp_path / form)
+        export(dataclasses.replace(loop, export=Export(output=out, dtype="float32", format=form)))
+        exported = load.load_params(out, deep().abstract_params())
+        chex.assert_trees_all_equal(exported, stacking.unstack(ours))
+    # It goes on in its own form alone, and a message says which.
+    other = {"params": deep().abstract_params()}
+    with pytest.raises(ValueError, match=r"layers are stacked.* Set scan_layers .*to True"):
+        load_state(tmp_path / "loop", other)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from gkd_jax.checkpoints.manifest import (
     write_durably,
     write_manifest,
 )
+from gkd_jax.models import stacking
 
 ARRAYS = "arrays"
 HOST = "host.json"
@@ -226,6 +227,14 @@ def check_shapes(
     problems += [
         f"{name} {text(stored[name])} is not wanted" for name in stored if name not in wanted
     ]
+    forms = stacking.are_stacked(stored), stacking.are_stacked(wanted)
+    if problems and forms[0] != forms[1]:
+        raise OtherShapesError(
+            f"the checkpoint {folder} does not fit: its layers are "
+            f"{'stacked' if forms[0] else 'one by one'}, and those wanted are not. Set scan_layers "
+            f"(SCAN_LAYERS) to {forms[0]}: a run goes on in its own form. Another run can start "
+            "from it in either."
+        )
     if problems:
         more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
         raise OtherShapesError(

@@ -200,8 +200,10 @@ def are_adapters(names: Iterable[str]) -> bool:
 def fingerprint(params: Params) -> str:
     """A digest of parameters by which a base is known again, on any mesh.
 
-    Of each array, the sum of its bits as whole numbers, which is exact in any order.
+    Of each array, the sum of its bits as whole numbers, which is exact in any order. Layers count
+    one by one, however they lie.
     """
+    params = stacking.unstack(params)
     digest = hashlib.sha256()
     for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
         digest.update(f"{path} {leaf.shape} {leaf.dtype} {int(_sum_of_bits(leaf))}".encode())
