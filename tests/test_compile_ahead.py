@@ -260,8 +260,11 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch, report):
     chip = dataclasses.replace(chips.CHIPS["v5e"], memory=small)
     monkeypatch.setitem(chips.CHIPS, "v5e", chip)
     fits = dataclasses.replace(report, topology="v5e:2x4", residents={}, parts=[])
-    sizes = iter([report, fits])
-    monkeypatch.setattr(compile_ahead, "compile_for", lambda *_: next(sizes))
+
+    def compile_for(_, topology):
+        return fits if topology == "v5e:2x4" else report
+
+    monkeypatch.setattr(compile_ahead, "compile_for", compile_for)
     experiment = dataclasses.replace(small_run(), topology="v5e:2x2")
     with pytest.raises(compile_ahead.DoesNotFitError, match="does not fit on v5e:2x2") as error:
         compile_ahead.compile_ahead(experiment)
