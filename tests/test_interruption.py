@@ -37,7 +37,7 @@ def undisturbed(tmp_path_factory, tiny_teacher):
 
 
 # Checkpoints are due at 5 and 10, evaluations at 0, 6 and 12.
-@pytest.mark.parametrize("wanted", [0, 2, 4, 5, 11])
+@pytest.mark.parametrize("wanted", [2, 5, 11])
 def test_sigterm_saves_and_the_run_goes_on(
     tmp_path, monkeypatch, tiny_teacher, undisturbed, wanted
 ):
@@ -139,7 +139,7 @@ def test_one_of_two_processes_is_told(tmp_path):
     """Both save the same step, and go on to what an undisturbed run of two gives."""
     recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "data")
     settings = test_two_processes.SETTINGS | {
-        "TRAIN_STEPS": 60, "EVAL_PERIOD": 60, "CHECKPOINT_PERIOD": 60,
+        "TRAIN_STEPS": 30, "EVAL_PERIOD": 30, "CHECKPOINT_PERIOD": 30,
     }  # fmt: skip
 
     def flags(name):
@@ -148,17 +148,17 @@ def test_one_of_two_processes_is_told(tmp_path):
     test_two_processes.finish(test_two_processes.together(flags("whole")))
     processes = test_two_processes.together(flags("cut"))
     for line in processes[0].stdout:
-        if line.startswith("step 4/60"):
+        if line.startswith("step 4/30"):
             processes[1].terminate()
             break
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     statuses = [process.returncode for process in processes]
     assert statuses == [interruption.EXIT_STATUS] * 2, outputs
     step = CheckpointStore(tmp_path / "cut", read_only=True).latest_step()
-    assert 4 <= step < 60
+    assert 4 <= step < 30
     test_two_processes.finish(test_two_processes.together(flags("cut")))
     whole, cut = (
-        test_kill_and_resume.all_arrays(tmp_path / name / "checkpoint_60")
+        test_kill_and_resume.all_arrays(tmp_path / name / "checkpoint_30")
         for name in ("whole", "cut")
     )
     small_runs.assert_equal_bits(whole, cut)

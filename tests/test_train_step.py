@@ -152,10 +152,9 @@ def test_stacked_layers_are_updated_as_if_each_were_alone(name):
 @pytest.mark.parametrize(
     ("name", "rules", "model_parallelism", "how"),
     [
-        ("adafactor", "fsdp", 1, dict(is_loop=True, policy="minimal")),
-        ("adafactor", "fsdp", 2, dict(is_loop=True)),
+        ("adafactor", "fsdp", 2, dict(is_loop=True, policy="minimal")),
         ("adamw", "standard", 2, dict(is_loop=True, policy="full")),
-        ("adamw", "fsdp", 2, dict(is_loop=False, policy="full")),
+        ("adamw", "fsdp", 1, dict(is_loop=False, policy="full")),
     ],
 )
 def test_loops_and_rematerialisation_on_eight_devices(name, rules, model_parallelism, how):

@@ -130,9 +130,15 @@ def test_decoding_in_a_loop_equals_teacher_forcing(name):
     np.testing.assert_allclose(jnp.stack(found, 1) * counts, forced * counts, atol=2e-5)
 
 
-@pytest.mark.parametrize("is_loop", [False, True])
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", ["t5_1_1", "gemma2"])
+@pytest.mark.parametrize(
+    ("name", "policy", "is_loop"),
+    [
+        ("t5_1_1", "minimal", True),
+        ("t5_1_1", "full", False),
+        ("gemma2", "minimal", False),
+        ("gemma2", "full", True),
+    ],
+)
 def test_rematerialisation_computes_the_same(name, policy, is_loop):
     model, batch = family(name, scan_layers=is_loop), hf_models.random_batch()
     params = random_params(model)
