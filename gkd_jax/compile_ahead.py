@@ -1,7 +1,8 @@
 """Run mode `compile_ahead`: what a run needs of a TPU slice, on a machine without one.
 
-The functions that training and evaluation jit are compiled for the chips that are named, by the
-compiler that will run there (libtpu). Nothing is run, and no checkpoint is read.
+The functions that training jits, its rollouts and the decoding of evaluations are compiled for the
+chips that are named, by the compiler that will run there (libtpu). Nothing is run, and no
+checkpoint is read.
 """
 
 import dataclasses
@@ -75,11 +76,15 @@ class Report:
     residents: dict[str, int]
     parts: list[Part]
 
+    @property
+    def chip(self) -> chips.Chip:
+        """What each of the chips can do."""
+        return CHIPS[chips.parse_topology(self.topology)[0]]
+
     def fits_part(self, part: Part) -> bool:
         """Whether one does, beside what lies there all the time."""
-        memory = CHIPS[self.topology.partition(":")[0]].memory
         resident = sum(self.residents.values())
-        return part.temporaries is not None and resident + part.temporaries <= memory
+        return part.temporaries is not None and resident + part.temporaries <= self.chip.memory
 
     @property
     def fits(self) -> bool:
@@ -88,7 +93,7 @@ class Report:
 
     def table(self) -> str:
         """The report as text."""
-        chip = CHIPS[self.topology.partition(":")[0]]
+        chip = self.chip
         num_chips = math.prod(self.mesh.values())
         resident = sum(self.residents.values())
         lines = [
@@ -122,7 +127,17 @@ class Report:
             for part in self.parts
             if (kinds := {k: v for k, v in sorted(part.cost.collectives.items()) if v})
         ]
-        return "\n".join([*lines, *(["", "sent by each chip:", *sent] if sent else [])])
+        if sent:
+            lines += ["", "sent by each chip:", *sent]
+        guessed = [
+            f"{part.name}: {part.cost.unknown_loops}"
+            for part in self.parts
+            if part.cost.unknown_loops
+        ]
+        if guessed:
+            lines += ["", "loops whose length depends on data, counted at the loss's longest:"]
+            lines += guessed
+        return "\n".join(lines)
 
 
 def roofline(cost: hlo.Cost, chip: chips.Chip) -> tuple[float, str]:
@@ -168,7 +183,7 @@ def compile_for(experiment: Experiment, topology: str) -> Report:
         partitioner.check_batch_size(experiment.evaluation.data.batch_size)
     arguments = _Arguments(experiment)
     parts = [
-        _compile(name, function, values, experiment, arguments)
+        _compile(name, function, values, unknown_trips=_chunks(experiment))
         for name, function, values in _functions(experiment, arguments)
     ]
     return Report(topology, dict(partitioner.mesh.shape), arguments.residents(), parts)
@@ -205,7 +220,7 @@ class _Arguments:
         self._experiment = experiment
         student = experiment.student_model
         abstract = runtime.sharded_abstract_params(experiment, student)
-        self.trained, self.frozen = lora.split(student, abstract)
+        _, self.frozen = lora.split(student, abstract)
         self.needs_teacher = experiment.objective.divergence.needs_teacher
         teacher = experiment.teacher if self.needs_teacher else None
         self.teacher = None
@@ -388,12 +403,12 @@ def _compile(
     name: str,
     function: Callable[..., Any],
     values: tuple[Any, ...],
-    experiment: Experiment,
-    arguments: _Arguments,
+    *,
+    unknown_trips: int,
 ) -> Part:
     logging.info("compiling: %s", name)
     start = time.monotonic()
-    traced = flops.traced(function, *values, unknown_trips=_chunks(experiment))
+    traced = flops.traced(function, *values, unknown_trips=unknown_trips)
     try:
         compiled = function.lower(*values).compile()  # type: ignore[attr-defined]
     except jax.errors.JaxRuntimeError as error:
@@ -408,7 +423,7 @@ def _compile(
         - memory.alias_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    cost = hlo.cost(compiled.as_text(), unknown_trips=_chunks(experiment))
+    cost = hlo.cost(compiled.as_text(), unknown_trips=unknown_trips)
     return Part(name, int(temporaries), "", time.monotonic() - start, cost, traced)
 
 

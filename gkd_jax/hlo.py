@@ -83,7 +83,6 @@ class _Instruction:
     opcode: str
     operands: tuple[str, ...]
     rest: str  # Attributes.
-    is_root: bool
 
     @property
     def bytes(self) -> float:
@@ -274,13 +273,13 @@ def _parse(text: str) -> _Program:
             if line.startswith("ENTRY"):
                 entry = header[1]
         elif current is not None and (match := _INSTRUCTION.match(line)):
-            instruction = _instruction(match[1], match[2], is_root=line.startswith("  ROOT"))
+            instruction = _instruction(match[1], match[2])
             current[instruction.name] = instruction
     devices = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
     return _Program(computations, entry, int(devices[1]) if devices else 1)
 
 
-def _instruction(name: str, text: str, *, is_root: bool) -> _Instruction:
+def _instruction(name: str, text: str) -> _Instruction:
     shape, text = _split_shape(text)
     arrays = tuple(
         _Array(kind, tuple(map(int, filter(None, sizes.split(",")))), "S(1)" in layout)
@@ -289,7 +288,7 @@ def _instruction(name: str, text: str, *, is_root: bool) -> _Instruction:
     opcode, _, rest = text.partition("(")
     inside = rest.partition(")")[0]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return _Instruction(name, arrays, opcode.strip(), operands, rest, is_root)
+    return _Instruction(name, arrays, opcode.strip(), operands, rest)
 
 
 def _split_shape(text: str) -> tuple[str, str]:

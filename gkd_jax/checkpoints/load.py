@@ -67,7 +67,7 @@ def load_params(
       ValueError: `path` is not a checkpoint, or its parameters are not those wanted.
     """
     folder = _existing(path)
-    form = _Form.of(folder, abstract_params)
+    form = _Form.of(abstract_params, are_stacked=_are_stacked(folder))
     return form.undo(_load(folder, form.stored, step=step, part=part))
 
 
@@ -141,7 +141,8 @@ def check_compatible(
     info = describe_checkpoint(path, part=part)
     is_foreign = info.kind.startswith("t5x") or info.kind == "hf"
     _check_part({} if is_foreign else info.shapes, part, epath.Path(info.folder))
-    wanted = layout.shapes_of(_Form.of(epath.Path(info.folder), abstract_params).stored)
+    form = _Form.of(abstract_params, are_stacked=stacking.are_stacked(info.shapes))
+    wanted = layout.shapes_of(form.stored)
     layout.check_shapes(info.shapes, wanted, folder=epath.Path(info.folder))
     return info
 
@@ -159,17 +160,19 @@ class _Form:
     undo: Callable[[Params], Params] = lambda params: params
 
     @classmethod
-    def of(cls, folder: epath.Path, wanted: PyTree[jax.ShapeDtypeStruct]) -> "_Form":
-        is_stacked = stacking.are_stacked(layout.shapes_of(wanted))
-        if is_stacked == _is_stacked(folder):
+    def of(cls, wanted: PyTree[jax.ShapeDtypeStruct], *, are_stacked: bool) -> "_Form":
+        """That of a checkpoint whose layers are stacked, or are not."""
+        wants_stacked = stacking.are_stacked(layout.shapes_of(wanted))
+        if wants_stacked == are_stacked:
             return cls(wanted)
-        if is_stacked:
+        if wants_stacked:
             one_by_one = stacking.unstack(wanted, lambda leaf, _: partitioning.layer_of(leaf))
             return cls(one_by_one, lambda params: partitioning.stack_onto(params, wanted))
         return cls(stacking.stack(wanted, partitioning.layers_of), stacking.unstack)
 
 
-def _is_stacked(folder: epath.Path) -> bool:
+def _are_stacked(folder: epath.Path) -> bool:
+    """Whether a checkpoint's layers are, by its header alone."""
     kind = _kind(folder)
     if kind == "hf" or kind.startswith("t5x"):
         return False

@@ -103,8 +103,11 @@ class LoRA(WrappedModel):
                 own = jax.random.fold_in(key, zlib.crc32(name.encode()))
                 return jax.random.uniform(own, (inputs, self.rank), jnp.float32, -bound, bound)
 
-            names = stacking.names_of_layers(path, *depth)
-            a = jnp.stack([random(name) for name in names]) if depth else random(path)
+            if depth:
+                names = stacking.names_of_layers(path, *depth)
+                a = jnp.stack([random(name) for name in names])
+            else:
+                a = random(path)
             adapters[path] = {A: a, B: jnp.zeros((*depth, self.rank, outputs), jnp.float32)}
         return traverse_util.unflatten_dict(adapters, sep="/")
 

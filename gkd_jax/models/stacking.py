@@ -26,7 +26,7 @@ def are_stacked(names: Iterable[str]) -> bool:
     return any(STACKED in name.split("/") for name in names)
 
 
-def names_of_layers(name: str, depth: int = 0) -> list[str]:
+def names_of_layers(name: str, depth: int) -> list[str]:
     """What 'decoder/layers/mlp' is called in each of the layers that are stacked."""
     return [
         re.sub(rf"(^|/){STACKED}(?=/|$)", rf"\g<1>{STACKED}_{number}", name)
