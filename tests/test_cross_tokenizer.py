@@ -54,6 +54,7 @@ def run_with(own, folder, /, **changes):
     return dataclasses.replace(small_runs.gkd(folder, "nowhere"), **settings | changes)
 
 
+@pytest.mark.slow
 def test_a_run_on_samples_learns_and_is_resumed_bit_for_bit(teacher, tmp_path, monkeypatch):
     evaluation = Evaluation(small_runs.data("validation"), period=8, method=Sample())
     experiment = run_with(

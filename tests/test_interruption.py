@@ -78,6 +78,7 @@ def test_sigterm_twice_at_an_owed_evaluation(tmp_path, monkeypatch, tiny_teacher
     assert small_runs.metrics(tmp_path / "run") == metrics
 
 
+@pytest.mark.slow
 def test_a_study_is_stopped_between_its_runs(tmp_path, monkeypatch, tiny_teacher):
     """What is told after a run's last step is known in the next; a second start makes the rest."""
     cells = tuple(

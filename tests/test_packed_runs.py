@@ -82,6 +82,7 @@ def step_of(experiment, batch):
     return jax.jit(fn)(params, None, batch, weights, jax.random.key(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", [Full(), TopK(5)], ids=["whole", "entries"])
 def test_a_store_serves_packed_rows(support, tiny_teacher, tmp_path):
     """It is written of examples in rows of their own, and knows each by its number."""
@@ -131,6 +132,7 @@ def test_what_cannot_be_packed_is_refused(tiny_teacher, tmp_path):
             prepare.prepare(experiment, run_mode=run_mode)
 
 
+@pytest.mark.slow
 def test_a_recipe_packs_by_one_setting(tmp_path):
     """From the command line; the evaluation stays as it is."""
     recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "recipe")

@@ -69,7 +69,9 @@ def random_batch(component) -> Batch:
     )
 
 
-@pytest.mark.parametrize("teacher_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "teacher_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 def test_each_row_is_compared_with_its_own_teacher(teacher_dtype):
     student = small_runs.model()
     models = [small_runs.model(width, dtype=teacher_dtype) for width in (16, 24)]
@@ -104,6 +106,7 @@ def test_batches_tell_the_source_of_each_example(tmp_path, tiny_teacher):
     np.testing.assert_array_equal(seen, np.repeat([0, 1, 2], 4))
 
 
+@pytest.mark.slow
 def test_a_run_with_replay_goes_on_as_if_it_had_not_stopped(tmp_path, tiny_teacher, monkeypatch):
     """On-policy: sampled and kept outputs keep the source of their prompt."""
     experiment = routed_run(tmp_path, tiny_teacher, replay=Replay(capacity=8, refresh=0.5))

@@ -142,7 +142,13 @@ FORM_OPTIMIZERS = OPTIMIZERS | {
 }
 
 
-@pytest.mark.parametrize("name", FORM_OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "adafactor" else pytest.param(name, marks=pytest.mark.slow)
+        for name in FORM_OPTIMIZERS
+    ],
+)
 def test_stacked_layers_are_updated_as_if_each_were_alone(name):
     optimizer = FORM_OPTIMIZERS[name]
     assert_equal_runs(run_form(optimizer, is_loop=False), run_form(optimizer, is_loop=True))
