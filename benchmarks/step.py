@@ -30,7 +30,7 @@ from gkd_jax.optimizers import AdamW, Constant
 from gkd_jax.partitioning import Partitioner
 from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.methods import Greedy
-from gkd_jax.train import jit_step_functions
+from gkd_jax.trainer import jit_step_functions
 
 OBJECTIVE = Objective(GeneralizedJSD(Sizes().beta))
 OPTIMIZER = AdamW(Constant(Sizes().learning_rate))

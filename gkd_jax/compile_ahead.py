@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from gkd_jax import chips, flops, hlo, runtime, train
+from gkd_jax import chips, flops, hlo, runtime, trainer
 from gkd_jax.array_types import PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.chips import CHIPS, GIB
@@ -261,10 +261,10 @@ class _Arguments:
         dtype = jnp.dtype(model.config.dtype)
         return runtime.sharded_abstract_params(self._experiment, model, dtype=dtype)
 
-    def step_functions(self) -> train.StepFunctions:
+    def step_functions(self) -> trainer.StepFunctions:
         experiment = self._experiment
         teacher = experiment.teacher if self.needs_teacher else None
-        return train.jit_step_functions(
+        return trainer.jit_step_functions(
             experiment.student_model,
             experiment.teacher_model if teacher else None,
             _objective(experiment),

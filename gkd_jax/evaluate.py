@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from gkd_jax import prepare, runtime
+from gkd_jax import prepare, runtime, watchdog
 from gkd_jax.array_types import Params
 from gkd_jax.batch import Batch
 from gkd_jax.data.pipeline import Dataset
@@ -94,6 +94,7 @@ class Evaluator:
             decoded = self._decode(params, batch, key)
             sums.add("outputs", self._output_metrics(decoded))
             texts.update(self._texts(decoded))
+            watchdog.beat()
             if number * self.dataset.config.batch_size < self.config.num_divergence_examples:
                 self._add_objective(sums, params, teacher_params, batch, step)
         means = sums.means()

@@ -147,6 +147,29 @@ class Alarms:
 
 
 @dataclasses.dataclass(frozen=True)
+class NonFinite:
+    """What happens when the loss or the gradient of a step is NaN or infinite.
+
+    The batch is written to `non_finite/` in the run's folder, as text and as arrays.
+
+    Attributes:
+      policy: 'stop' ends the run; 'skip' leaves parameters and optimizer as they were, and goes on.
+      most_in_a_row: of skipped steps; one more ends the run.
+    """
+
+    policy: str = "stop"
+    most_in_a_row: int = 10
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "most_in_a_row")
+        if self.policy not in ("stop", "skip"):
+            raise ValueError(
+                f"NonFinite.policy must be 'stop' or 'skip'; got {self.policy!r}. Set it "
+                "(NON_FINITE_POLICY) to one of them."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Generation:
     """What `--run_mode=generate` writes.
 
@@ -280,6 +303,10 @@ class Experiment:
       num_microbatches: parts of the batch whose gradients are added up before an update.
       checkpoints: when states are saved and which are kept.
       alarms: shares above which a warning is logged.
+      non_finite: what happens when a step's loss or gradient is NaN or infinite.
+      hang_seconds: after so long without a step or an evaluation's batch each process writes the
+        stacks of its threads and ends; None waits for ever.
+      profile_steps: first and last step of a trace for a profiler, counted from 1; None for none.
       log_period: steps between lines of training metrics.
       seed: root of every random number of the run, apart from the order of examples, which is
         the data's own.
@@ -305,12 +332,16 @@ class Experiment:
     num_microbatches: int = 1
     checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
     alarms: Alarms = dataclasses.field(default_factory=Alarms)
+    non_finite: NonFinite = dataclasses.field(default_factory=NonFinite)
+    hang_seconds: float | None = 3600.0
+    profile_steps: tuple[int, int] | None = None
     log_period: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_kinds(self)
         _require_positive(self, "num_steps", "num_microbatches", "log_period")
+        self._check_watching()
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(
                 f"Experiment.seed must be from 0 to 2**32 - 1; got {self.seed}. Set another."
@@ -321,6 +352,25 @@ class Experiment:
                 "gkd_jax.teachers, e.g. Teacher(model, checkpoint); in gin, @teachers.Teacher() "
                 "with brackets."
             )
+
+    def _check_watching(self) -> None:
+        if self.hang_seconds is not None and not self.hang_seconds > 0:
+            raise ValueError(
+                f"Experiment.hang_seconds must be above 0; got {self.hang_seconds}. Set it "
+                "(HANG_SECONDS) to None to wait for ever."
+            )
+        steps = self.profile_steps
+        if steps is None:
+            return
+        # A list where it comes from gin.
+        given = tuple(steps)
+        if len(given) != 2 or not 1 <= given[0] <= given[1] <= self.num_steps:
+            raise ValueError(
+                "Experiment.profile_steps must be the first and the last step of a trace, from 1 "
+                f"to num_steps ({self.num_steps}); got {given}. Set it (PROFILE_STEPS) to a pair "
+                "such as (10, 12)."
+            )
+        object.__setattr__(self, "profile_steps", given)
 
     @property
     def start(self) -> str:

@@ -4,7 +4,9 @@ A reward is a function of whole outputs. It is written in Python, of texts, and 
 (`HostReward`), or in JAX, of token ids, and runs where the outputs lie (`JittedReward`).
 """
 
+import collections
 import dataclasses
+import string
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
 
@@ -250,6 +252,38 @@ def final_answer(
         answer = parse_answer(apply_calculator(sample) if use_calculator else sample)
         rewards.append(float(answer in gold))
     return rewards
+
+
+def unigram_f1(
+    prompts: Sequence[str], references: Sequence[tuple[str, ...]], samples: Sequence[str]
+) -> list[float]:
+    """How many words a sample shares with a reference: F1 of the two bags; a `TextReward`.
+
+    F1 = 2 m / (s + r) of m words in common, counted as often as both have them, s of the sample and
+    r of the reference; of several references the best. Words are what stands between spaces, in
+    lower case, without punctuation around them: ROUGE-1 (Lin 2004, https://aclanthology.org/W04-1013)
+    without stemming. For translations and summaries; blind to the order of words.
+
+    Args:
+      prompts: not read.
+      references: texts that are right.
+      samples: sampled texts.
+    """
+    del prompts
+    return [
+        max((_overlap(_words(sample), _words(text)) for text in texts), default=0.0)
+        for texts, sample in zip(references, samples, strict=True)
+    ]
+
+
+def _words(text: str) -> collections.Counter[str]:
+    stripped = (word.strip(string.punctuation) for word in text.lower().split())
+    return collections.Counter(word for word in stripped if word)
+
+
+def _overlap(one: collections.Counter[str], other: collections.Counter[str]) -> float:
+    total = one.total() + other.total()
+    return 2 * (one & other).total() / total if total else 0.0
 
 
 def _name_of(function: Callable[..., object]) -> str:

@@ -5,32 +5,23 @@ one batch ahead.
 """
 
 import dataclasses
-import functools
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
-from gkd_jax import adapters, interruption, prepare, runtime, train_step, writers
-from gkd_jax.array_types import Array, Bool, Metrics, Params, PyTree
-from gkd_jax.batch import Batch
+from gkd_jax import adapters, interruption, non_finite, prepare, runtime, watchdog
 from gkd_jax.checkpoints.store import CheckpointStore
-from gkd_jax.data.pipeline import Dataset
 from gkd_jax.evaluate import Evaluator
 from gkd_jax.experiment import Experiment
-from gkd_jax.models import lora
-from gkd_jax.models.base import LanguageModel
-from gkd_jax.objectives.objective import Objective
-from gkd_jax.optimizers import Optimizer
-from gkd_jax.partitioning import Partitioner, process_zero_decides
-from gkd_jax.replay import ReplayBuffer
-from gkd_jax.reward_scorer import make_scorer, on_policy_objective
-from gkd_jax.runtime import Purpose, make_key
-from gkd_jax.teacher_tokens import make_reader, measured_objective
+from gkd_jax.metrics_log import OUTPUT_KINDS, MetricsLog
+from gkd_jax.non_finite import NonFiniteSteps
+from gkd_jax.partitioning import process_zero_decides
+from gkd_jax.profiling import Profiler
 from gkd_jax.train_step import TrainState
+from gkd_jax.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,194 +39,6 @@ class TrainResult:
     seconds: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class StepFunctions:
-    """The jitted functions that make and change a state, and the state's shapes and shardings."""
-
-    init: Callable[[Params], TrainState]
-    step: train_step.StepFn
-    abstract_state: TrainState
-
-
-# Runs of equal settings, as a study may have them, share what was compiled.
-@functools.cache
-def jit_step_functions(
-    student: LanguageModel,
-    teacher: LanguageModel | None,
-    objective: Objective,
-    optimizer: Optimizer,
-    partitioner: Partitioner,
-    *,
-    num_microbatches: int,
-    teacher_part: str | None = None,
-    average_decay: float | None = None,
-) -> StepFunctions:
-    """Jits `train_step.init_train_state` and `train_step.make_train_step`."""
-    transformation = optimizer.build()
-    init = functools.partial(
-        train_step.init_train_state,
-        optimizer=transformation,
-        with_average=average_decay is not None,
-    )
-    trained, _ = lora.split(student, student.abstract_params())
-    abstract = jax.eval_shape(init, trained)
-    param_shardings, _ = lora.split(student, partitioner.param_shardings(student))
-    shardings = partitioner.state_shardings(abstract, param_shardings)
-    step = train_step.make_train_step(
-        student,
-        teacher,
-        objective,
-        transformation,
-        num_microbatches=num_microbatches,
-        teacher_part=teacher_part,
-        average_decay=average_decay,
-    )
-    return StepFunctions(
-        init=jax.jit(init, donate_argnums=0, out_shardings=shardings),
-        step=jax.jit(
-            partitioner.annotate(step),
-            donate_argnums=0,
-            out_shardings=(shardings, partitioner.replicated),
-        ),
-        abstract_state=jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            shardings,
-        ),
-    )
-
-
-class Trainer:
-    """The jitted functions of a run, the teacher's parameters, and the student's frozen ones."""
-
-    def __init__(self, experiment: Experiment, dataset: Dataset):
-        self.experiment = experiment
-        self.dataset = dataset
-        student, partitioner = experiment.student_model, experiment.partitioner
-        teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
-        self.frozen = runtime.load_frozen(experiment)
-        self.frozen_description = adapters.describe_frozen(self.frozen)
-        self.teacher_params = None
-        if teacher is not None:
-            self.teacher_params = runtime.load_teacher(experiment, frozen=self.frozen)
-        self._teacher_part = teacher.state_part if teacher else None
-        make_functions = functools.partial(
-            jit_step_functions,
-            student,
-            experiment.teacher_model if teacher else None,
-            optimizer=experiment.optimizer,
-            partitioner=partitioner,
-            num_microbatches=experiment.num_microbatches,
-            teacher_part=self._teacher_part,
-            average_decay=teacher.average_decay if teacher else None,
-        )
-        vocabulary = dataset.config.vocabulary
-        functions = make_functions(measured_objective(experiment, vocabulary))
-        # The same function where no reward joins the divergence.
-        self.on_policy_step_fn = make_functions(on_policy_objective(experiment)).step
-        self._scorer = make_scorer(experiment, dataset)
-        self._reader = make_reader(experiment, vocabulary)
-        self.abstract_state: PyTree[jax.ShapeDtypeStruct] = functions.abstract_state
-        self._init_fn, self.step_fn = functions.init, functions.step
-        policy, writer = experiment.rollout.policy, student
-        self._teacher_helps = policy is not None
-        if policy is not None:
-            assert experiment.teacher_model is not None
-            writer = policy.combine(student, experiment.teacher_model)
-        self.rollout_fn = runtime.jit_rollout(
-            experiment.rollout,
-            writer,
-            partitioner,
-            eos_ids=vocabulary.eos_ids,
-            pad_id=vocabulary.pad_id,
-        )
-        self.rollout_metrics_fn = runtime.jit_rollout_metrics(vocabulary.eos_ids)
-        self.mix_fn = runtime.jit_mix_outputs(partitioner)
-        self.replay: ReplayBuffer | None = None
-        if experiment.replay is not None:
-            sampled = runtime.abstract_rollout(experiment)
-            self.replay = ReplayBuffer(
-                experiment.replay, sampled, partitioner, seed=experiment.seed
-            )
-            self.abstract_state = self.replay.attach_abstract(functions.abstract_state)
-
-    def init_state(self) -> TrainState:
-        """The state before the first step, made sharded."""
-        return self._init_fn(runtime.init_params(self.experiment))
-
-    def student_params(self, state: TrainState) -> Params:
-        """All parameters of the student at this state."""
-        return lora.join(state.params, self.frozen)
-
-    def _writer_params(self, state: TrainState) -> Params:
-        """Parameters of whoever writes the outputs: the student, or it and the teacher."""
-        student_params = self.student_params(state)
-        if self._teacher_helps:
-            return (student_params, self.teacher_params_of(state))
-        return student_params
-
-    def teacher_params_of(self, state: TrainState) -> Params | None:
-        """The parameters that teach at this state; None where nobody does."""
-        return train_step.teacher_params_of(
-            state, self.teacher_params, self._teacher_part, self.frozen
-        )
-
-    def step(
-        self, state: TrainState, batch: Batch, step: int
-    ) -> tuple[TrainState, dict[str, Metrics]]:
-        """Makes update number `step` (from 0); returns the state and metrics by group.
-
-        The coin decides whether the outputs are the batch's own or the student's.
-        """
-        seed, outputs = self.experiment.seed, self.experiment.outputs
-        fraction = outputs.fraction(step)
-        if outputs.per_example:
-            kind = "mixed" if fraction > 0 else "data"
-        else:
-            kind = "on_policy" if outputs.is_on_policy(step, seed=seed) else "data"
-        groups: dict[str, Metrics] = {}
-        if kind == "on_policy" and self.replay is not None and self.replay.is_used(step):
-            return self._replay_step(state, self.replay, step)
-        if kind != "data":
-            writer = self._writer_params(state)
-            sampled = self.rollout_fn(writer, batch, make_key(seed, Purpose.ROLLOUT, step))
-            groups["rollout"] = self.rollout_metrics_fn(sampled)
-            sampled = runtime.without_log_probs(sampled)
-            if self.replay is not None:
-                self.replay.add(sampled, step)
-            if self._scorer is not None:
-                judge = self.teacher_params_of(state)
-                params = self.student_params(state)
-                sampled, groups["reward"] = self._scorer(params, judge, batch, sampled)
-            if kind == "mixed":
-                key = make_key(seed, Purpose.EXAMPLE_COIN, step)
-                batch = self.mix_fn(batch, sampled, jnp.float32(fraction), key)
-            else:
-                batch = sampled
-        batch = self._read(batch, groups)
-        key = make_key(seed, Purpose.DROPOUT, step)
-        step_fn = self.on_policy_step_fn if kind == "on_policy" else self.step_fn
-        state, groups[kind] = step_fn(state, self.teacher_params, batch, key, self.frozen)
-        return state, groups
-
-    def _replay_step(
-        self, state: TrainState, replay: ReplayBuffer, step: int
-    ) -> tuple[TrainState, dict[str, Metrics]]:
-        groups: dict[str, Metrics] = {}
-        batch, staleness = replay.draw(step)
-        batch = self._read(batch, groups)
-        key = make_key(self.experiment.seed, Purpose.DROPOUT, step)
-        state, metrics = self.step_fn(state, self.teacher_params, batch, key, self.frozen)
-        groups["replay"] = metrics | {"staleness": staleness}
-        return state, groups
-
-    def _read(self, batch: Batch, groups: dict[str, Metrics]) -> Batch:
-        """Has a teacher with its own tokens read the outputs; notes how well they agree."""
-        if self._reader is not None:
-            batch, groups["spans"] = self._reader(batch)
-        return batch
-
-
 def train(experiment: Experiment, *, before_start: Callable[[], None] | None = None) -> TrainResult:
     """Trains, evaluates and saves until `num_steps`; goes on where an earlier run stopped.
 
@@ -247,6 +50,7 @@ def train(experiment: Experiment, *, before_start: Callable[[], None] | None = N
       gkd_jax.prepare.ConfigurationError: something is wrong with the experiment; lists all.
       FloatingPointError: the loss became NaN or infinite.
       gkd_jax.interruption.InterruptedRunError: SIGTERM came; the run has saved.
+      Exception: data, a reward or a rollout failed; the run has saved if it is one process.
     """
     prepared = prepare.prepare(experiment, run_mode="train")
     assert prepared.train_data is not None
@@ -260,19 +64,15 @@ def train(experiment: Experiment, *, before_start: Callable[[], None] | None = N
     if prepared.eval_data is not None:
         evaluator = Evaluator(experiment, prepared.eval_data)
     loop = _Loop(experiment, trainer, evaluator)
-    loop.writer.write_text(loop.start_step, "plan", plan)
+    loop.log.write_text(loop.start_step, "plan", plan)
     try:
-        with interruption.Interruption() as signals:
+        with (
+            interruption.Interruption() as signals,
+            watchdog.Watchdog(experiment.hang_seconds, experiment.model_dir),
+        ):
             return loop.run(signals)
     finally:
         loop.close()
-
-
-# Where the outputs of a step came from, and so the group of its metrics; "mixed" where each example
-# tossed a coin of its own, "replay" where the student had sampled them at earlier steps.
-OUTPUT_KINDS = ("data", "on_policy", "mixed", "replay")
-# How alarms call the outputs of a group of metrics.
-_KINDS = {"rollout": "sampled", "outputs": "evaluated"}
 
 
 class _Loop:
@@ -297,11 +97,15 @@ class _Loop:
         self.iterator = trainer.dataset.train_iterator(
             position, process_index=layout.shard_id, process_count=layout.num_shards
         )
-        self.writer = writers.default_writer(
-            experiment.model_dir, start_step=self.start_step, num_steps=experiment.num_steps
+        self.log = MetricsLog(
+            experiment,
+            trainer.phases,
+            start_step=self.start_step,
+            owes_evaluation=self.owes_evaluation,
         )
-        self.logged_step = self.start_step
-        self.start_time = self.logged_time = time.monotonic()
+        self.steps = NonFiniteSteps(experiment, trainer.dataset.config.vocabulary)
+        self.profiler = Profiler(experiment.profile_steps, experiment.model_dir)
+        self.start_time = time.monotonic()
 
     def _start(self) -> tuple[TrainState, int, int]:
         """Resumes this run, or loads given weights, or starts from scratch."""
@@ -339,47 +143,56 @@ class _Loop:
                 self._save_if_due(step)
             if step == num_steps:
                 break
-            batch = self.experiment.partitioner.shard_batch(next(self.iterator))
-            self.state, groups = self.trainer.step(self.state, batch, step)
-            for group, metrics in groups.items():
-                self.sums.add(group, metrics)
+            self._make_step(step)
+            watchdog.beat()
             if (step + 1) % self.experiment.log_period == 0 or step + 1 == num_steps:
-                self._log(step + 1)
+                self.steps.finish()
+                sums, self.sums = self.sums.to_host(), runtime.MetricSums()
+                self.log.write_training(step + 1, sums)
         self.store.wait()
         return TrainResult(state=self.state, scores=self.scores, seconds=self._seconds())
 
+    def _make_step(self, step: int) -> None:
+        start, position = time.monotonic(), self.iterator.position
+        try:
+            with self.profiler.step(step + 1) as tell:
+                batch = self.experiment.partitioner.shard_batch(next(self.iterator))
+                self.log.add_fetching(time.monotonic() - start)
+                self.state, groups, batch = self.trainer.step(self.state, batch, step)
+                tell(self.state)
+        except Exception as error:
+            self._save_what_is_there(step, position, error)
+            raise
+        group = next(kind for kind in OUTPUT_KINDS if kind in groups)
+        bad, _ = groups[group].pop("non_finite")
+        if self.experiment.non_finite.policy == "skip":
+            groups[group]["skipped"] = (bad, jnp.float32(1))
+        for name, metrics in groups.items():
+            self.sums.add(name, metrics)
+        self.steps.add(step, batch, bad)
+
+    def _save_what_is_there(self, step: int, position: int, error: Exception) -> None:
+        """Saves after a failure before the update, so that no step is lost.
+
+        Of several processes one alone may have failed, and saving needs them all.
+        """
+        is_there = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+        if not is_there or jax.process_count() > 1 or step in (0, self.start_step):
+            return
+        logging.error("step %d failed (%s): saving what was there before it", step + 1, error)
+        try:
+            self._save(step, position=position)
+            self.store.wait()
+        except Exception:
+            logging.exception("that could not be saved")
+        else:
+            error.add_note(
+                f"The run failed in step {step + 1}, and has saved the {step} steps before. Mend "
+                "what failed, and give the same command again to go on."
+            )
+
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.start_time
-
-    def _log(self, step: int) -> None:
-        sums, self.sums = self.sums.to_host(), runtime.MetricSums()
-        means = runtime.means(sums)
-        now = time.monotonic()
-        seconds = (now - self.logged_time) / (step - self.logged_step)
-        self.logged_step, self.logged_time = step, now
-        _check_finite(means, step)
-        means["seconds_per_step"] = seconds
-        means["learning_rate"] = float(self.experiment.optimizer.schedule(step - 1))
-        # Steps on the data and steps on samples are of different length and number.
-        tokens = [sums[kind]["target_tokens"] for kind in OUTPUT_KINDS if kind in sums]
-        tokens_per_step = sum(total for total, _ in tokens) / sum(weight for _, weight in tokens)
-        means["target_tokens_per_second"] = tokens_per_step / seconds
-        self.writer.write(step, {f"train/{name}": value for name, value in means.items()})
-        self._raise_alarms(means, "rollout", step)
-
-    def _raise_alarms(self, values: Mapping[str, float], group: str, step: int) -> None:
-        alarms = self.experiment.alarms
-        limits = {"truncated_share": alarms.truncated_share, "repetition": alarms.repetition}
-        for name, limit in limits.items():
-            value = values.get(f"{group}/{name}", 0.0)
-            if value > limit:
-                logging.warning(
-                    "ALARM at step %d: %s of the %s outputs is %.2f, above Alarms.%s = %.2f: "
-                    "outputs collapse or do not end. Look at the predictions; compare the "
-                    "end-of-sequence ids of teacher and student, the learning rate and the target "
-                    "length.",
-                    step, name, _KINDS[group], value, name, limit,
-                )  # fmt: skip
 
     def _is_evaluation_due(self, step: int) -> bool:
         evaluation = self.experiment.evaluation
@@ -398,10 +211,9 @@ class _Loop:
         result = self.evaluator(params, teacher_params, step=step)
         self.scores, self.scored_step = result.values(), step
         self.scores["seconds"] = time.monotonic() - start
-        self.writer.write(step, {f"eval/{name}": value for name, value in self.scores.items()})
+        self.log.write_evaluation(step, self.scores)
         self._check_best_metric()
-        self._raise_alarms(self.scores, "outputs", step)
-        self.logged_time += time.monotonic() - start
+        self.log.leave_out(time.monotonic() - start)
 
     def _check_best_metric(self) -> None:
         name = self.experiment.checkpoints.best_metric
@@ -419,15 +231,19 @@ class _Loop:
         if due or scored or step == self.experiment.num_steps:
             self._save(step)
 
-    def _save(self, step: int, *, owes_evaluation: bool = False) -> None:
+    def _save(
+        self, step: int, *, owes_evaluation: bool = False, position: int | None = None
+    ) -> None:
         if step == 0:
             return  # A run starts so, without a checkpoint.
         checkpoints = self.experiment.checkpoints
+        self.steps.finish()
         sums = self.sums.to_host()
         # What was summed before the last line of metrics was checked there.
-        _check_finite(runtime.means(sums), step)
-        if not _is_finite(self.state):
-            raise FloatingPointError(_not_finite("the parameters or the optimizer's state", step))
+        non_finite.check_means(runtime.means(sums), step)
+        if not non_finite.is_finite(self.state):
+            what = "the parameters or the optimizer's state are"
+            raise FloatingPointError(non_finite.not_finite(what, step))
         metric = None
         if checkpoints.best_metric is not None and self.scored_step == step:
             metric = self.scores.get(checkpoints.best_metric)
@@ -436,7 +252,7 @@ class _Loop:
             step,
             self.state if replay is None else replay.attach(self.state),
             {
-                "position": self.iterator.position,
+                "position": self.iterator.position if position is None else position,
                 "data_fingerprint": self.trainer.dataset.fingerprint,
                 "vocabulary": runtime.describe_vocabulary(self.trainer.dataset.config.vocabulary),
                 **self.trainer.frozen_description,
@@ -450,26 +266,7 @@ class _Loop:
         )
 
     def close(self) -> None:
-        self.writer.close()
+        self.profiler.close()
+        self.log.close()
         self.iterator.close()
         self.store.close()
-
-
-@jax.jit
-def _is_finite(tree: PyTree) -> Bool[Array, ""]:
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(leaves))
-
-
-def _check_finite(means: Mapping[str, float], step: int) -> None:
-    bad = [name for name, value in means.items() if not math.isfinite(value)]
-    if bad:
-        raise FloatingPointError(_not_finite(", ".join(bad), step))
-
-
-def _not_finite(what: str, step: int) -> str:
-    return (
-        f"training stopped at step {step}: {what} not finite. The checkpoints saved before are "
-        "intact. Lower the learning rate, or set max_grad_norm; an infinite divergence means that "
-        "one model gives probability 0 where the other does not."
-    )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gkd_jax.array_types import Array, Float, Int, Key, Metrics, Params
+from gkd_jax.array_types import Array, Bool, Float, Int, Key, Metrics, Params
 from gkd_jax.batch import Batch, TeacherDistributions
 from gkd_jax.models import lora
 from gkd_jax.models.base import LanguageModel
@@ -31,7 +31,7 @@ class TrainState:
     """All arrays that training changes; what a checkpoint holds.
 
     Attributes:
-      step: number of updates made.
+      step: number of updates made, with those that were skipped.
       params: those of the student's parameters that are trained, float32.
       opt_state: the optimizer's state.
       average: the average of those parameters, where it teaches; None where no average
@@ -319,6 +319,7 @@ def make_train_step(
     num_microbatches: int = 1,
     teacher_part: str | None = None,
     average_decay: float | None = None,
+    skips_non_finite: bool = False,
 ) -> StepFn:
     """Makes the training step.
 
@@ -335,11 +336,14 @@ def make_train_step(
       teacher_part: 'params' or 'average', if that part of the state teaches; None where the
         teacher's parameters are those given.
       average_decay: of the state's average, which follows each update; None where none is kept.
+      skips_non_finite: whether a step whose loss or gradient is NaN or infinite changes nothing,
+        and counts in no metric but its tokens.
 
     Returns:
-      A function `(state, teacher_params, batch, key, frozen)` to the new state and metrics; `key`
-      must differ at every step. `frozen`, None by default, are the student's parameters that are
-      not trained: they are not differentiated, and no part of the state.
+      A function `(state, teacher_params, batch, key, frozen)` to the new state and metrics, of
+      which 'non_finite' is 1 if loss or gradient are NaN or infinite, else 0; `key` must differ at
+      every step. `frozen`, None by default, are the student's parameters that are not trained: they
+      are not differentiated, and no part of the state.
     """
     gradients = make_gradient_fn(student, teacher, objective, num_microbatches=num_microbatches)
 
@@ -364,9 +368,25 @@ def make_train_step(
         new_state = TrainState(
             step=state.step + 1, params=params, opt_state=opt_state, average=average
         )
+        is_finite = jnp.isfinite(metrics["grad_norm"][0]) & jnp.isfinite(metrics["loss"][0])
+        if skips_non_finite:
+            new_state, metrics = _unless_finite(is_finite, state, new_state, metrics)
+        metrics["non_finite"] = (1.0 - is_finite.astype(jnp.float32), jnp.float32(1))
         return new_state, metrics
 
     return train_step
+
+
+def _unless_finite(
+    is_finite: Bool[Array, ""], state: TrainState, new_state: TrainState, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+    """The new state and metrics; if not finite the old one, a step on, and metrics of no weight."""
+    kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new_state, state)
+    counted = {
+        name: pair if name == "target_tokens" else jnp.where(is_finite, jnp.stack(pair), 0.0)
+        for name, pair in metrics.items()
+    }
+    return kept.replace(step=new_state.step), {name: (p[0], p[1]) for name, p in counted.items()}
 
 
 def make_eval_step(

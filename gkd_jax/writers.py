@@ -34,7 +34,9 @@ class Writer(Protocol):
         ...
 
 
-def default_writer(model_dir: str, *, start_step: int, num_steps: int) -> Writer:
+def default_writer(
+    model_dir: str, *, start_step: int, num_steps: int, owes_evaluation: bool = False
+) -> Writer:
     """All writers on the first process, none on the others.
 
     Args:
@@ -42,12 +44,18 @@ def default_writer(model_dir: str, *, start_step: int, num_steps: int) -> Writer
       start_step: the step that the run goes on from: what an earlier run wrote after it is
         dropped, since those steps are made again; 0 drops all, as such a run starts anew.
       num_steps: updates in all, for the time left.
+      owes_evaluation: whether the evaluation of `start_step` will be written, and what is there of
+        it is dropped.
     """
     if jax.process_index() != 0:
         return MultiWriter(())
     return MultiWriter(
         (
-            JsonLinesWriter(f"{model_dir}/{METRICS_FILE}", start_step=start_step),
+            JsonLinesWriter(
+                f"{model_dir}/{METRICS_FILE}",
+                start_step=start_step,
+                owes_evaluation=owes_evaluation,
+            ),
             TensorBoardWriter(f"{model_dir}/tensorboard", start_step=start_step),
             ProgressWriter(start_step=start_step, num_steps=num_steps),
         )
@@ -96,8 +104,9 @@ class JsonLinesWriter:
     Numbers that are not finite are written as null, which every JSON reader takes.
     """
 
-    def __init__(self, path: str, *, start_step: int = 0):
+    def __init__(self, path: str, *, start_step: int = 0, owes_evaluation: bool = False):
         self._path = pathlib.Path(path)
+        self._owes_evaluation = owes_evaluation
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             self._drop_after(start_step)
@@ -113,7 +122,8 @@ class JsonLinesWriter:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 break
-            if start_step > 0 and row["step"] <= start_step:
+            is_owed = self._owes_evaluation and row["step"] == start_step and _is_evaluation(row)
+            if start_step > 0 and row["step"] <= start_step and not is_owed:
                 kept.append(line + "\n")
         unfinished = self._path.with_suffix(".unfinished")
         unfinished.write_text("".join(kept), encoding="utf-8")
@@ -136,6 +146,10 @@ class JsonLinesWriter:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _is_evaluation(row: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in row)
 
 
 class TensorBoardWriter:

@@ -99,13 +99,17 @@ def rows(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
-_TIMES = ("time", "seconds", "seconds_per_step", "target_tokens_per_second")
+_TIMES = ("time", "seconds", "target_tokens_per_second")
 
 
 def metrics(model_dir: pathlib.Path) -> list[dict[str, Any]]:
     """What a run wrote, without what depends on the time of day."""
     return [
-        {name: value for name, value in row.items() if name.rpartition("/")[2] not in _TIMES}
+        {
+            name: value
+            for name, value in row.items()
+            if not name.rpartition("/")[2].startswith(_TIMES)
+        }
         for row in rows(model_dir / "metrics.jsonl")
         if "plan" not in row
     ]

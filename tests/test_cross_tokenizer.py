@@ -20,6 +20,7 @@ from gkd_jax.rewards import HostReward, RewardMix
 from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.methods import Sample
 from gkd_jax.sampling.policies import TeacherMixed
+from gkd_jax.teacher_tokens import make_reader
 from gkd_jax.teachers import CrossTokenizerTeacher, Teacher, TeacherMixture
 
 
@@ -111,7 +112,7 @@ def test_an_output_too_long_for_the_teacher_is_cut_with_its_spans(teacher, tmp_p
     experiment = run_with(short, tmp_path / "run")
     dataset = prepare.prepare(experiment, run_mode="train").train_data
     batch = next(dataset.train_iterator())
-    reader = train.make_reader(experiment, dataset.config.vocabulary)
+    reader = make_reader(experiment, dataset.config.vocabulary)
     tokens = reader.read(batch.targets, batch.loss_weights)
     assert tokens.targets.shape == tokens.teacher_spans.shape == (small_runs.BATCH_SIZE, 4)
     for row in range(small_runs.BATCH_SIZE):

@@ -119,7 +119,7 @@ def test_the_base_teaches_without_a_copy(saved, tmp_path):
     batch = run.partitioner.shard_batch(batch)
     state = trainer.init_state()
     for step in range(2):
-        state, _ = trainer.step(state, batch, step)
+        state, _, _ = trainer.step(state, batch, step)
     small_runs.assert_equal_bits(trainer.frozen, before)
 
 

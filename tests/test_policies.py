@@ -120,7 +120,7 @@ def test_a_teacher_of_the_training_state_helps_too(tiny_teacher, tmp_path):
     student_alone = trainer.rollout_metrics_fn(
         trainer.rollout_fn((state.params, state.params), batch, key)
     )
-    _, groups = trainer.step(state, batch, 0)
+    _, groups, _ = trainer.step(state, batch, 0)
     got = jax.device_get(groups["rollout"])
     assert got == jax.device_get(expected)
     assert got != jax.device_get(student_alone)

@@ -34,6 +34,7 @@ from gkd_jax.rewards import (
     final_answer,
     reward_metrics,
     subtract_baseline,
+    unigram_f1,
 )
 from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.methods import Greedy, Sample
@@ -70,6 +71,13 @@ def test_metrics_by_hand():
         "group_std": (1.0, 2.0),
     }
     assert set(reward_metrics(rewards, is_real, num_samples=1)) == {"mean"}
+
+
+def test_unigram_f1():
+    references = [("The cat sat.", "a dog"), ("a b c d",), ("a a b",), ("none",), ()]
+    samples = ["the CAT sat!", "d c x y", "a", " . ", "x"]
+    # m, s, r: 3, 3, 3; 2, 4, 4; 1, 1, 3; 0, 0, 1; no reference.
+    assert unigram_f1([""] * 5, references, samples) == [1.0, 0.5, 0.5, 0.0, 0.0]
 
 
 def test_final_answer():

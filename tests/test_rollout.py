@@ -173,7 +173,9 @@ def test_noise_belongs_to_the_example_not_to_the_row(policy):
     )
 
 
+@pytest.mark.pitfall(41)
 def test_sharded_rollout_equals_the_plain_one(policy):
+    """Also where the outputs of one device end long before those of another."""
     model, params = policy
     rollout_fn = make_rollout_fn(model, Rollout(num_samples=3))
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -197,6 +199,8 @@ def test_sharded_rollout_equals_the_plain_one(policy):
     np.testing.assert_array_equal(out.targets, plain.targets)
     np.testing.assert_array_equal(out.loss_weights, plain.loss_weights)
     np.testing.assert_allclose(out.sample_log_probs, plain.sample_log_probs, atol=1e-5)
+    longest = np.asarray(out.loss_weights).sum(axis=1).reshape(4, -1).max(axis=1)
+    assert longest.min() < longest.max()
     assert out.targets.sharding.spec[0] == "data"
 
 

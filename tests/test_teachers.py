@@ -29,6 +29,7 @@ from gkd_jax.teachers import (
     Teacher,
     TeacherMixture,
 )
+from gkd_jax.trainer import jit_step_functions
 
 OBJECTIVE = Objective(GeneralizedJSD(beta=0.3), teacher_temperature=0.7)
 WIDTH = small_runs.TEACHER_WIDTH
@@ -348,7 +349,7 @@ def test_every_part_of_a_mixture_is_checked(tiny_teacher, tmp_path):
 def test_an_average_lies_as_its_parameters_do():
     """On a mesh of data 4 x model 2, with parameters split over both."""
     student = small_runs.model(vocab_size=260)
-    functions = train.jit_step_functions(
+    functions = jit_step_functions(
         student, student, OBJECTIVE, AdamW(Constant(1e-2)),
         Partitioner(model_parallelism=2, rules="fsdp"),
         num_microbatches=1, teacher_part="average", average_decay=0.9,

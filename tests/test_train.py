@@ -28,6 +28,7 @@ from gkd_jax.prepare import ConfigurationError
 from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.methods import Greedy, Sample
 from gkd_jax.teachers import Teacher
+from gkd_jax.trainer import jit_step_functions
 
 
 def host_part(model_dir, step: int) -> dict:
@@ -138,7 +139,7 @@ def test_a_finished_run_is_not_trained_again(tiny_teacher, gkd_run, monkeypatch)
 def test_each_jitted_function_compiles_once(tiny_teacher, tmp_path, caplog):
     """Over steps on data and on samples, two evaluations, and a last batch with fillers."""
     for cached in (
-        train.jit_step_functions,
+        jit_step_functions,
         runtime.jit_rollout,
         runtime.jit_rollout_metrics,
         runtime.jit_eval_step,
@@ -428,7 +429,7 @@ def test_coins_of_examples_need_one_sample_of_full_length(tiny_teacher, tmp_path
     experiment = small_runs.gkd(tmp_path, tiny_teacher, outputs=OutputMix(0.5, per_example=True))
     trainer = train.Trainer(experiment, Dataset(experiment.train_data))
     batch = next(trainer.dataset.train_iterator())
-    _, groups = trainer.step(
+    _, groups, _ = trainer.step(
         trainer.init_state(), experiment.partitioner.shard_batch(batch), step=0
     )
     assert set(groups) == {"rollout", "mixed"}

@@ -21,7 +21,7 @@ from divergence_references import (
     prefix_weights,
 )
 
-from gkd_jax import objectives, train, train_step
+from gkd_jax import non_finite, objectives, train_step
 from gkd_jax.batch import Batch
 from gkd_jax.models.config import T5Config
 from gkd_jax.models.t5 import T5
@@ -268,4 +268,4 @@ def test_what_one_side_alone_excludes(form):
         metrics = train_step.loss_metrics(per_token, batch, case.weights)
         means = {name: float(total / weight) for name, (total, weight) in metrics.items()}
         with pytest.raises(FloatingPointError, match=r"step 7: loss.* gives probability 0"):
-            train._check_finite(means, 7)
+            non_finite.check_means(means, 7)

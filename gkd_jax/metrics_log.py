@@ -1,0 +1,103 @@
+"""The lines of metrics of a run: means of what was summed, times, alarms."""
+
+import time
+from collections.abc import Mapping, Sequence
+
+from absl import logging
+
+from gkd_jax import non_finite, runtime, writers
+from gkd_jax.experiment import Experiment
+from gkd_jax.profiling import PhaseTimes
+
+# Where the outputs of a step came from, and so the group of its metrics; "mixed" where each example
+# tossed a coin of its own, "replay" where the student had sampled them at earlier steps.
+OUTPUT_KINDS = ("data", "on_policy", "mixed", "replay")
+# How alarms call the outputs of a group of metrics.
+_KINDS = {"rollout": "sampled", "outputs": "evaluated"}
+
+
+class MetricsLog:
+    """Writes metrics, and warns where outputs collapse."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        phases: PhaseTimes,
+        *,
+        start_step: int,
+        owes_evaluation: bool,
+    ):
+        self._experiment = experiment
+        self._phases = phases
+        self._writer = writers.default_writer(
+            experiment.model_dir,
+            start_step=start_step,
+            num_steps=experiment.num_steps,
+            owes_evaluation=owes_evaluation,
+        )
+        self._step = start_step
+        self._time = time.monotonic()
+        self._seconds_of_fetching = 0.0
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Writes a text, such as the plan of the run."""
+        self._writer.write_text(step, name, text)
+
+    def add_fetching(self, seconds: float) -> None:
+        """Notes how long a step waited for its data."""
+        self._seconds_of_fetching += seconds
+
+    def leave_out(self, seconds: float) -> None:
+        """Has time that was not training's not count as that."""
+        self._time += seconds
+
+    def write_training(self, step: int, sums: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Writes what the steps since the last line gave.
+
+        Raises:
+          FloatingPointError: a mean is NaN or infinite.
+        """
+        means = runtime.means(sums)
+        now, num_steps = time.monotonic(), step - self._step
+        seconds = (now - self._time) / num_steps
+        means["seconds_of_fetching"] = self._seconds_of_fetching / num_steps
+        self._step, self._time, self._seconds_of_fetching = step, now, 0.0
+        non_finite.check_means(means, step)
+        means["seconds_per_step"] = seconds
+        for kind, phases in self._phases.take().items():
+            means |= {f"{kind}/seconds_of_{name}": value for name, value in phases.items()}
+        means["learning_rate"] = float(self._experiment.optimizer.schedule(step - 1))
+        # Steps on the data and steps on samples are of different length and number.
+        tokens = [sums[kind]["target_tokens"] for kind in OUTPUT_KINDS if kind in sums]
+        tokens_per_step = sum(total for total, _ in tokens) / sum(weight for _, weight in tokens)
+        means["target_tokens_per_second"] = tokens_per_step / seconds
+        means["target_tokens_per_second_per_chip"] = tokens_per_step / seconds / self._num_chips
+        self._writer.write(step, {f"train/{name}": value for name, value in means.items()})
+        self._raise_alarms(means, "rollout", step)
+
+    def write_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Writes the scores of an evaluation."""
+        self._writer.write(step, {f"eval/{name}": value for name, value in scores.items()})
+        self._raise_alarms(scores, "outputs", step)
+
+    @property
+    def _num_chips(self) -> int:
+        return self._experiment.partitioner.mesh.size
+
+    def _raise_alarms(self, values: Mapping[str, float], group: str, step: int) -> None:
+        alarms = self._experiment.alarms
+        limits = {"truncated_share": alarms.truncated_share, "repetition": alarms.repetition}
+        for name, limit in limits.items():
+            value = values.get(f"{group}/{name}", 0.0)
+            if value > limit:
+                logging.warning(
+                    "ALARM at step %d: %s of the %s outputs is %.2f, above Alarms.%s = %.2f: "
+                    "outputs collapse or do not end. Look at the predictions; compare the "
+                    "end-of-sequence ids of teacher and student, the learning rate and the target "
+                    "length.",
+                    step, name, _KINDS[group], value, name, limit,
+                )  # fmt: skip
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._writer.close()

@@ -1,0 +1,99 @@
+"""A run that hangs says where: the stacks of all threads, on each process, and ends."""
+
+import faulthandler
+import os
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import ClassVar
+
+import jax
+
+from gkd_jax import interruption
+
+# Whoever notices first waits: its end would take the others along before they told theirs.
+_SECONDS_TO_TELL = 10.0
+
+
+def _end() -> None:
+    os._exit(interruption.EXIT_STATUS)
+
+
+class Watchdog:
+    """Ends a process that has not called `beat` for some time.
+
+    Where one process of several hangs, all wait for it, and all tell. The exit status is that of an
+    interrupted run: the same command goes on from the last checkpoint.
+    """
+
+    _active: ClassVar["Watchdog | None"] = None
+
+    def __init__(
+        self, seconds: float | None, folder: str, *, end: Callable[[], None] = _end
+    ) -> None:
+        """Makes one, which watches while it is entered.
+
+        Args:
+          seconds: the longest time between two beats; None watches nothing.
+          folder: where the stacks are written beside standard error, `stacks.process_<n>.txt`.
+          end: ends the process.
+        """
+        self._seconds = seconds
+        self._path = pathlib.Path(folder) / f"stacks.process_{jax.process_index()}.txt"
+        self._end = end
+        self._last_beat = time.monotonic()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds is not None and Watchdog._active is None:
+            Watchdog._active = self
+            self._last_beat = time.monotonic()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if Watchdog._active is self:
+            Watchdog._active = None
+            self._stopped.set()
+            self._thread.join()
+
+    def _watch(self) -> None:
+        assert self._seconds is not None
+        while (left := self._last_beat + self._seconds - time.monotonic()) > 0:
+            if self._stopped.wait(left):
+                return
+        self._tell()
+        if not self._stopped.wait(_SECONDS_TO_TELL):
+            self._end()
+
+    def _tell(self) -> None:
+        print(
+            f"nothing has happened for {self._seconds:g} seconds (Experiment.hang_seconds): the "
+            f"stacks of this process's threads follow, also in {self._path}. It ends with status "
+            f"{interruption.EXIT_STATUS}; the same command goes on from the last checkpoint. Set "
+            "HANG_SECONDS higher if a step, an evaluation's batch or a compilation takes as long.",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(all_threads=True)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            print(f"they could not be written to {self._path}: {error}", file=sys.stderr)
+
+
+def beat() -> None:
+    """Tells the watchdog that is entered, if one is, that the run goes on."""
+    if Watchdog._active is not None:
+        Watchdog._active._last_beat = time.monotonic()

@@ -1,0 +1,79 @@
+"""Times of the parts of a step, and traces of chosen steps."""
+
+import gzip
+import json
+import time
+
+import pytest
+import small_runs
+
+from gkd_jax import train
+from gkd_jax.objectives.mixing import OutputMix
+from gkd_jax.profiling import PhaseTimes
+
+
+def test_each_line_has_the_times_of_each_kind_of_step(tmp_path, tiny_teacher):
+    experiment = small_runs.gkd(tmp_path, tiny_teacher, evaluation=None, log_period=6)
+    assert experiment.outputs == OutputMix(0.5)
+    train.train(experiment)
+    first, second = (
+        row for row in small_runs.rows(tmp_path / "metrics.jsonl") if "plan" not in row
+    )
+    for row in (first, second):
+        assert row["train/seconds_of_fetching"] > 0
+        for kind, phases in (("data", ["update"]), ("on_policy", ["rollout", "update"])):
+            found = {
+                name.removeprefix(f"train/{kind}/seconds_of_"): value
+                for name, value in row.items()
+                if name.startswith(f"train/{kind}/seconds_of_")
+            }
+            assert sorted(found) == phases
+            assert all(value > 0 for value in found.values())
+    # Steps that compile are not timed: parts are no longer than the mean step that has them.
+    parts = second["train/on_policy/seconds_of_update"], second["train/data/seconds_of_update"]
+    assert max(parts) < first["train/seconds_per_step"]
+    per_chip = second["train/target_tokens_per_second_per_chip"]
+    assert per_chip == pytest.approx(second["train/target_tokens_per_second"])
+
+
+def test_phases_wait_for_their_values_on_timed_steps_alone():
+    class Value:
+        waited = 0
+
+        def block_until_ready(self):
+            Value.waited += 1
+            time.sleep(0.02)
+            return self
+
+    phases = PhaseTimes()
+    for _ in range(4):
+        phases.begin("data", None)
+        with phases.phase("update") as wait:
+            wait(Value())
+    assert Value.waited == 1
+    assert phases.take()["data"]["update"] >= 0.02
+    assert phases.take() == {}
+    phases.begin("data", None)
+    with phases.phase("update") as wait:
+        wait(Value())
+    assert Value.waited == 2
+
+
+def test_a_trace_of_chosen_steps(tmp_path, tiny_teacher):
+    experiment = small_runs.gkd(
+        tmp_path, tiny_teacher, evaluation=None, outputs=OutputMix(1.0), profile_steps=[3, 4]
+    )
+    train.train(experiment)
+    (trace,) = tmp_path.glob("plugins/profile/*/*.trace.json.gz")
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = [event["args"]["step_num"] for event in events if event.get("name") == "step"]
+    assert sorted(steps) == ["3", "4"]
+    names = {event.get("name") for event in events}
+    assert {"rollout", "update"} <= names
+
+
+@pytest.mark.parametrize("steps", [(0, 3), (4, 3), (1, 2, 3), (5, 6)])
+def test_wrong_steps(steps, tmp_path):
+    with pytest.raises(ValueError, match=r"profile_steps must be the first and the last.*PROFILE"):
+        small_runs.sft(tmp_path, num_steps=5, profile_steps=steps)
