@@ -126,8 +126,8 @@ def assert_equal_bits(left: Any, right: Any) -> None:
         assert one.tobytes() == other.tobytes(), jax.tree_util.keystr(path)
 
 
-class Stopped(Exception):
-    """Stands for whatever ends a process between two steps."""
+class Stopped(BaseException):
+    """Stands for whatever ends a process between two steps: no code of the run sees it."""
 
 
 def stop_at(monkeypatch, wanted: int) -> None:

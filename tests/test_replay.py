@@ -207,7 +207,8 @@ def test_replayed_steps_draw_other_outputs_and_other_noise(tiny_teacher, tmp_pat
         def keep(state, teacher_params, batch, key, frozen):
             seen.append(np.asarray(batch.targets).tobytes())
             keys.append(jax.random.key_data(key).tobytes())
-            return state, {"target_tokens": (jnp.float32(1), jnp.float32(1))}
+            one = jnp.float32(1)
+            return state, {"target_tokens": (one, one), "non_finite": (0 * one, one)}
 
         self.step_fn = self.on_policy_step_fn = keep
         return original(self, state, batch, step)

@@ -280,7 +280,7 @@ def test_steps_at_the_same_prompt_draw_other_noise(tiny_teacher, tmp_path, monke
         # The student stays as it is: only the noise of the samples differs.
         def keep(state, teacher_params, batch, key, frozen):
             samples[step].append(np.asarray(batch.targets))
-            return state, {"target_tokens": (1.0, 1.0)}
+            return state, {"target_tokens": (1.0, 1.0), "non_finite": (0.0, 1.0)}
 
         self.step_fn = self.on_policy_step_fn = keep
         # The examples' numbers are part of the noise too: here the step alone makes it differ.
@@ -448,8 +448,10 @@ def poison_at(monkeypatch, wanted: int, change) -> None:
     original = train.Trainer.step
 
     def step(self, state, batch, step):
-        state, groups = original(self, state, batch, step)
-        return change(state, groups) if step == wanted else (state, groups)
+        state, groups, batch = original(self, state, batch, step)
+        if step == wanted:
+            state, groups = change(state, groups)
+        return state, groups, batch
 
     monkeypatch.setattr(train.Trainer, "step", step)
 
