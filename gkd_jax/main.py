@@ -67,6 +67,13 @@ _PROCESS_COUNT = flags.DEFINE_integer(
 _PROCESS_INDEX = flags.DEFINE_integer(
     "process_index", None, "Which one this is, from 0, with --coordinator_address."
 )
+_HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
+    "heartbeat_timeout_s",
+    None,
+    "Over several processes: seconds without a sign of life after which one counts as lost and all "
+    "others end. Default: JAX's own, 100.",
+    lower_bound=1,
+)
 
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
@@ -138,6 +145,7 @@ def _choose_run_mode(*, binds_study: bool) -> str:
 
 
 def _join_processes() -> None:
+    timeout = _HEARTBEAT_TIMEOUT_S.value
     if _MULTIPROCESS.value or _COORDINATOR_ADDRESS.value:
         import jax
 
@@ -145,6 +153,12 @@ def _join_processes() -> None:
             coordinator_address=_COORDINATOR_ADDRESS.value,
             num_processes=_PROCESS_COUNT.value,
             process_id=_PROCESS_INDEX.value,
+            **({} if timeout is None else {"heartbeat_timeout_seconds": timeout}),
+        )
+    elif timeout is not None:
+        raise ValueError(
+            f"--heartbeat_timeout_s is for several processes; got {timeout} for one. Leave it out, "
+            "or give --multiprocess or --coordinator_address."
         )
 
 
