@@ -195,8 +195,12 @@ resume() {
   return 1
 }
 
-# The sub-command; cancel first tells a resume that is under way.
+# Does what the sub-command says. cancel first tells a resume that is under way.
 carry_out() {
+  if [ "$SUBCOMMAND" = submit ] && [ -z "$DRY_RUN" ] && is_going_on; then
+    say "a run named $NAME is going on: cancel it first, or give resume to wait for it"
+    exit 1
+  fi
   if [ "$SUBCOMMAND" = cancel ] && [ -z "$DRY_RUN" ]; then
     mkdir -p "$OF_NAME"
     touch "$CANCELLED"

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 . launch/common.sh
 
 LAUNCHER=tpu_vm
-SETTINGS=(TPU_NAME ZONE PROJECT ACCELERATOR_TYPE RUNTIME_VERSION QUEUED SPOT SETUP EXTRAS LOCAL_MODEL_DIR)
+SETTINGS=(TPU_NAME ZONE PROJECT ACCELERATOR_TYPE RUNTIME_VERSION QUEUED SPOT SETUP HOST_PYTHON EXTRAS LOCAL_MODEL_DIR)
 read_command_line "$@"
 need TPU_NAME ZONE
 [ -z "${ACCELERATOR_TYPE:-}" ] || need RUNTIME_VERSION
@@ -81,19 +81,18 @@ on_hosts() {
 }
 
 submit() {
-  local archive arguments setup="${SETUP:-}"
+  local archive="$OF_NAME/gkd_jax.tar.gz" arguments
   [ -n "$DRY_RUN" ] || git diff --quiet HEAD || say "note: what is not committed is not sent"
   ensure_tpu
   keep_command
-  archive="$(mktemp -d)/gkd_jax.tar.gz"
-  git archive --format=tar.gz --output="$archive" HEAD
+  run git archive --format=tar.gz --output="$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:gkd_jax.tar.gz" "${zone[@]}" --worker=all
   # Quoted once more for the shell of the host.
   arguments="$(printf ' %q' "${ARGUMENTS[@]}")"
   on_hosts "set -e
 mkdir -p gkd_jax && tar -xzf gkd_jax.tar.gz -C gkd_jax && cd gkd_jax
-$setup
-[ -x .venv/bin/python ] || python3 -m venv .venv
+${SETUP:-}
+[ -x .venv/bin/python ] || ${HOST_PYTHON:-python3} -m venv .venv
 .venv/bin/pip install -q -c requirements.txt '.[tpu,${EXTRAS:-data}]'
 bash launch/tpu_host.sh start --multiprocess$arguments"
 }
