@@ -158,9 +158,9 @@ def sky():
 
 
 if __name__ == "__main__":
-    name = pathlib.Path(sys.argv[0]).name
+    called_as = pathlib.Path(sys.argv[0]).name
     with (FAKE / "calls.jsonl").open("a") as calls:
-        calls.write(json.dumps([name, *sys.argv[1:]]) + "\n")
-    {function.__name__: function for function in (
-        python, gcloud, kubectl, xpk, sbatch, srun, sky
-    )}.get(name, lambda: None)()
+        calls.write(json.dumps([called_as, *sys.argv[1:]]) + "\n")
+    # squeue and scancel have nothing to say: a job is over when sbatch returns.
+    stand_ins = (python, gcloud, kubectl, xpk, sbatch, srun, sky)
+    {one.__name__: one for one in stand_ins}.get(called_as, lambda: None)()
