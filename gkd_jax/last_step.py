@@ -73,13 +73,13 @@ def _owes_evaluation(folder: pathlib.Path, step: int) -> bool:
 
 def _num_steps(text: str) -> int | None:
     """The number of steps in a saved configuration; None if it has none, or several."""
-    found = set()
+    found: set[int | None] = set()
     for match in filter(None, map(_NUM_STEPS.fullmatch, text.splitlines())):
         macro, number = match.groups()
         if macro is not None:
             value = re.search(rf"^{re.escape(macro)} = (\d+)$", text, re.MULTILINE)
-            number = value and value[1]
-        found.add(number and int(number))
+            number = value[1] if value else None
+        found.add(None if number is None else int(number))
     return found.pop() if len(found) == 1 else None
 
 

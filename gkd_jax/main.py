@@ -149,11 +149,12 @@ def _join_processes() -> None:
     if _MULTIPROCESS.value or _COORDINATOR_ADDRESS.value:
         import jax
 
+        options: dict[str, Any] = {} if timeout is None else {"heartbeat_timeout_seconds": timeout}
         jax.distributed.initialize(
             coordinator_address=_COORDINATOR_ADDRESS.value,
             num_processes=_PROCESS_COUNT.value,
             process_id=_PROCESS_INDEX.value,
-            **({} if timeout is None else {"heartbeat_timeout_seconds": timeout}),
+            **options,
         )
     elif timeout is not None:
         raise ValueError(

@@ -64,6 +64,7 @@ check_settings() {
     exit 2
   fi
   HERE_MODEL_DIR="${LOCAL_MODEL_DIR:-$MODEL_DIR}"
+  # shellcheck disable=SC2153 # The launcher sets it.
   OF_NAME="$PWD/runs/launch/$LAUNCHER-$NAME"
   CANCELLED="$OF_NAME/cancelled"
   # Beside the run where this machine sees its folder. Without LOCAL_MODEL_DIR a folder of that

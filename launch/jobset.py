@@ -1,4 +1,4 @@
-"""Prints the manifest of a JobSet that runs gkd_jax on TPU slices of GKE; launch/jobset.sh calls it.
+"""Prints the manifest of a JobSet that runs gkd_jax on GKE's TPUs; launch/jobset.sh calls it.
 
     NAME=wmt IMAGE=... TPU=tpu-v5-lite-podslice TOPOLOGY=4x4 HOSTS=4 CHIPS=4 \
       python launch/jobset.py --gin_file=gin_configs/wmt_ende.gin ...
@@ -119,7 +119,13 @@ def manifest(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
                 # All processes of a try are gone before the next begins: they share MODEL_DIR.
                 "restartStrategy": "BlockingRecreate",
                 # Other ends of a job restart all jobs.
-                "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+                "rules": [
+                    {
+                        "name": "fault",
+                        "action": "FailJobSet",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                    }
+                ],
             },
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "replicatedJobs": [

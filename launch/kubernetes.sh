@@ -29,6 +29,7 @@ pods_end() {
   kubectl_here get pods --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --output='jsonpath={range .items[*]}{.status.containerStatuses[*].state.terminated.exitCode}{" "}{.status.conditions[?(@.type=="DisruptionTarget")].status}{"\n"}{end}'
 }
 
+# shellcheck disable=SC2034 # STATUS is for resume.
 wait_for_end() {
   local one told unanswered=0
   while :; do

@@ -17,6 +17,7 @@ NAME="${TPU_NAME:-}"
 need_program gcloud "the Google Cloud CLI"
 check_settings
 
+# shellcheck disable=SC2153 # It is there: need.
 zone=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 kind=tpu-vm
 [ -z "${QUEUED:-}" ] || kind=queued-resources
@@ -36,9 +37,10 @@ state() {
 }
 
 create() {
-  run gcloud compute tpus "$kind" create "$TPU_NAME" "${zone[@]}" ${QUEUED:+--node-id="$TPU_NAME"} \
-    --accelerator-type="$ACCELERATOR_TYPE" ${QUEUED:+--runtime-version="$RUNTIME_VERSION"} \
-    ${QUEUED:---version="$RUNTIME_VERSION"} ${SPOT:+--spot}
+  local software=(--version="$RUNTIME_VERSION")
+  [ -z "${QUEUED:-}" ] || software=(--runtime-version="$RUNTIME_VERSION" --node-id="$TPU_NAME")
+  run gcloud compute tpus "$kind" create "$TPU_NAME" "${zone[@]}" "${software[@]}" \
+    --accelerator-type="$ACCELERATOR_TYPE" ${SPOT:+--spot}
 }
 
 delete() {
