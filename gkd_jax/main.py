@@ -236,16 +236,35 @@ def main(argv: Sequence[str]) -> None:
 
     try:
         _run(f"python -m gkd_jax.main {arguments}".strip())
-    except (ValueError, OSError) as error:
-        if _TRACEBACK.value or not _is_users_error(error):
-            raise
-        _exit_with(str(error))
-    except FloatingPointError as error:
-        if _TRACEBACK.value:
-            raise
-        _exit_with(str(error), status=1)
     except interruption.InterruptedRunError as error:
         _exit_with(str(error), status=interruption.EXIT_STATUS)
+    except (ValueError, OSError) as error:
+        _fail(error, status=None if _TRACEBACK.value or not _is_users_error(error) else 2)
+    except FloatingPointError as error:
+        _fail(error, status=None if _TRACEBACK.value else 1)
+    except Exception as error:
+        _fail(error, status=None)
+
+
+def _fail(error: Exception, *, status: int | None) -> NoReturn:
+    """Ends with the error's message and this status, or with a traceback where that is None.
+
+    Among several processes at once: at Python's end JAX waits for the others, which wait for this
+    one, and after minutes aborts all of them with a status that tells nothing.
+    """
+    import jax
+
+    if not jax.distributed.is_initialized():
+        if status is None:
+            raise error
+        _exit_with(str(error), status=status)
+    if status is None:
+        traceback.print_exception(error)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if status is None else status)
 
 
 def _exit_with(message: str, *, status: int = 2) -> NoReturn:

@@ -9,6 +9,9 @@
 
 # The exit status of a process that saved and ended: EXIT_STATUS of gkd_jax/interruption.py.
 SAVED=75
+# That of a process that JAX aborts since another one of its run is lost.
+# shellcheck disable=SC2034 # Some launchers ask for it.
+LEFT_ALONE=134
 
 SUBCOMMAND="" DRY_RUN="" ARGUMENTS=() MODEL_DIR="" STATUS="" LAST=0 DONE="" missing=()
 

@@ -15,6 +15,8 @@ from typing import Any
 
 # EXIT_STATUS of gkd_jax/interruption.py: saved, to be started again.
 SAVED = 75
+# That of a process that JAX aborts since another one of its run is lost.
+LEFT_ALONE = 134
 CONTAINER = "gkd"
 
 
@@ -40,8 +42,8 @@ def _pod(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
         },
         "tolerations": [
             {"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"},
-            # A lost node is known as such before the other processes, whose time is JAX's 100 s
-            # (--heartbeat_timeout_s), end with statuses that look like faults.
+            # A lost node is known as such when the other processes end for want of it, after
+            # JAX's 100 seconds (--heartbeat_timeout_s).
             *(
                 {
                     "key": f"node.kubernetes.io/{condition}",
@@ -86,7 +88,7 @@ def _job(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
                     "onExitCodes": {
                         "containerName": CONTAINER,
                         "operator": "NotIn",
-                        "values": [SAVED],
+                        "values": [SAVED, LEFT_ALONE],
                     },
                 },
             ]

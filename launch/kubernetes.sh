@@ -52,7 +52,7 @@ wait_for_end() {
   for one in $told; do
     case "$one" in
       0) ;;
-      "$SAVED") STATUS="$SAVED" ;;
+      "$SAVED" | "$LEFT_ALONE") STATUS="$SAVED" ;;
       *) STATUS="$one" && return ;;
     esac
   done

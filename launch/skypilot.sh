@@ -33,7 +33,9 @@ logs() { run sky jobs logs --name="$NAME"; }
 
 cancel() { run sky jobs cancel --name="$NAME" --yes; }
 
-is_going_on() { sky jobs queue --skip-finished | grep -qw -- "$NAME"; }
+is_going_on() {
+  sky jobs queue --skip-finished --verbose | grep -qE "(^|[[:space:]])$NAME([[:space:]]|\$)"
+}
 
 # The log ends with the job, by one of SkyPilot's exit statuses. That the job ended otherwise than
 # well means that SkyPilot did not take it for preempted or saved.

@@ -152,7 +152,7 @@ wait_for_end() {
     for one in $told; do
       case "$one" in
         0 | running) ;;
-        "$SAVED" | lost) STATUS="$SAVED" ;;
+        "$SAVED" | "$LEFT_ALONE" | lost) STATUS="$SAVED" ;;
         *) fault="$one" ;;
       esac
     done

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -242,6 +243,14 @@ def test_a_fault_is_not_started_again(launcher, cluster):
     assert len(cluster.runs()) == 1
 
 
+@pytest.mark.parametrize("launcher", ["tpu_vm", "jobset", "xpk"])
+def test_processes_that_were_left_alone_are_no_fault(launcher, cluster):
+    plan = "134 100\n0 300\n"
+    made = cluster.launch(launcher, "resume", *awkward(cluster.model_dir), plan=plan)
+    assert made.returncode == 0, made.stderr
+    assert len(cluster.runs()) == 2
+
+
 @pytest.mark.parametrize("launcher", [name for name in SETTINGS if name != "skypilot"])
 def test_a_try_that_saves_nothing_new_is_the_last(launcher, cluster):
     plan = "75 100\n75 100\n0 300\n"
@@ -395,12 +404,15 @@ def test_task_of_skypilot_is_what_its_schema_allows(settings, cluster):
     )
 
 
-def test_one_exit_status_says_saved():
-    scripts = {
-        name: (LAUNCH / name).read_text() for name in ("common.sh", "jobset.py", "sky_task.py")
-    }
-    found = {name: re.search(r"^SAVED ?= ?(\d+)$", text, re.M)[1] for name, text in scripts.items()}
-    assert set(found.values()) == {str(interruption.EXIT_STATUS)}
+def test_exit_statuses_are_the_same_everywhere():
+    """tests/test_main.py has that of a process that was left alone from JAX."""
+
+    def values(name: str) -> set[str]:
+        texts = [path.read_text() for path in (*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.py"))]
+        return {one for text in texts for one in re.findall(rf"^{name} ?= ?(\d+)$", text, re.M)}
+
+    assert values("SAVED") == {str(interruption.EXIT_STATUS)}
+    assert values("LEFT_ALONE") == {str(128 + signal.SIGABRT)}
 
 
 def test_scripts_are_clean():
