@@ -152,6 +152,19 @@ read_progress() {
 
 pause() { sleep "${POLL_SECONDS:-60}"; }
 
+# Ends where it cannot be known whether a run is going on: another beside it would do harm.
+no_answer() {
+  say "$1 does not answer: nothing is started"
+  exit 1
+}
+
+# Counts looks without an answer, one after the other; false when there were too many.
+unanswered=0
+bear_silence() {
+  unanswered=$((unanswered + 1))
+  [ "$unanswered" -lt 10 ] || { say "no answer for $unanswered times: given up" && return 1; }
+}
+
 # Starts the run as often as it takes. Each try must save a later step than those before it.
 resume() {
   local try before tries="${MAX_TRIES:-20}"

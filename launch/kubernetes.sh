@@ -17,7 +17,12 @@ jobset_state() {
   fi
 }
 
-is_going_on() { [ -z "$(jobset_state)" ]; }
+is_going_on() {
+  local now
+  now="$(jobset_state)"
+  [ "$now" != UNKNOWN ] || no_answer kubectl
+  [ -z "$now" ]
+}
 
 logs() {
   run kubectl --namespace="${NAMESPACE:-default}" logs --follow --tail=100 --prefix \
@@ -31,17 +36,15 @@ pods_end() {
 
 # shellcheck disable=SC2034 # STATUS is for resume.
 wait_for_end() {
-  local one told unanswered=0
+  local one told
+  unanswered=0
   while :; do
     pause
     case "$(jobset_state)" in
       Completed) STATUS=0 && return ;;
       Failed) break ;;
       ABSENT) say "the JobSet $NAME is gone" && STATUS=1 && return ;;
-      UNKNOWN)
-        unanswered=$((unanswered + 1))
-        [ "$unanswered" -lt 10 ] || { STATUS=1 && return; }
-        ;;
+      UNKNOWN) bear_silence || { STATUS=1 && return; } ;;
       *) unanswered=0 ;;
     esac
   done

@@ -34,13 +34,16 @@ logs() { run sky jobs logs --name="$NAME"; }
 cancel() { run sky jobs cancel --name="$NAME" --yes; }
 
 is_going_on() {
-  sky jobs queue --skip-finished --verbose | grep -qE "(^|[[:space:]])$NAME([[:space:]]|\$)"
+  local answer
+  answer="$(sky jobs queue --skip-finished --verbose)" || no_answer sky
+  grep -qE "(^|[[:space:]])$NAME([[:space:]]|\$)" <<<"$answer"
 }
 
 # The log ends with the job, by one of SkyPilot's exit statuses. That the job ended otherwise than
 # well means that SkyPilot did not take it for preempted or saved.
 wait_for_end() {
-  local ended unanswered=0
+  local ended
+  unanswered=0
   while :; do
     pause
     ended=0
@@ -49,10 +52,7 @@ wait_for_end() {
       0) STATUS=0 && return ;;
       100 | 102 | 103) STATUS="$ended" && return ;;  # Failed, not found, cancelled.
       101) unanswered=0 ;;                           # Not finished: the connection ended.
-      *)
-        unanswered=$((unanswered + 1))
-        [ "$unanswered" -lt 10 ] || { STATUS="$ended" && return; }
-        ;;
+      *) bear_silence || { STATUS="$ended" && return; } ;;
     esac
   done
 }

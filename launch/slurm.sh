@@ -64,22 +64,24 @@ cancel() {
 }
 
 is_going_on() {
-  JOB="$(jobs_now | head -n 1)"
+  local answer
+  answer="$(jobs_now)" || no_answer squeue
+  JOB="${answer%%$'\n'*}"
   [ -n "$JOB" ]
 }
 
 # The job's shell notes its exit status; a job that is gone without a note was killed, with its
 # node or for its time, and Slurm did not queue it again.
 wait_for_end() {
-  local answer unanswered=0
+  local answer
+  unanswered=0
   while :; do
     pause
     if answer="$(jobs_now)"; then
       unanswered=0
       [[ $'\n'$answer$'\n' == *$'\n'"$JOB"$'\n'* ]] || break
     else
-      unanswered=$((unanswered + 1))
-      [ "$unanswered" -lt 10 ] || { say "squeue does not answer" && STATUS=1 && return; }
+      bear_silence || { STATUS=1 && return; }
     fi
   done
   STATUS="$(cat "$KEPT/slurm-$JOB.status" 2>/dev/null || echo "$SAVED")"

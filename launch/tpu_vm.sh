@@ -68,7 +68,12 @@ ensure_tpu() {
         create
         made=$((made + 1))
         ;;
+      UNKNOWN)
+        bear_silence || exit 1
+        pause
+        ;;
       *)
+        unanswered=0
         [ "$now" = "$told" ] || say "$TPU_NAME: $now"
         told="$now"
         pause
@@ -126,18 +131,27 @@ cancel() {
 }
 
 is_going_on() {
-  case "$(state)" in READY | ACTIVE) [[ $(answers) == *running* ]] ;; *) false ;; esac
+  case "$(state)" in
+    READY | ACTIVE) [[ $(answers) == *running* ]] ;;
+    UNKNOWN) no_answer gcloud ;;
+    *) false ;;
+  esac
 }
 
 # A preemption may show in the processes before it shows in the state, so that a fault is only
 # believed where the TPU is still there after a pause.
 wait_for_end() {
-  local one told fault="" silent=0
+  local one told="" fault=""
+  unanswered=0
   while :; do
     pause
     case "$(state)" in
       ABSENT | PREEMPTED | SUSPENDED | FAILED | TERMINATED) STATUS="$SAVED" && return ;;
       READY | ACTIVE) ;;
+      UNKNOWN)
+        bear_silence || { STATUS=1 && return; }
+        continue
+        ;;
       *) continue ;;
     esac
     if [ -n "$fault" ]; then
@@ -145,9 +159,11 @@ wait_for_end() {
       STATUS="$fault" && return
     fi
     told="$(answers)"
-    silent=$((silent + 1))
-    [ -z "$told" ] || silent=0
-    [ "$silent" -lt 10 ] || { say "the hosts do not answer" && STATUS=1 && return; }
+    if [ -z "$told" ]; then
+      bear_silence || { STATUS=1 && return; }
+      continue
+    fi
+    unanswered=0
     STATUS=0
     for one in $told; do
       case "$one" in
@@ -161,7 +177,7 @@ wait_for_end() {
       ask_hosts stop || true
       return
     fi
-    [ -z "$told" ] || [ -n "$fault" ] || [[ $told == *running* ]] || return 0
+    [ -n "$fault" ] || [[ $told == *running* ]] || return 0
   done
 }
 

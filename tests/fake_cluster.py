@@ -2,7 +2,8 @@
 
 It is linked as gcloud, kubectl, xpk, sky, sbatch, squeue, scancel and srun, and as the python of a
 host. $FAKE is its folder: a line of `plan` is a try of the run, such as "75 100": exit status and
-the step that is saved; "gone 100" is one whose machine is taken away. calls.jsonl gets all calls.
+the step that is saved; "gone 100" is one whose machine is taken away, "broken 100" one after which
+nothing answers. calls.jsonl gets all calls.
 """
 
 import ast
@@ -63,7 +64,9 @@ def python():
     if status == "cancelled":
         subprocess.run(["bash", "launch/slurm.sh", "cancel"], check=True)
         status = SAVED
-    sys.exit(137 if status == "gone" else int(status))
+    if status == "broken":
+        write("broken", "yes")
+    sys.exit(137 if status in ("gone", "broken") else int(status))
 
 
 def gcloud():
@@ -161,6 +164,8 @@ if __name__ == "__main__":
     called_as = pathlib.Path(sys.argv[0]).name
     with (FAKE / "calls.jsonl").open("a") as calls:
         calls.write(json.dumps([called_as, *sys.argv[1:]]) + "\n")
+    if read("broken") and called_as != "python":
+        sys.exit("ERROR: there is no network")
     # squeue and scancel have nothing to say: a job is over when sbatch returns.
     stand_ins = (python, gcloud, kubectl, xpk, sbatch, srun, sky)
     {one.__name__: one for one in stand_ins}.get(called_as, lambda: None)()

@@ -260,6 +260,28 @@ def test_a_try_that_saves_nothing_new_is_the_last(launcher, cluster):
     assert len(cluster.runs()) == 2
 
 
+@LAUNCHERS
+def test_without_an_answer_nothing_is_started(launcher, cluster):
+    """There may be a run, which another would disturb."""
+    (cluster.folder / "broken").write_text("yes")
+    for subcommand in ("submit", "resume"):
+        made = cluster.launch(launcher, subcommand, *awkward(cluster.model_dir), plan="0 300\n")
+        assert made.returncode == 1
+        assert "does not answer: nothing is started" in made.stderr
+    assert cluster.runs() == []
+
+
+@pytest.mark.parametrize("launcher", ["tpu_vm", "jobset", "xpk", "slurm"])
+def test_what_no_longer_answers_is_not_taken_for_gone(launcher, cluster):
+    plan = "broken 100\n0 300\n"
+    made = cluster.launch(
+        launcher, "resume", *awkward(cluster.model_dir), plan=plan, POLL_SECONDS="0"
+    )
+    assert made.returncode == 1
+    assert "no answer for 10 times" in made.stderr
+    assert len(cluster.runs()) == 1
+
+
 def test_tries_have_a_bound(cluster):
     plan = "75 100\n75 150\n75 200\n"
     made = cluster.launch("slurm", "resume", *awkward(cluster.model_dir), plan=plan, MAX_TRIES="2")
