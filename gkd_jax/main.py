@@ -67,6 +67,13 @@ _PROCESS_COUNT = flags.DEFINE_integer(
 _PROCESS_INDEX = flags.DEFINE_integer(
     "process_index", None, "Which one this is, from 0, with --coordinator_address."
 )
+_HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
+    "heartbeat_timeout_s",
+    None,
+    "Over several processes: seconds without a sign of life after which one counts as lost and all "
+    "others end. Default: JAX's own, 100.",
+    lower_bound=1,
+)
 
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
@@ -138,13 +145,21 @@ def _choose_run_mode(*, binds_study: bool) -> str:
 
 
 def _join_processes() -> None:
+    timeout = _HEARTBEAT_TIMEOUT_S.value
     if _MULTIPROCESS.value or _COORDINATOR_ADDRESS.value:
         import jax
 
+        options: dict[str, Any] = {} if timeout is None else {"heartbeat_timeout_seconds": timeout}
         jax.distributed.initialize(
             coordinator_address=_COORDINATOR_ADDRESS.value,
             num_processes=_PROCESS_COUNT.value,
             process_id=_PROCESS_INDEX.value,
+            **options,
+        )
+    elif timeout is not None:
+        raise ValueError(
+            f"--heartbeat_timeout_s is for several processes; got {timeout} for one. Leave it out, "
+            "or give --multiprocess or --coordinator_address."
         )
 
 
@@ -221,16 +236,35 @@ def main(argv: Sequence[str]) -> None:
 
     try:
         _run(f"python -m gkd_jax.main {arguments}".strip())
-    except (ValueError, OSError) as error:
-        if _TRACEBACK.value or not _is_users_error(error):
-            raise
-        _exit_with(str(error))
-    except FloatingPointError as error:
-        if _TRACEBACK.value:
-            raise
-        _exit_with(str(error), status=1)
     except interruption.InterruptedRunError as error:
         _exit_with(str(error), status=interruption.EXIT_STATUS)
+    except (ValueError, OSError) as error:
+        _fail(error, status=None if _TRACEBACK.value or not _is_users_error(error) else 2)
+    except FloatingPointError as error:
+        _fail(error, status=None if _TRACEBACK.value else 1)
+    except Exception as error:
+        _fail(error, status=None)
+
+
+def _fail(error: Exception, *, status: int | None) -> NoReturn:
+    """Ends with the error's message and this status, or with a traceback where that is None.
+
+    Among several processes at once: at Python's end JAX waits for the others, which wait for this
+    one, and after minutes aborts all of them with a status that tells nothing.
+    """
+    import jax
+
+    if not jax.distributed.is_initialized():
+        if status is None:
+            raise error
+        _exit_with(str(error), status=status)
+    if status is None:
+        traceback.print_exception(error)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if status is None else status)
 
 
 def _exit_with(message: str, *, status: int = 2) -> NoReturn:

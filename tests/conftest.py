@@ -6,10 +6,13 @@ import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    )
+for flag in (
+    "--xla_force_host_platform_device_count=8",
+    # Most of a test's time is compilation, a third of which LLVM takes to make small programs fast.
+    "--xla_backend_optimization_level=0",
+):
+    if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
 import jax
 import pytest
@@ -18,7 +21,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of a test's time is compilation: what was compiled once is kept between tests and runs.
+# What was compiled once is kept between tests and runs.
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

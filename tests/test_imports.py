@@ -75,6 +75,7 @@ _FLOORS = {
     "chips": 0,
     "flops": 0,
     "hlo": 0,
+    "last_step": 0,
     "batch": 0,
     "array_types": 0,
 }

@@ -2,10 +2,12 @@
 
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -273,8 +275,7 @@ main.run()
 """
 
 
-@pytest.mark.slow
-def test_two_processes_join_and_the_first_writes(tmp_path):
+def start_two(tmp_path, *of_the_second):
     (tmp_path / "experiment.gin").write_text(_EXPERIMENT)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -283,7 +284,7 @@ def test_two_processes_join_and_the_first_writes(tmp_path):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
-    processes = [
+    return [
         subprocess.Popen(
             [
                 *(sys.executable, "-c", _PROCESS),
@@ -292,13 +293,21 @@ def test_two_processes_join_and_the_first_writes(tmp_path):
                 f"--coordinator_address=localhost:{port}",
                 "--process_count=2",
                 f"--process_index={index}",
+                "--heartbeat_timeout_s=5",
+                *(of_the_second if index else ()),
             ],
             env=environment,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         for index in range(2)
     ]
+
+
+@pytest.mark.slow
+def test_two_processes_join_and_the_first_writes(tmp_path):
+    processes = start_two(tmp_path)
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs == [
@@ -306,3 +315,27 @@ def test_two_processes_join_and_the_first_writes(tmp_path):
         "process 1 of 2 devices 4\n",
     ]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.gin"]
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_with_its_status_and_the_others_after_it(tmp_path):
+    """JAX would have it wait for the others for minutes, and then abort."""
+    first, second = start_two(tmp_path, "--gin.BETA=7")
+    message = second.communicate(timeout=60)[1]
+    assert second.returncode == 2
+    assert "beta" in message
+    first.communicate(timeout=60)
+    # As launch/ has it: LEFT_ALONE.
+    assert first.returncode == -signal.SIGABRT
+
+
+def test_heartbeat_timeout_is_jaxs_unless_it_is_given(run, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: given.append(options))
+    found_by_jax = dict.fromkeys(("coordinator_address", "num_processes", "process_id"))
+    assert run(_model_dir_flag(tmp_path), "--multiprocess")[0] == 0
+    assert run(_model_dir_flag(tmp_path), "--multiprocess", "--heartbeat_timeout_s=30")[0] == 0
+    assert given == [found_by_jax, found_by_jax | {"heartbeat_timeout_seconds": 30}]
+    status, _, message, _ = run(_model_dir_flag(tmp_path), "--heartbeat_timeout_s=30")
+    assert status == 2
+    assert "--heartbeat_timeout_s is for several processes" in message

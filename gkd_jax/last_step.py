@@ -1,0 +1,110 @@
+"""The last step that is saved in a run's folder, and how many the run is to make.
+
+    python -m gkd_jax.last_step runs/wmt
+
+prints {"last_step": 4000, "train_steps": 20000, "done": false}. The scripts in launch/ ask it on
+machines where nothing is installed, so it needs Python alone and reads the few facts that it wants
+from the files themselves.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+
+# As checkpoints/ has them, whose modules import JAX; a test compares them.
+_STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
+_MANIFEST = "MANIFEST.json"
+_HOST = "host.json"
+
+_NUM_STEPS = re.compile(r"(?:[\w/]+/)?(?:\w+\.)?Experiment\.num_steps = (?:%(\S+)|(\d+))")
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+      last_step: the step of the last complete checkpoint, 0 if there is none; of a study the sum
+        over its runs, which grows as they do.
+      train_steps: how many steps the run is to make; None if that is not known, as for a study.
+      done: whether the last step is saved, and no evaluation is owed to it.
+    """
+
+    last_step: int
+    train_steps: int | None
+    done: bool
+
+
+def read_progress(model_dir: pathlib.Path, *, train_steps: int | None = None) -> Progress:
+    """Reads how far the run in a folder has come; a folder that is not there holds a new run.
+
+    Args:
+      model_dir: the folder of a run or of a study.
+      train_steps: how many steps the run is to make from now on, where that is not what its saved
+        configuration says.
+    """
+    config = model_dir / "config.gin"
+    text = config.read_text() if config.exists() else ""
+    if re.search(r"^(?:\w+\.)?Study\.cells = ", text, re.MULTILINE):
+        runs = [folder for folder in model_dir.iterdir() if folder.is_dir()]
+        return Progress(sum(_last_step(folder) for folder in runs), None, done=False)
+    wanted = _num_steps(text) if train_steps is None else train_steps
+    last = _last_step(model_dir)
+    done = wanted is not None and last >= max(wanted, 1)
+    return Progress(last, wanted, done and not _owes_evaluation(model_dir, last))
+
+
+def _last_step(folder: pathlib.Path) -> int:
+    """The last step whose checkpoint has its manifest, which is written last."""
+    if not folder.is_dir():
+        return 0
+    matches = (_STEP_FOLDER.fullmatch(child.name) for child in folder.iterdir())
+    steps = (int(match[1]) for match in matches if match)
+    return max((s for s in steps if (folder / f"checkpoint_{s}" / _MANIFEST).exists()), default=0)
+
+
+def _owes_evaluation(folder: pathlib.Path, step: int) -> bool:
+    host = json.loads((folder / f"checkpoint_{step}" / _HOST).read_text())["host"]
+    return bool(host.get("owes_evaluation", False))
+
+
+def _num_steps(text: str) -> int | None:
+    """The number of steps in a saved configuration; None if it has none, or several."""
+    found: set[int | None] = set()
+    for match in filter(None, map(_NUM_STEPS.fullmatch, text.splitlines())):
+        macro, number = match.groups()
+        if macro is not None:
+            value = re.search(rf"^{re.escape(macro)} = (\d+)$", text, re.MULTILINE)
+            number = value[1] if value else None
+        found.add(None if number is None else int(number))
+    return found.pop() if len(found) == 1 else None
+
+
+def main() -> None:
+    """Prints the progress as JSON; exits with status 2 where the folder cannot be read."""
+    parser = argparse.ArgumentParser(description="The last step saved in a run's folder, as JSON.")
+    parser.add_argument("model_dir", help="the run's MODEL_DIR, as this machine sees it")
+    parser.add_argument(
+        "--train_steps", type=int, help="instead of the number in the saved configuration"
+    )
+    arguments = parser.parse_args()
+    if "://" in arguments.model_dir:
+        parser.error(
+            f"model_dir must be a folder; got {arguments.model_dir}. Mount the bucket, and give "
+            "the path that it is mounted at."
+        )
+    try:
+        progress = read_progress(
+            pathlib.Path(arguments.model_dir), train_steps=arguments.train_steps
+        )
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {arguments.model_dir} cannot be read: {error!r}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(dataclasses.asdict(progress)))
+
+
+if __name__ == "__main__":
+    main()
