@@ -65,14 +65,20 @@ def train(experiment: Experiment, *, before_start: Callable[[], None] | None = N
         evaluator = Evaluator(experiment, prepared.eval_data)
     loop = _Loop(experiment, trainer, evaluator)
     loop.log.write_text(loop.start_step, "plan", plan)
+    failed = True
     try:
         with (
             interruption.Interruption() as signals,
             watchdog.Watchdog(experiment.hang_seconds, experiment.model_dir),
         ):
-            return loop.run(signals)
+            result = loop.run(signals)
+        failed = False
+    except interruption.InterruptedRunError:
+        failed = False
+        raise
     finally:
-        loop.close()
+        loop.close(alone=failed)
+    return result
 
 
 class _Loop:
@@ -265,8 +271,9 @@ class _Loop:
             metric=metric,
         )
 
-    def close(self) -> None:
+    def close(self, *, alone: bool) -> None:
+        """Ends what was begun; `alone` where the other processes may not be ending."""
         self.profiler.close()
         self.log.close()
         self.iterator.close()
-        self.store.close()
+        self.store.close(alone=alone)

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-for flag in (
-    "--xla_force_host_platform_device_count=8",
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
+if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     # Most of a test's time is compilation, a third of which LLVM takes to make small programs fast.
-    "--xla_backend_optimization_level=0",
-):
-    if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 import jax
 import pytest

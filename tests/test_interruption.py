@@ -90,9 +90,9 @@ def test_a_study_is_stopped_between_its_runs(tmp_path, monkeypatch, tiny_teacher
     )  # fmt: skip
     original = train._Loop.close
 
-    def close(self):
+    def close(self, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        original(self)
+        original(self, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(train._Loop, "close", close)

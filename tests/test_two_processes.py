@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import small_recipes
@@ -24,9 +25,12 @@ SETTINGS = {
 }
 
 
-def start(flags: list[str], *, devices: int) -> subprocess.Popen:
+MAIN = ("-m", "gkd_jax.main")
+
+
+def start(flags: list[str], *, devices: int, program: Sequence[str] = MAIN) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "gkd_jax.main", *flags],
+        [sys.executable, *program, *flags],
         cwd=small_recipes.ROOT,
         env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
         stdout=subprocess.PIPE,
@@ -40,12 +44,15 @@ def finish(processes: list[subprocess.Popen]) -> None:
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
 
 
-def together(flags: list[str]) -> list[subprocess.Popen]:
+def together(flags: list[str], program: Sequence[str] = MAIN) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = [*flags, f"--coordinator_address=localhost:{port}", "--process_count=2"]
-    return [start([*shared, f"--process_index={index}"], devices=2) for index in range(2)]
+    return [
+        start([*shared, f"--process_index={index}"], devices=2, program=program)
+        for index in range(2)
+    ]
 
 
 @pytest.mark.slow
@@ -135,3 +142,37 @@ def test_a_run_over_two_processes(tmp_path):
         ]
         finish(run([*recipe.flags(folder, **SETTINGS), *generation]))
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
+
+
+FAILS_ALONE = """
+import sys
+from absl import app
+from gkd_jax import main, trainer
+
+original = trainer.Trainer._update
+
+def update(self, state, batch, step, *arguments):
+    if step == 3 and sys.argv[-1] == "--process_index=1":
+        raise RuntimeError("the judge does not answer")
+    return original(self, state, batch, step, *arguments)
+
+trainer.Trainer._update = update
+main.run()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_ends_and_so_do_the_others(tmp_path):
+    """After a save, whose end the processes otherwise wait for together."""
+    flags = [
+        "--gin_file=gin_configs/sft/arithmetic.gin",
+        f"--gin.MODEL_DIR={str(tmp_path / 'run')!r}",
+        "--gin.TRAIN_STEPS=200", "--gin.CHECKPOINT_PERIOD=2", "--gin.BATCH_SIZE=8",
+        "--gin.Experiment.evaluation=None", "--heartbeat_timeout_s=10",
+    ]  # fmt: skip
+    processes = together(flags, program=["-c", FAILS_ALONE])
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert processes[1].returncode == 1, outputs[1]
+    assert "the judge does not answer" in outputs[1]
+    assert processes[0].returncode not in (0, 75), outputs[0]
+    assert (tmp_path / "run" / "checkpoint_2" / "MANIFEST.json").exists()

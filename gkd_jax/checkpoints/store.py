@@ -141,8 +141,12 @@ class CheckpointStore:
         self._thread.start()
         return True
 
-    def wait(self) -> None:
+    def wait(self, *, alone: bool = False) -> None:
         """Waits until the last save is complete.
+
+        Args:
+          alone: whether the other processes may not be waiting too: they are not asked how their
+            part of the save went.
 
         Raises:
           Exception: whatever went wrong with it.
@@ -152,17 +156,17 @@ class CheckpointStore:
         self._thread.join()
         self._thread = None
         error, self._error = self._error, None
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and not alone:
             failed = multihost_utils.process_allgather(np.int32(error is not None))
             if error is None and np.any(failed):
                 error = RuntimeError("saving a checkpoint failed on another process: see its log")
         if error is not None:
             raise error
 
-    def close(self) -> None:
+    def close(self, *, alone: bool = False) -> None:
         """Waits as `wait` does, and frees threads. The store can be used again."""
         try:
-            self.wait()
+            self.wait(alone=alone)
         finally:
             if self._checkpointer is not None:
                 self._checkpointer.close()
