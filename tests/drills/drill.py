@@ -59,7 +59,7 @@ MOMENTS = ("save", "restore", "rollout", "evaluation", "any")
 VICTIMS = ((0, 1), (0,), (1,))
 # Of a run that is killed before it saves, again and again.
 MOST_KILLS_OF_A_RUN = 12
-SECONDS_TO_END = 300.0
+SECONDS_TO_END = 900.0
 
 
 ENVIRONMENT = {
