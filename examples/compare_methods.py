@@ -7,8 +7,8 @@
 Each method is a file of gin_configs/methods, given after the recipe; every run is a command of its
 own, which is printed. `{seed}` within a binding becomes the run's seed. What is finished is not run
 again. SeqKD first lets the teacher write its outputs; `--same_size_teacher` names the checkpoint of
-a better student, without which self_distillation is left out. So is stored_teacher, which is
-supervised KD by another way.
+a better student, without which self_distillation is left out. So are stored_teacher, which is
+supervised KD by another way, and cross_tokenizer, whose teacher brings a tokenizer of its own.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def score(folder: pathlib.Path, metric: str) -> tuple[float, float, float] | Non
 
 def default_methods(flags: argparse.Namespace) -> list[str]:
     """All that need no more than the recipe and these flags."""
-    left_out = {"stored_teacher"}
+    left_out = {"stored_teacher", "cross_tokenizer"}
     if not flags.same_size_teacher:
         left_out.add("self_distillation")
     return sorted({path.stem for path in METHODS.glob("*.gin")} - left_out)
