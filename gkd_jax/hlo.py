@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 _BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
     "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64,
@@ -36,33 +38,47 @@ class Cost:
       flops: of matrix products and convolutions, two for a multiplication and an addition.
       bytes: read from and written to the device's memory, at most: what stays on the chip between
         two instructions is counted where the compiler says nothing of it.
-      collectives: bytes that the device sends, by kind of collective.
+      collectives: bytes that the device sends within its slice, by kind of collective.
+      between_slices: bytes that it sends to other slices, likewise.
       unknown_loops: loops whose number of runs is not in the program.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     collectives: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    between_slices: Mapping[str, float] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        kinds = {*self.collectives, *other.collectives}
         return Cost(
             self.flops + other.flops,
             self.bytes + other.bytes,
-            {k: self.collectives.get(k, 0.0) + other.collectives.get(k, 0.0) for k in kinds},
+            _sum(self.collectives, other.collectives),
+            _sum(self.between_slices, other.between_slices),
             self.unknown_loops + other.unknown_loops,
         )
 
     def times(self, number: float) -> "Cost":
         """The cost of that many runs."""
-        collectives = {kind: number * sent for kind, sent in self.collectives.items()}
-        return Cost(number * self.flops, number * self.bytes, collectives, self.unknown_loops)
+        within, between = (
+            {kind: number * sent for kind, sent in kinds.items()}
+            for kinds in (self.collectives, self.between_slices)
+        )
+        return Cost(number * self.flops, number * self.bytes, within, between, self.unknown_loops)
 
     @property
     def sent(self) -> float:
-        """Bytes that the device sends."""
+        """Bytes that the device sends within its slice."""
         return sum(self.collectives.values())
+
+    @property
+    def sent_between_slices(self) -> float:
+        """Bytes that the device sends to other slices."""
+        return sum(self.between_slices.values())
+
+
+def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {kind: one.get(kind, 0.0) + other.get(kind, 0.0) for kind in {*one, *other}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +110,16 @@ class _Instruction:
         return match[1] if match else ""
 
 
-def cost(text: str, *, unknown_trips: int = 1) -> Cost:
+def cost(text: str, *, unknown_trips: int = 1, num_slices: int = 1) -> Cost:
     """Counts what a compiled program does.
 
     Args:
       text: `compiled.as_text()`.
       unknown_trips: how often loops run whose number of runs depends on data.
+      num_slices: of its devices, in their order the first so many are one slice, and so on.
     """
     program = _parse(text)
-    return _Counter(program, unknown_trips).of_entry()
+    return _Counter(program, unknown_trips, num_slices).of_entry()
 
 
 def trip_count(condition: Mapping[str, "_Instruction"]) -> int | None:
@@ -120,9 +137,10 @@ def trip_count(condition: Mapping[str, "_Instruction"]) -> int | None:
 class _Counter:
     """Walks through a program, each computation once."""
 
-    def __init__(self, program: "_Program", unknown_trips: int):
+    def __init__(self, program: "_Program", unknown_trips: int, num_slices: int):
         self._program = program
         self._unknown_trips = unknown_trips
+        self._slice_size = program.num_devices // num_slices
         self._channels: set[str] = set()
         self._of = functools.cache(self._computation)
 
@@ -235,16 +253,44 @@ class _Counter:
             self._channels.add(channel[1])
         operands = [others[name] for name in one.operands if name in others]
         read = sum(array.bytes for operand in operands for array in operand.arrays)
-        size = _group_size(one.rest) or self._program.num_devices
-        share = (size - 1) / size if size > 1 else 0.0
-        sent = {
-            "all-gather": read * (size - 1),
-            "all-reduce": 2 * read * share,
-            "reduce-scatter": read * share,
-            "all-to-all": read * share,
-            "collective-permute": read,
-        }[kind]
-        return Cost(collectives={kind: sent})
+        if kind == "collective-permute":
+            return self._permutation(one.rest, read)
+        group = _group(one.rest) or range(self._program.num_devices)
+        slices = len({device // self._slice_size for device in group})
+        within, between = _sent(kind, read, len(group), slices)
+        return Cost(collectives={kind: within}, between_slices={kind: between} if between else {})
+
+    def _permutation(self, rest: str, read: float) -> Cost:
+        """Each device sends to one other; the dearest way is that of all."""
+        pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", rest)
+        ends = re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pairs else []
+        crossing = [int(a) // self._slice_size != int(b) // self._slice_size for a, b in ends]
+        kinds = {"collective-permute": read}
+        if any(crossing):
+            return Cost(between_slices=kinds, collectives={} if all(crossing) else kinds)
+        return Cost(collectives=kinds)
+
+
+def _sent(kind: str, read: float, size: int, slices: int) -> tuple[float, float]:
+    """Bytes that each device of a group sends within its slice, and to other slices.
+
+    A group over several slices works in two stages, so that each byte crosses once: what the
+    devices of a slice share is added up, or gathered, within it.
+
+    Args:
+      kind: of collective.
+      read: bytes of a device's operands.
+      size: devices of a group.
+      slices: how many slices they are of, alike many of each.
+    """
+    here = size / slices
+    if kind == "all-gather":
+        return read * slices * (here - 1), read * (slices - 1)
+    if kind == "all-to-all":
+        return read * (here - 1) / size, read * (slices - 1) / slices
+    times = 2 if kind == "all-reduce" else 1
+    within = times * read * (here - 1) / here
+    return within, times * read / here * (slices - 1) / slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,19 +350,29 @@ def _split_shape(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _group_size(rest: str) -> int:
-    """How many devices a collective is among; 0 where it does not say, which means all."""
+def _group(rest: str) -> list[int]:
+    """The first group of devices that a collective is among; empty for all of them."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
-        return len(listed[1].split(","))
-    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
+        return [int(device) for device in listed[1].split(",")]
+    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
     if tiled:
-        return int(tiled[2])
+        sizes, axes = (_numbers(tiled[index]) for index in (3, 4))
+        devices = np.arange(math.prod(sizes)).reshape(sizes)
+        order = devices.transpose(axes) if axes else devices
+        return order.reshape(int(tiled[1]), int(tiled[2]))[0].tolist()
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest)
     if mesh:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    return 0
+        sizes_of = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        among = re.findall(r"'(\w+)'", mesh[2])
+        devices = np.arange(math.prod(sizes_of.values())).reshape(tuple(sizes_of.values()))
+        first = tuple(slice(None) if name in among else 0 for name in sizes_of)
+        return devices[first].ravel().tolist()
+    return []
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",")) if text else ()
 
 
 def _product(one: _Instruction, others: Mapping[str, _Instruction]) -> float:
