@@ -27,6 +27,7 @@ _FREE = (
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (.*)$")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 
 
@@ -355,20 +356,32 @@ def _group(rest: str) -> list[int]:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
         return [int(device) for device in listed[1].split(",")]
-    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    tiled = re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", rest)
     if tiled:
-        sizes, axes = (_numbers(tiled[index]) for index in (3, 4))
-        devices = np.arange(math.prod(sizes)).reshape(sizes)
-        order = devices.transpose(axes) if axes else devices
-        return order.reshape(int(tiled[1]), int(tiled[2]))[0].tolist()
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest)
+        return _iota(tiled[3], tiled[4]).reshape(int(tiled[1]), int(tiled[2]))[0].tolist()
+    mesh = re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\((?:{_IOTA}|([\d,\s]*))\))?"
+        r"\s*\{([^}]*)\}",
+        rest,
+    )
     if mesh:
-        sizes_of = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        among = re.findall(r"'(\w+)'", mesh[2])
-        devices = np.arange(math.prod(sizes_of.values())).reshape(tuple(sizes_of.values()))
-        first = tuple(slice(None) if name in among else 0 for name in sizes_of)
-        return devices[first].ravel().tolist()
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        devices = np.arange(math.prod(sizes.values()))
+        if mesh[2]:
+            devices = _iota(mesh[2], mesh[3])
+        elif mesh[4]:
+            devices = np.asarray(_numbers(mesh[4]))
+        among = re.findall(r"'(\w+)'", mesh[5])
+        first = tuple(slice(None) if name in among else 0 for name in sizes)
+        return devices.reshape(tuple(sizes.values()))[first].ravel().tolist()
     return []
+
+
+def _iota(sizes: str, axes: str | None) -> np.ndarray:
+    """Device numbers in the order of '[2,4]T(1,0)': counted up in an array that is then turned."""
+    shape = _numbers(sizes)
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    return devices.transpose(_numbers(axes)) if axes else devices
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

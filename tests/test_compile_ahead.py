@@ -157,6 +157,9 @@ GROUPS = {
     "replica_groups=[4,2]<=[2,4]T(1,0)": [0, 4],
     "replica_groups=mesh['slice'=2,'data'=4] {'slice'}": [0, 4],
     "replica_groups=mesh['slice'=2,'data'=2,'model'=2] {'slice','data'}": [0, 2, 4, 6],
+    "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}": [0, 1, 2, 3],
+    "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}": [0, 4],
+    "replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'a'}": [3, 2],
     "channel_id=1": [],
 }
 
