@@ -67,7 +67,7 @@ def compile_for(
             _compile(
                 function,
                 unknown_trips=_chunks(experiment, function),
-                num_slices=partitioner.num_slices_of_mesh,
+                slice_size=report.num_chips // partitioner.num_slices_of_mesh,
             )
         )
         if stop_where_it_does_not_fit and not report.fits:
@@ -100,7 +100,7 @@ def on_topology(experiment: Experiment, topology: str) -> Experiment:
     return dataclasses.replace(experiment, partitioner=partitioner)
 
 
-def _compile(one: Function, *, unknown_trips: int, num_slices: int) -> Part:
+def _compile(one: Function, *, unknown_trips: int, slice_size: int) -> Part:
     logging.info("compiling: %s", one.name)
     start = time.monotonic()
     traced = flops.traced(one.function, *one.arguments, unknown_trips=unknown_trips)
@@ -125,7 +125,7 @@ def _compile(one: Function, *, unknown_trips: int, num_slices: int) -> Part:
     )
     seconds = time.monotonic() - start
     text = compiled.as_text()
-    cost = hlo.cost(text, unknown_trips=unknown_trips, num_slices=num_slices)
+    cost = hlo.cost(text, unknown_trips=unknown_trips, slice_size=slice_size)
     return Part(one.name, int(temporaries), "", seconds, cost, traced, recomputed)
 
 

@@ -23,6 +23,7 @@ _COLLECTIVES = (
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "async-done",
+    "send-done", "recv-done",
 )  # fmt: skip
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -111,16 +112,17 @@ class _Instruction:
         return match[1] if match else ""
 
 
-def cost(text: str, *, unknown_trips: int = 1, num_slices: int = 1) -> Cost:
+def cost(text: str, *, unknown_trips: int = 1, slice_size: int | None = None) -> Cost:
     """Counts what a compiled program does.
 
     Args:
       text: `compiled.as_text()`.
       unknown_trips: how often loops run whose number of runs depends on data.
-      num_slices: of its devices, in their order the first so many are one slice, and so on.
+      slice_size: of its devices, in their order so many are a slice; None where all are one. A
+        program that libtpu made for several is that of one, and says what it sends to others.
     """
     program = _parse(text)
-    return _Counter(program, unknown_trips, num_slices).of_entry()
+    return _Counter(program, unknown_trips, slice_size or program.num_devices).of_entry()
 
 
 def trip_count(condition: Mapping[str, "_Instruction"]) -> int | None:
@@ -138,10 +140,10 @@ def trip_count(condition: Mapping[str, "_Instruction"]) -> int | None:
 class _Counter:
     """Walks through a program, each computation once."""
 
-    def __init__(self, program: "_Program", unknown_trips: int, num_slices: int):
+    def __init__(self, program: "_Program", unknown_trips: int, slice_size: int):
         self._program = program
         self._unknown_trips = unknown_trips
-        self._slice_size = program.num_devices // num_slices
+        self._slice_size = slice_size
         self._channels: set[str] = set()
         self._of = functools.cache(self._computation)
 
@@ -165,7 +167,9 @@ class _Counter:
             cost = self._of(body).times(self._unknown_trips if trips is None else trips)
             return cost + Cost(unknown_loops=int(trips is None))
         if opcode in _COLLECTIVES:
-            return self._collective(opcode, one, others)
+            return self._collective(opcode, one, others, is_fused=is_fused)
+        if one.opcode == "send":
+            return _to_other_slices(one, others)
         flops = _product(one, others) if opcode in ("dot", "convolution") else 0.0
         moved = 0.0 if is_fused or opcode in _FREE else self._traffic(one, others)
         cost = Cost(flops, moved)
@@ -245,7 +249,14 @@ class _Counter:
                 untouched += fused.bytes - (update.bytes if update else 0.0)
         return min(untouched, one.bytes)
 
-    def _collective(self, kind: str, one: _Instruction, others: Mapping[str, _Instruction]) -> Cost:
+    def _collective(
+        self,
+        kind: str,
+        one: _Instruction,
+        others: Mapping[str, _Instruction],
+        *,
+        is_fused: bool,
+    ) -> Cost:
         # A collective that overlaps with products appears in several pieces of one channel.
         channel = re.search(r"channel_id=(\d+)", one.rest)
         if channel:
@@ -256,6 +267,9 @@ class _Counter:
         read = sum(array.bytes for operand in operands for array in operand.arrays)
         if kind == "collective-permute":
             return self._permutation(one.rest, read)
+        readers = [other for other in others.values() if one.name in other.operands]
+        if is_fused and kind == "all-reduce" and any(x.opcode == "dynamic-slice" for x in readers):
+            kind = "reduce-scatter"  # As the chip makes it of the two.
         group = _group(one.rest) or range(self._program.num_devices)
         slices = len({device // self._slice_size for device in group})
         within, between = _sent(kind, read, len(group), slices)
@@ -270,6 +284,19 @@ class _Counter:
         if any(crossing):
             return Cost(between_slices=kinds, collectives={} if all(crossing) else kinds)
         return Cost(collectives=kinds)
+
+
+def _to_other_slices(one: _Instruction, others: Mapping[str, _Instruction]) -> Cost:
+    """A transfer by the hosts, as libtpu makes of the second stage of a collective."""
+    read = others[one.operands[0]].bytes if one.operands[0] in others else 0.0
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)
+    kind = found[1].lower().replace("_", "-") if found else "send"
+    if kind not in _COLLECTIVES:
+        return Cost(bytes=read, between_slices={kind: read})
+    target = re.search(r'_xla_megascale_target="\{([^}]*)\}', one.rest)
+    ranges = [part.split(":") for part in target[1].split(",")] if target else []
+    slices = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges) or 1
+    return Cost(bytes=read, between_slices={kind: _sent(kind, read, slices, slices)[1]})
 
 
 def _sent(kind: str, read: float, size: int, slices: int) -> tuple[float, float]:

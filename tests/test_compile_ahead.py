@@ -187,24 +187,34 @@ def test_bytes_of_a_collective_over_slices(kind, size, slices, expected):
     assert hlo._sent(kind, 100.0, size, slices) == expected
 
 
-def test_what_crosses_between_slices_is_counted_apart():
+@pytest.mark.parametrize("topology", [None, pytest.param("v5e:2x2*2", marks=NEEDS_LIBTPU)])
+def test_what_crosses_between_slices_is_counted_apart(topology):
     """Parameters are gathered within a slice, gradients added up over both."""
     partitioner = Partitioner(rules="fsdp", num_slices=2)
+    if topology:
+        run = small_runs.sft("/none", partitioner=Partitioner(rules="fsdp"))
+        partitioner = compile_ahead.on_topology(run, topology).partitioner
+    assert dict(partitioner.mesh.shape) == {"slice": 2, "data": 4, "model": 1}
     w = partitioner.sharding("data")
+    dtype = jnp.dtype(jnp.bfloat16 if topology else jnp.float32)
 
     def gradient(x, w):
         return jax.grad(lambda w: jnp.square(jnp.tanh(x @ w)).sum())(w)
 
     arguments = (
-        shape(ROWS, WIDTH, sharding=partitioner.batch_sharding),
-        shape(WIDTH, WIDTH, sharding=w),
+        shape(8 * WIDTH, WIDTH, sharding=partitioner.batch_sharding, dtype=dtype),
+        shape(WIDTH, WIDTH, sharding=w, dtype=dtype),
     )
     text = jax.jit(gradient, out_shardings=w).lower(*arguments).compile().as_text()
-    cost = hlo.cost(text, num_slices=2)
-    size = 4 * WIDTH * WIDTH
+    cost = hlo.cost(text, slice_size=4)
+    size = dtype.itemsize * WIDTH * WIDTH
     assert cost.collectives["all-gather"] == size * 3 / 4
+    # What a chip keeps of the gradient, which the other slice has too.
     assert cost.between_slices == {"all-reduce": size / 4}
-    assert hlo.cost(text).between_slices == {}
+    if topology:  # A CPU adds up the whole and keeps a part.
+        assert cost.collectives["reduce-scatter"] == size * 3 / 4
+    else:
+        assert hlo.cost(text).between_slices == {}
 
 
 def test_topologies_are_checked_and_ordered():
