@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py             compiles what has no result yet, writes the tables
     python benchmarks/scaling.py --only=wmt  recipes alone whose name has this text
+    python benchmarks/scaling.py --scaling   the tables of one recipe on several slices alone
     python benchmarks/scaling.py --render    writes the tables of what there is
 
 It needs libtpu (pip install libtpu) and no TPU. Each cell is a recipe on a slice, compiled in a
@@ -298,6 +299,7 @@ def main() -> None:
     """Compiles and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="text that a recipe's name must have")
+    parser.add_argument("--scaling", action="store_true", help="the last two tables alone")
     parser.add_argument("--render", action="store_true", help="compile nothing")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -308,12 +310,13 @@ def main() -> None:
     results = Results(RESULTS)
     if not args.render:
         for recipe in RECIPES:
-            if args.only in recipe.name:
+            if args.only in recipe.name and not args.scaling:
                 smallest(recipe, results, may_compile=True)
                 write(render(results, RECIPES, may_compile=False))
         for cell in (*weak_cells(), *slice_cells()):
-            if args.only in cell.recipe.name:
+            if args.only in cell.recipe.name and (args.scaling or not args.only):
                 results.compile(cell)
+                write(render(results, RECIPES, may_compile=False))
     write(render(results, RECIPES, may_compile=False))
 
 

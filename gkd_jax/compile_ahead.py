@@ -7,9 +7,12 @@ checkpoint is read.
 
 import dataclasses
 import os
+import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from absl import logging
@@ -109,7 +112,7 @@ def _compile(one: Function, *, unknown_trips: int, slice_size: int) -> Part:
         least = flops.traced(one.plain, *one.arguments, unknown_trips=unknown_trips)
         recomputed = traced - least
     try:
-        compiled = one.function.lower(*one.arguments).compile()  # type: ignore[attr-defined]
+        compiled, text = _compiled(one)
     except jax.errors.JaxRuntimeError as error:
         needed = _out_of_memory(error)
         if needed is None:
@@ -124,9 +127,24 @@ def _compile(one: Function, *, unknown_trips: int, slice_size: int) -> Part:
         + memory.generated_code_size_in_bytes
     )
     seconds = time.monotonic() - start
-    text = compiled.as_text()
     cost = hlo.cost(text, unknown_trips=unknown_trips, slice_size=slice_size)
     return Part(one.name, int(temporaries), "", seconds, cost, traced, recomputed)
+
+
+def _compiled(one: Function) -> tuple[Any, str]:
+    """The compiled function, and its program as the compiler itself writes it.
+
+    What jaxlib would write it reads from the compiler first, whose words it may not know: on a v5p
+    gathers that start on the sparse cores were refused.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        lowered = one.function.lower(*one.arguments)  # type: ignore[attr-defined]
+        compiled = lowered.compile(compiler_options=options)
+        files = list(pathlib.Path(folder).glob("*.after_optimizations.txt"))
+        if not files:
+            return compiled, compiled.as_text()
+        return compiled, max(files, key=lambda file: file.stat().st_size).read_text()
 
 
 def _chunks(experiment: Experiment, one: Function) -> int:

@@ -201,11 +201,6 @@ def _evaluation_batch(experiment: Experiment, batch: Batch) -> Batch:
         return jax.ShapeDtypeStruct((data.batch_size, *sizes), dtype, sharding=sharding)
 
     lengths = data.feature_lengths["inputs"], data.feature_lengths["targets"]
-    as_in_training = {
-        name: _with_rows(leaf, data.batch_size)
-        for name in ("teacher_inputs", "teacher_inputs_mask")
-        if (leaf := getattr(batch, name)) is not None
-    }
     return Batch(
         inputs=rows(jnp.int32, lengths[0]),
         inputs_mask=rows(jnp.bool_, lengths[0]),
@@ -213,7 +208,9 @@ def _evaluation_batch(experiment: Experiment, batch: Batch) -> Batch:
         loss_weights=rows(jnp.float32, lengths[1]),
         example_id=rows(jnp.int32),
         component=None if batch.component is None else rows(jnp.int32),
-        **as_in_training,
+        # A teacher's own prompts are as long as in training.
+        teacher_inputs=_with_rows(batch.teacher_inputs, data.batch_size),
+        teacher_inputs_mask=_with_rows(batch.teacher_inputs_mask, data.batch_size),
     )
 
 
@@ -282,10 +279,14 @@ def _of_evaluation(experiment: Experiment, arguments: Arguments) -> Iterator[Fun
 
 def _prompts(experiment: Experiment, batch: Any) -> Any:
     """A rollout's prompts: one for each group of samples."""
-    size = experiment.train_data.batch_size
-    rows = jax.tree.map(lambda leaf: _with_rows(leaf, size), batch)
+    rows = _with_rows(batch, experiment.train_data.batch_size)
     return dataclasses.replace(rows, advantages=None)
 
 
-def _with_rows(leaf: jax.ShapeDtypeStruct, number: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((number, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+def _with_rows(tree: Any, number: int) -> Any:
+    """Shapes with another number of rows."""
+
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((number, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(one, tree)

@@ -42,8 +42,8 @@ def make_mesh(
         )
     if wanted == 1:
         return Mesh(array, _AXES, axis_types=auto * 2)
-    array = array.reshape(wanted, data // wanted, model)
-    return Mesh(array, ("slice", *_AXES), axis_types=auto * 3)
+    in_slices = array.reshape(wanted, data // wanted, model)
+    return Mesh(in_slices, ("slice", *_AXES), axis_types=auto * 3)
 
 
 def _checked(num_slices: int | None, real: int, data: int) -> int:
