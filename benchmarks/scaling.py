@@ -57,10 +57,13 @@ def of_t5(task: str, size: str, **settings: Any) -> Recipe:
 
 
 QWEN = Recipe("gsm8k_qwen3, 8B to 1.7B", "gin_configs/gsm8k_qwen3.gin")
+SIZES = ("small", "base", "large")
+# Long prompts: of the student's layers only what goes from one to the next is kept.
+FULL = {"REMAT_POLICY": "full"}
 RECIPES = (
-    *(of_t5(task, size) for task in ("wmt_ende", "xsum") for size in ("small", "base", "large")),
-    *(of_t5("gsm8k", size) for size in ("small", "base", "large")),
-    of_t5("flan2021", "base"),
+    *(of_t5("wmt_ende", size) for size in SIZES),
+    *(of_t5(task, size, **FULL) for task in ("xsum", "gsm8k") for size in SIZES),
+    of_t5("flan2021", "base", NUM_MICROBATCHES=4, **FULL),
     QWEN,
     Recipe("gsm8k_llama3, 70B to 8B", "gin_configs/gsm8k_llama3.gin", chip="v5p"),
 )
@@ -74,16 +77,24 @@ SLICES = ("v5e:4x8", "v5e:4x4*2")
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A recipe on a slice."""
+    """A recipe on a slice.
+
+    Attributes:
+      recipe: what is compiled.
+      topology: for which slice.
+      names: of its parts; None for all.
+    """
 
     recipe: Recipe
     topology: str
+    names: tuple[str, ...] | None = None
 
     @property
     def key(self) -> str:
         """All that the result depends on, but the code."""
         settings = json.dumps(self.recipe.settings, sort_keys=True)
-        return f"{self.recipe.file} {settings} {self.topology}"
+        parts = "" if self.names is None else f" {', '.join(self.names)}"
+        return f"{self.recipe.file} {settings} {self.topology}{parts}"
 
 
 def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
@@ -94,13 +105,14 @@ def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
 def weak_cells() -> Iterator[Cell]:
     """The same recipe on more and more chips."""
     for topology, number in WEAK_SLICES.items():
-        yield Cell(with_settings(WEAK, BATCH_SIZE=ROWS_A_CHIP * number), topology)
+        recipe = with_settings(WEAK, BATCH_SIZE=ROWS_A_CHIP * number)
+        yield Cell(recipe, topology, ("train step",))
 
 
 def slice_cells() -> Iterator[Cell]:
     """The same chips as one slice and as two."""
     for topology in SLICES:
-        yield Cell(with_settings(QWEN, BATCH_SIZE=64), topology)
+        yield Cell(with_settings(QWEN, BATCH_SIZE=64), topology, ("train step",))
 
 
 class Results:
@@ -125,7 +137,9 @@ class Results:
         """Compiles a cell, if that was not done yet."""
         if cell.key not in self._found:
             print(f"{cell.recipe.name} on {cell.topology}", flush=True)
-            request = json.dumps([cell.recipe.file, cell.recipe.settings, cell.topology])
+            request = json.dumps(
+                [cell.recipe.file, cell.recipe.settings, cell.topology, cell.names]
+            )
             command = [sys.executable, __file__, f"--cell={request}"]
             environment = os.environ | {"JAX_PLATFORMS": "cpu"}
             done = subprocess.run(
@@ -136,7 +150,9 @@ class Results:
         return self.report(cell)
 
 
-def compile_cell(file: str, settings: dict[str, Any], topology: str) -> dict[str, Any]:
+def compile_cell(
+    file: str, settings: dict[str, Any], topology: str, names: list[str] | None = None
+) -> dict[str, Any]:
     """Compiles a recipe for a slice, up to the first part that does not fit."""
     from gkd_jax import compile_ahead, gin_utils
     from gkd_jax.experiment import Experiment
@@ -147,7 +163,9 @@ def compile_cell(file: str, settings: dict[str, Any], topology: str) -> dict[str
         gin_files=[str(ROOT / file)],
         bindings=[f"{name} = {value!r}" for name, value in values.items()],
     )
-    report = compile_ahead.compile_for(config.build(), topology, stop_where_it_does_not_fit=True)
+    report = compile_ahead.compile_for(
+        config.build(), topology, stop_where_it_does_not_fit=True, names=names
+    )
     return dataclasses.asdict(report)
 
 
@@ -268,7 +286,7 @@ def scaling_table(results: Results, cells: Sequence[Cell]) -> str:
     columns = (
         "slice", "batch", "lies on each chip, MiB", "step, beside that, MiB",
         "a chip sends within its slice", "to other slices", "step, least s", "FLOPs of the least",
-        "compiled in, s",
+        "step compiled in, s",
     )  # fmt: skip
     return table(columns, rows)
 

@@ -11,7 +11,7 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -55,9 +55,20 @@ def compile_ahead(experiment: Experiment) -> str:
 
 
 def compile_for(
-    experiment: Experiment, topology: str, *, stop_where_it_does_not_fit: bool = False
+    experiment: Experiment,
+    topology: str,
+    *,
+    stop_where_it_does_not_fit: bool = False,
+    names: Collection[str] | None = None,
 ) -> Report:
-    """Compiles the parts of a run for a slice: all, or those up to the first that does not fit."""
+    """Compiles the parts of a run for a slice.
+
+    Args:
+      experiment: the run.
+      topology: the slice.
+      stop_where_it_does_not_fit: whether to leave the parts out that follow one which does not.
+      names: of the parts, such as 'train step'; None for all.
+    """
     experiment = on_topology(experiment, topology)
     partitioner = experiment.partitioner
     partitioner.check_batch_size(experiment.train_data.batch_size, experiment.num_microbatches)
@@ -66,6 +77,8 @@ def compile_for(
     arguments = Arguments(experiment)
     report = Report(topology, dict(partitioner.mesh.shape), arguments.residents(), [])
     for function in functions_of(experiment, arguments):
+        if names is not None and function.name not in names:
+            continue
         report.parts.append(
             _compile(
                 function,
@@ -163,7 +176,9 @@ def _out_of_memory(error: Exception) -> str | None:
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
         return None
-    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", text)
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", text) or re.search(
+        r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", text
+    )
     return f"{used[1]} of {used[2]}" if used else "more than a chip has"
 
 

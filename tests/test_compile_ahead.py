@@ -383,6 +383,11 @@ def test_a_compiler_that_runs_out_of_memory_is_understood():
     understood = compile_ahead._out_of_memory
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.51G of 15.75G hbm"
     assert understood(RuntimeError(message)) == "20.51G of 15.75G"
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (74.04G) exceeds available HBM (15.75G)."
+    )
+    assert understood(RuntimeError(message)) == "74.04G of 15.75G"
     assert understood(RuntimeError("INTERNAL: something else")) is None
 
 
