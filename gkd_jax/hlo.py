@@ -10,15 +10,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-import numpy as np
+from gkd_jax import collectives
 
 _BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
     "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64,
 }  # fmt: skip
-_COLLECTIVES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
-)  # fmt: skip
 # What moves or names buffers without reading them.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
@@ -28,7 +25,6 @@ _FREE = (
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (.*)$")
-_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 
 
@@ -166,10 +162,11 @@ class _Counter:
             trips = trip_count(self._program.with_called(condition))
             cost = self._of(body).times(self._unknown_trips if trips is None else trips)
             return cost + Cost(unknown_loops=int(trips is None))
-        if opcode in _COLLECTIVES:
+        if opcode in collectives.KINDS:
             return self._collective(opcode, one, others, is_fused=is_fused)
         if one.opcode == "send":
-            return _to_other_slices(one, others)
+            read = others[one.operands[0]].bytes if one.operands[0] in others else 0.0
+            return Cost(bytes=read, between_slices=collectives.transferred(one.rest, read))
         flops = _product(one, others) if opcode in ("dot", "convolution") else 0.0
         moved = 0.0 if is_fused or opcode in _FREE else self._traffic(one, others)
         cost = Cost(flops, moved)
@@ -266,59 +263,19 @@ class _Counter:
         operands = [others[name] for name in one.operands if name in others]
         read = sum(array.bytes for operand in operands for array in operand.arrays)
         if kind == "collective-permute":
-            return self._permutation(one.rest, read)
-        readers = [other for other in others.values() if one.name in other.operands]
-        if is_fused and kind == "all-reduce" and any(x.opcode == "dynamic-slice" for x in readers):
-            kind = "reduce-scatter"  # As the chip makes it of the two.
-        group = _group(one.rest) or range(self._program.num_devices)
-        slices = len({device // self._slice_size for device in group})
-        within, between = _sent(kind, read, len(group), slices)
-        return Cost(collectives={kind: within}, between_slices={kind: between} if between else {})
-
-    def _permutation(self, rest: str, read: float) -> Cost:
-        """Each device sends to one other; the dearest way is that of all."""
-        pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", rest)
-        ends = re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pairs else []
-        crossing = [int(a) // self._slice_size != int(b) // self._slice_size for a, b in ends]
-        kinds = {"collective-permute": read}
-        if any(crossing):
-            return Cost(between_slices=kinds, collectives={} if all(crossing) else kinds)
-        return Cost(collectives=kinds)
-
-
-def _to_other_slices(one: _Instruction, others: Mapping[str, _Instruction]) -> Cost:
-    """A transfer by the hosts, as libtpu makes of the second stage of a collective."""
-    read = others[one.operands[0]].bytes if one.operands[0] in others else 0.0
-    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)
-    kind = found[1].lower().replace("_", "-") if found else "send"
-    if kind not in _COLLECTIVES:
-        return Cost(bytes=read, between_slices={kind: read})
-    target = re.search(r'_xla_megascale_target="\{([^}]*)\}', one.rest)
-    ranges = [part.split(":") for part in target[1].split(",")] if target else []
-    slices = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges) or 1
-    return Cost(bytes=read, between_slices={kind: _sent(kind, read, slices, slices)[1]})
-
-
-def _sent(kind: str, read: float, size: int, slices: int) -> tuple[float, float]:
-    """Bytes that each device of a group sends within its slice, and to other slices.
-
-    A group over several slices works in two stages, so that each byte crosses once: what the
-    devices of a slice share is added up, or gathered, within it.
-
-    Args:
-      kind: of collective.
-      read: bytes of a device's operands.
-      size: devices of a group.
-      slices: how many slices they are of, alike many of each.
-    """
-    here = size / slices
-    if kind == "all-gather":
-        return read * slices * (here - 1), read * (slices - 1)
-    if kind == "all-to-all":
-        return read * (here - 1) / size, read * (slices - 1) / slices
-    times = 2 if kind == "all-reduce" else 1
-    within = times * read * (here - 1) / here
-    return within, times * read / here * (slices - 1) / slices
+            within, between = collectives.permuted(one.rest, read, self._slice_size)
+        else:
+            group = collectives.group(one.rest) or range(self._program.num_devices)
+            slices = len({device // self._slice_size for device in group})
+            readers = [other for other in others.values() if one.name in other.operands]
+            is_cut = any(reader.opcode == "dynamic-slice" for reader in readers)
+            if is_fused and is_cut and kind == "all-reduce":
+                kind = "reduce-scatter"  # As the chip makes it of the two.
+            within, between = collectives.sent(kind, read, len(group), slices)
+        return Cost(
+            collectives={kind: within} if within else {},
+            between_slices={kind: between} if between else {},
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,43 +333,6 @@ def _split_shape(text: str) -> tuple[str, str]:
         if depth == 0:
             return text[: place + 1], text[place + 2 :]
     return text, ""
-
-
-def _group(rest: str) -> list[int]:
-    """The first group of devices that a collective is among; empty for all of them."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-    if listed:
-        return [int(device) for device in listed[1].split(",")]
-    tiled = re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", rest)
-    if tiled:
-        return _iota(tiled[3], tiled[4]).reshape(int(tiled[1]), int(tiled[2]))[0].tolist()
-    mesh = re.search(
-        rf"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\((?:{_IOTA}|([\d,\s]*))\))?"
-        r"\s*\{([^}]*)\}",
-        rest,
-    )
-    if mesh:
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        devices = np.arange(math.prod(sizes.values()))
-        if mesh[2]:
-            devices = _iota(mesh[2], mesh[3])
-        elif mesh[4]:
-            devices = np.asarray(_numbers(mesh[4]))
-        among = re.findall(r"'(\w+)'", mesh[5])
-        first = tuple(slice(None) if name in among else 0 for name in sizes)
-        return devices.reshape(tuple(sizes.values()))[first].ravel().tolist()
-    return []
-
-
-def _iota(sizes: str, axes: str | None) -> np.ndarray:
-    """Device numbers in the order of '[2,4]T(1,0)': counted up in an array that is then turned."""
-    shape = _numbers(sizes)
-    devices = np.arange(math.prod(shape)).reshape(shape)
-    return devices.transpose(_numbers(axes)) if axes else devices
-
-
-def _numbers(text: str | None) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(",")) if text else ()
 
 
 def _product(one: _Instruction, others: Mapping[str, _Instruction]) -> float:

@@ -11,7 +11,7 @@ import small_runs
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from gkd_jax import chips, compile_ahead, compile_parts, compile_report, flops, hlo
+from gkd_jax import chips, collectives, compile_ahead, compile_parts, compile_report, flops, hlo
 from gkd_jax.experiment import Evaluation
 from gkd_jax.models.lora import LoRA
 from gkd_jax.objectives.mixing import OutputMix
@@ -166,7 +166,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("text", GROUPS)
 def test_groups_of_devices_are_read(text):
-    assert hlo._group(f"%x), {text}, to_apply=%add") == GROUPS[text]
+    assert collectives.group(f"%x), {text}, to_apply=%add") == GROUPS[text]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,19 @@ def test_groups_of_devices_are_read(text):
     ],
 )
 def test_bytes_of_a_collective_over_slices(kind, size, slices, expected):
-    assert hlo._sent(kind, 100.0, size, slices) == expected
+    assert collectives.sent(kind, 100.0, size, slices) == expected
+
+
+def test_bytes_of_permutations_and_transfers_are_read():
+    ring = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
+    assert collectives.permuted(ring, 8.0, slice_size=4) == (8.0, 0.0)
+    assert collectives.permuted(ring, 8.0, slice_size=2) == (8.0, 8.0)
+    assert collectives.permuted("source_target_pairs={{0,2},{1,3}}", 8.0, 2) == (0.0, 8.0)
+    said = '_xla_megascale_target="{{{}}}x{{0:3}}",_xla_megascale_transfer_type="{}"'
+    assert collectives.transferred(said.format("1,2", "ALL_REDUCE"), 8.0) == {"all-reduce": 8.0}
+    assert collectives.transferred(said.format("1:4", "ALL_REDUCE"), 8.0) == {"all-reduce": 12.0}
+    assert collectives.transferred(said.format("1:4", "ALL_GATHER"), 8.0) == {"all-gather": 24.0}
+    assert collectives.transferred(said.format("1,2", "ONE_TO_ONE"), 8.0) == {"one-to-one": 8.0}
 
 
 @pytest.mark.parametrize("topology", [None, pytest.param("v5e:2x2*2", marks=NEEDS_LIBTPU)])
