@@ -82,19 +82,19 @@ class Cell:
     Attributes:
       recipe: what is compiled.
       topology: for which slice.
-      names: of its parts; None for all.
+      names: of its parts. The divergence of an evaluation is a step without gradients, and needs
+        less.
     """
 
     recipe: Recipe
     topology: str
-    names: tuple[str, ...] | None = None
+    names: tuple[str, ...] = ("train step", "rollout", "evaluation")
 
     @property
     def key(self) -> str:
         """All that the result depends on, but the code."""
         settings = json.dumps(self.recipe.settings, sort_keys=True)
-        parts = "" if self.names is None else f" {', '.join(self.names)}"
-        return f"{self.recipe.file} {settings} {self.topology}{parts}"
+        return f"{self.recipe.file} {settings} {self.topology} {', '.join(self.names)}"
 
 
 def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
@@ -151,7 +151,7 @@ class Results:
 
 
 def compile_cell(
-    file: str, settings: dict[str, Any], topology: str, names: list[str] | None = None
+    file: str, settings: dict[str, Any], topology: str, names: list[str]
 ) -> dict[str, Any]:
     """Compiles a recipe for a slice, up to the first part that does not fit."""
     from gkd_jax import compile_ahead, gin_utils

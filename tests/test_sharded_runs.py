@@ -51,7 +51,7 @@ def equal_rules(tmp_path_factory, tiny_teacher):
         pytest.param(dict(rules="fsdp", num_slices=2), marks=pytest.mark.slow),
         pytest.param(dict(rules="fsdp", teacher_rules="standard"), marks=pytest.mark.slow),
         pytest.param(dict(teacher_rules=OWN_TABLE), marks=pytest.mark.slow),
-        pytest.param(dict(model_parallelism=2, num_slices=2), marks=pytest.mark.slow),
+        pytest.param(dict(teacher_rules="fsdp", num_slices=4), marks=pytest.mark.slow),
     ],
     ids=lambda mesh: "-".join(str(value)[:12] for value in mesh.values()),
 )
