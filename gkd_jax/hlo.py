@@ -1,7 +1,6 @@
 """What a compiled program costs, read from its text: products, memory traffic, collectives.
 
-XLA's own analysis counts the body of a loop once. Here a loop counts as often as it runs, as its
-condition says: loops of `lax.scan` compare a counter with a constant.
+XLA's own analysis counts the body of a loop once. Here a loop counts as often as it runs.
 """
 
 import dataclasses
@@ -11,21 +10,15 @@ import re
 from collections.abc import Iterator, Mapping
 
 from gkd_jax import collectives
+from gkd_jax.hlo_loops import trip_count
+from gkd_jax.hlo_text import Instruction, Program, parse
 
-_BITS = {
-    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
-    "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64,
-}  # fmt: skip
 # What moves or names buffers without reading them.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "async-done",
     "send-done", "recv-done",
 )  # fmt: skip
-
-_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,35 +72,6 @@ def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, floa
     return {kind: one.get(kind, 0.0) + other.get(kind, 0.0) for kind in {*one, *other}}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Array:
-    kind: str
-    shape: tuple[int, ...]
-    is_on_chip: bool
-
-    @property
-    def bytes(self) -> float:
-        return math.prod(self.shape) * _BITS.get(self.kind, 0) / 8
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    arrays: tuple[_Array, ...]  # Of its result, which may be a tuple.
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str  # Attributes.
-
-    @property
-    def bytes(self) -> float:
-        return sum(array.bytes for array in self.arrays if not array.is_on_chip)
-
-    def called(self, name: str) -> str:
-        """The computation in an attribute; an empty name where there is none."""
-        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
-        return match[1] if match else ""
-
-
 def cost(text: str, *, unknown_trips: int = 1, slice_size: int | None = None) -> Cost:
     """Counts what a compiled program does.
 
@@ -117,26 +81,14 @@ def cost(text: str, *, unknown_trips: int = 1, slice_size: int | None = None) ->
       slice_size: of its devices, in their order so many are a slice; None where all are one. A
         program that libtpu made for several is that of one, and says what it sends to others.
     """
-    program = _parse(text)
+    program = parse(text)
     return _Counter(program, unknown_trips, slice_size or program.num_devices).of_entry()
-
-
-def trip_count(condition: Mapping[str, "_Instruction"]) -> int | None:
-    """How often a loop runs: the largest constant that its condition compares a counter with."""
-    found = []
-    for instruction in condition.values():
-        if instruction.opcode == "constant" and instruction.arrays[0].kind in ("s32", "u32", "s64"):
-            match = re.match(r"(-?\d+)\)", instruction.rest)
-            if match and not instruction.arrays[0].shape:
-                found.append(int(match[1]))
-    compared = any("direction=LT" in one.rest for one in condition.values())
-    return max(found) if found and compared and max(found) > 0 else None
 
 
 class _Counter:
     """Walks through a program, each computation once."""
 
-    def __init__(self, program: "_Program", unknown_trips: int, slice_size: int):
+    def __init__(self, program: Program, unknown_trips: int, slice_size: int):
         self._program = program
         self._unknown_trips = unknown_trips
         self._slice_size = slice_size
@@ -154,13 +106,14 @@ class _Counter:
         return total
 
     def _instruction(
-        self, one: _Instruction, others: Mapping[str, _Instruction], *, is_fused: bool = False
+        self, one: Instruction, others: Mapping[str, Instruction], *, is_fused: bool = False
     ) -> Cost:
         opcode = one.opcode.removesuffix("-start")
         if one.opcode == "while":
-            condition, body = one.called("condition"), one.called("body")
-            trips = trip_count(self._program.with_called(condition))
-            cost = self._of(body).times(self._unknown_trips if trips is None else trips)
+            trips = trip_count(self._program, one, others)
+            cost = self._of(one.called("body")).times(
+                self._unknown_trips if trips is None else trips
+            )
             return cost + Cost(unknown_loops=int(trips is None))
         if opcode in collectives.KINDS:
             return self._collective(opcode, one, others, is_fused=is_fused)
@@ -183,7 +136,7 @@ class _Counter:
             cost += max(costs, key=lambda c: (c.flops, c.bytes), default=Cost())
         return cost
 
-    def _traffic(self, one: _Instruction, others: Mapping[str, _Instruction]) -> float:
+    def _traffic(self, one: Instruction, others: Mapping[str, Instruction]) -> float:
         read = 0.0
         sliced = self._sliced_parameters(one)
         for index, operand in enumerate(one.operands):
@@ -199,7 +152,7 @@ class _Counter:
             return 2 * update.bytes if update else 0.0
         return read + written - self._updated_in_place(one)
 
-    def _sliced_parameters(self, one: _Instruction) -> dict[int, float]:
+    def _sliced_parameters(self, one: Instruction) -> dict[int, float]:
         """Operands of a fusion of which it reads a slice only; bytes of that."""
         inside = self._program.computations.get(one.called("calls"), {})
         if one.opcode != "fusion":
@@ -213,7 +166,7 @@ class _Counter:
                     found[int(number[1])] = read
         return found
 
-    def _read(self, name: str, inside: Mapping[str, _Instruction]) -> float | None:
+    def _read(self, name: str, inside: Mapping[str, Instruction]) -> float | None:
         """Bytes that a fusion reads of one of its values; None for all of it."""
         total = 0.0
         readers = [x for x in inside.values() if name in x.operands]
@@ -233,7 +186,7 @@ class _Counter:
             total += part
         return total if readers else None
 
-    def _updated_in_place(self, one: _Instruction) -> float:
+    def _updated_in_place(self, one: Instruction) -> float:
         """Of a fusion's result, what an update in place leaves untouched."""
         inner = one.called("calls")
         if one.opcode != "fusion" or inner not in self._program.computations:
@@ -249,8 +202,8 @@ class _Counter:
     def _collective(
         self,
         kind: str,
-        one: _Instruction,
-        others: Mapping[str, _Instruction],
+        one: Instruction,
+        others: Mapping[str, Instruction],
         *,
         is_fused: bool,
     ) -> Cost:
@@ -278,64 +231,7 @@ class _Counter:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    computations: Mapping[str, Mapping[str, _Instruction]]
-    entry: str
-    num_devices: int
-
-    def with_called(self, name: str) -> dict[str, _Instruction]:
-        """A computation's instructions, and those of the computations that it calls."""
-        found = dict(self.computations[name])
-        for instruction in self.computations[name].values():
-            inner = instruction.called("calls")
-            if inner in self.computations:
-                found |= self.with_called(inner)
-        return found
-
-
-def _parse(text: str) -> _Program:
-    computations: dict[str, dict[str, _Instruction]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header:
-            current = computations.setdefault(header[1], {})
-            if line.startswith("ENTRY"):
-                entry = header[1]
-        elif current is not None and (match := _INSTRUCTION.match(line)):
-            instruction = _instruction(match[1], match[2])
-            current[instruction.name] = instruction
-    devices = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
-    return _Program(computations, entry, int(devices[1]) if devices else 1)
-
-
-def _instruction(name: str, text: str) -> _Instruction:
-    shape, text = _split_shape(text)
-    arrays = tuple(
-        _Array(kind, tuple(map(int, filter(None, sizes.split(",")))), "S(1)" in layout)
-        for kind, sizes, layout in _ARRAY.findall(shape)
-    )
-    opcode, _, rest = text.partition("(")
-    inside = rest.partition(")")[0]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return _Instruction(name, arrays, opcode.strip(), operands, rest)
-
-
-def _split_shape(text: str) -> tuple[str, str]:
-    """The shape, which may be a tuple of shapes in parentheses, and what follows."""
-    if not text.startswith("("):
-        shape, _, rest = text.partition(" ")
-        return shape, rest
-    depth = 0
-    for place, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return text[: place + 1], text[place + 2 :]
-    return text, ""
-
-
-def _product(one: _Instruction, others: Mapping[str, _Instruction]) -> float:
+def _product(one: Instruction, others: Mapping[str, Instruction]) -> float:
     """FLOPs of a product: two for each entry of the result and each term of its sum."""
     if any(name not in others for name in one.operands[:2]):
         return 0.0
@@ -351,7 +247,7 @@ def _product(one: _Instruction, others: Mapping[str, _Instruction]) -> float:
     return total * math.prod(_terms(one, left, labels, axis) for axis in _windows(one))
 
 
-def _windows(one: _Instruction) -> Iterator[dict[str, int]]:
+def _windows(one: Instruction) -> Iterator[dict[str, int]]:
     """By spatial axis of a convolution: its number, and the window's settings."""
     window = re.search(r"window=\{([^}]*)\}", one.rest)
     settings = dict(re.findall(r"(\w+)=([\w\-]+)", window[1])) if window else {}
@@ -367,7 +263,7 @@ def _windows(one: _Instruction) -> Iterator[dict[str, int]]:
 
 
 def _terms(
-    one: _Instruction, left: tuple[int, ...], labels: "re.Match[str]", axis: dict[str, int]
+    one: Instruction, left: tuple[int, ...], labels: "re.Match[str]", axis: dict[str, int]
 ) -> float:
     """How many entries of the window lie on entries of the input, for each of the result's."""
     name = str(axis["number"])

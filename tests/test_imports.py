@@ -74,6 +74,8 @@ _FLOORS = {
     "chips": 0,
     "flops": 0,
     "hlo": 0,
+    "hlo_loops": 0,
+    "hlo_text": 0,
     "collectives": 0,
     "batch": 0,
     "array_types": 0,
