@@ -109,6 +109,63 @@ def test_a_loop_of_unknown_length_is_told_and_counted_as_given():
     assert cost.unknown_loops == 1
 
 
+# A loop from 1 to 8 whose body adds 3 within a fusion, to which the constant is a parameter.
+TURNS = """HloModule turns, is_scheduled=true, num_partitions=1
+
+%next (x: u32[], y: u32[]) -> u32[] {
+  %y = u32[] parameter(1)
+  %x = u32[] parameter(0)
+  ROOT %sum = u32[] add(%x, %y)
+}
+
+%body (b: (f32[4,4], u32[])) -> (f32[4,4], u32[]) {
+  %b = (f32[4,4], u32[]) parameter(0)
+  %m = f32[4,4] get-tuple-element(%b), index=0
+  %i = u32[] get-tuple-element(%b), index=1
+  %three = u32[] constant(3)
+  %same = u32[] copy(%three)
+  %j = u32[] fusion(%i, %same), kind=kLoop, calls=%next
+  %d = f32[4,4] dot(%m, %m), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (f32[4,4], u32[]) tuple(%d, %j)
+}
+
+%condition (c: (f32[4,4], u32[])) -> pred[] {
+  %c = (f32[4,4], u32[]) parameter(0)
+  %n = u32[] get-tuple-element(%c), index=1
+  %eight = u32[] constant(8)
+  ROOT %less = pred[] compare(%n, %eight), direction=LT
+}
+
+ENTRY %main (a: f32[4,4]) -> (f32[4,4], u32[]) {
+  %a = f32[4,4] parameter(0)
+  %one = u32[] constant(1)
+  %first = (f32[4,4], u32[]) tuple(%a, %one)
+  ROOT %loop = (f32[4,4], u32[]) while(%first), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_counter_need_not_start_at_0_and_go_by_1():
+    assert hlo.cost(TURNS).flops == 3 * 2 * 4**3  # At 1, 4 and 7.
+
+
+@NEEDS_LIBTPU
+def test_products_that_overlap_with_gathering_count_once():
+    """Over 16 chips a turn takes four shards of the parameter, two from either side."""
+    run = small_runs.sft("/none", partitioner=Partitioner(rules="fsdp"))
+    partitioner = compile_ahead.on_topology(run, "v5e:4x4").partitioner
+    rows, width, wide = 64, 1024, 2048
+    sharded = partitioner.sharding("data")
+    arguments = (
+        shape(rows, 128, width, sharding=sharded, dtype=jnp.bfloat16),
+        shape(width, wide, sharding=sharded, dtype=jnp.bfloat16),
+    )
+    product = jax.jit(lambda x, w: jnp.tanh(x @ w), out_shardings=sharded)
+    cost = hlo.cost(product.lower(*arguments).compile().as_text())
+    assert cost.collectives["collective-permute"] > 0
+    assert cost.flops == 2 * rows * 128 * width * wide / 16
+
+
 def test_recomputation_and_shards_are_traced():
     layer = jax.checkpoint(lambda x, w: jnp.tanh(jnp.tanh(x @ w) @ w))
     gradient = jax.grad(lambda x, w: layer(x, w).sum())
