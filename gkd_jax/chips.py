@@ -14,6 +14,7 @@ class Chip:
       memory: bytes of HBM.
       bandwidth: of that memory, bytes a second.
       interconnect: bytes a second that all its links together send to other chips of the slice.
+      network: bytes a second that it sends to other slices, over the data center's network.
       slices: sizes that there are, in the words of a topology, smallest first.
     """
 
@@ -21,38 +22,74 @@ class Chip:
     memory: int
     bandwidth: float
     interconnect: float
+    network: float
     slices: tuple[str, ...]
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
+# The network's rate: v5p has 50 Gbit/s a chip; v5e and v6e have 6.4 and 25.6 Tbit/s a pod of 256
+# chips. The page on v4 has none: that of v5p is taken.
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, _CUBES),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, _FLAT),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, _CUBES),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 448e9, _FLAT),
+    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 6.25e9, _CUBES),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 3.125e9, _FLAT),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 6.25e9, _CUBES),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 448e9, 12.5e9, _FLAT),
 }
 
 
-def parse_topology(topology: str) -> tuple[str, str]:
-    """Generation and size of a slice such as 'v5e:4x4'.
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Slices of TPUs, such as 'v5e:4x4', or 'v5e:4x4*2' for two of them.
+
+    Attributes:
+      generation: of the chips.
+      size: of each slice.
+      num_slices: how many there are, joined by the data center's network.
+    """
+
+    generation: str
+    size: str
+    num_slices: int = 1
+
+    def __str__(self) -> str:
+        several = f"*{self.num_slices}" if self.num_slices > 1 else ""
+        return f"{self.of_one_slice}{several}"
+
+    @property
+    def of_one_slice(self) -> str:
+        """One of the slices, as libtpu calls it."""
+        return f"{self.generation}:{self.size}"
+
+    @property
+    def chip(self) -> Chip:
+        """What each of the chips can do."""
+        return CHIPS[self.generation]
+
+
+def parse_topology(topology: str) -> Topology:
+    """Generation, size and number of slices, of 'v5e:4x4' or 'v5e:4x4*2'.
 
     Raises:
       ValueError: there is no such chip or size.
     """
-    generation, _, size = topology.partition(":")
-    if generation not in CHIPS or size not in CHIPS[generation].slices:
+    generation, _, rest = topology.partition(":")
+    size, times, number = rest.partition("*")
+    is_number = not times or (number.isdecimal() and int(number) > 0)
+    if generation not in CHIPS or size not in CHIPS[generation].slices or not is_number:
         known = "; ".join(f"{name}: {', '.join(chip.slices)}" for name, chip in CHIPS.items())
         raise ValueError(
-            f"TOPOLOGY must be a chip and a size such as 'v5e:4x4'; got {topology!r}. Known are "
-            f"{known}. Set TOPOLOGY (Experiment.topology) to one of them."
+            "TOPOLOGY must be a chip and a size such as 'v5e:4x4', or 'v5e:4x4*2' for two slices; "
+            f"got {topology!r}. Known are {known}. Set TOPOLOGY (Experiment.topology) to one of "
+            "them."
         )
-    return generation, size
+    return Topology(generation, size, int(number or 1))
 
 
 def larger(topology: str) -> list[str]:
-    """Larger slices of the same chips, smallest first."""
-    generation, size = parse_topology(topology)
-    slices = CHIPS[generation].slices
-    return [f"{generation}:{other}" for other in slices[slices.index(size) + 1 :]]
+    """As many larger slices of the same chips, smallest first."""
+    given = parse_topology(topology)
+    sizes = given.chip.slices
+    others = sizes[sizes.index(given.size) + 1 :]
+    return [str(dataclasses.replace(given, size=other)) for other in others]

@@ -1,7 +1,6 @@
 """What a compiled program costs, read from its text: products, memory traffic, collectives.
 
-XLA's own analysis counts the body of a loop once. Here a loop counts as often as it runs, as its
-condition says: loops of `lax.scan` compare a counter with a constant.
+XLA's own analysis counts the body of a loop once. Here a loop counts as often as it runs.
 """
 
 import dataclasses
@@ -10,22 +9,16 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-_BITS = {
-    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
-    "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64,
-}  # fmt: skip
-_COLLECTIVES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
-)  # fmt: skip
+from gkd_jax import collectives
+from gkd_jax.hlo_loops import trip_count
+from gkd_jax.hlo_text import Instruction, Program, parse
+
 # What moves or names buffers without reading them.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "async-done",
+    "send-done", "recv-done",
 )  # fmt: skip
-
-_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,93 +29,69 @@ class Cost:
       flops: of matrix products and convolutions, two for a multiplication and an addition.
       bytes: read from and written to the device's memory, at most: what stays on the chip between
         two instructions is counted where the compiler says nothing of it.
-      collectives: bytes that the device sends, by kind of collective.
+      collectives: bytes that the device sends within its slice, by kind of collective.
+      between_slices: bytes that it sends to other slices, likewise.
       unknown_loops: loops whose number of runs is not in the program.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     collectives: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    between_slices: Mapping[str, float] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        kinds = {*self.collectives, *other.collectives}
         return Cost(
             self.flops + other.flops,
             self.bytes + other.bytes,
-            {k: self.collectives.get(k, 0.0) + other.collectives.get(k, 0.0) for k in kinds},
+            _sum(self.collectives, other.collectives),
+            _sum(self.between_slices, other.between_slices),
             self.unknown_loops + other.unknown_loops,
         )
 
     def times(self, number: float) -> "Cost":
         """The cost of that many runs."""
-        collectives = {kind: number * sent for kind, sent in self.collectives.items()}
-        return Cost(number * self.flops, number * self.bytes, collectives, self.unknown_loops)
+        within, between = (
+            {kind: number * sent for kind, sent in kinds.items()}
+            for kinds in (self.collectives, self.between_slices)
+        )
+        return Cost(number * self.flops, number * self.bytes, within, between, self.unknown_loops)
 
     @property
     def sent(self) -> float:
-        """Bytes that the device sends."""
+        """Bytes that the device sends within its slice."""
         return sum(self.collectives.values())
 
-
-@dataclasses.dataclass(frozen=True)
-class _Array:
-    kind: str
-    shape: tuple[int, ...]
-    is_on_chip: bool
-
     @property
-    def bytes(self) -> float:
-        return math.prod(self.shape) * _BITS.get(self.kind, 0) / 8
+    def sent_between_slices(self) -> float:
+        """Bytes that the device sends to other slices."""
+        return sum(self.between_slices.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    arrays: tuple[_Array, ...]  # Of its result, which may be a tuple.
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str  # Attributes.
-
-    @property
-    def bytes(self) -> float:
-        return sum(array.bytes for array in self.arrays if not array.is_on_chip)
-
-    def called(self, name: str) -> str:
-        """The computation in an attribute; an empty name where there is none."""
-        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
-        return match[1] if match else ""
+def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {kind: one.get(kind, 0.0) + other.get(kind, 0.0) for kind in {*one, *other}}
 
 
-def cost(text: str, *, unknown_trips: int = 1) -> Cost:
+def cost(text: str, *, unknown_trips: int = 1, slice_size: int | None = None) -> Cost:
     """Counts what a compiled program does.
 
     Args:
       text: `compiled.as_text()`.
       unknown_trips: how often loops run whose number of runs depends on data.
+      slice_size: of its devices, in their order so many are a slice; None where all are one. A
+        program that libtpu made for several is that of one, and says what it sends to others.
     """
-    program = _parse(text)
-    return _Counter(program, unknown_trips).of_entry()
-
-
-def trip_count(condition: Mapping[str, "_Instruction"]) -> int | None:
-    """How often a loop runs: the largest constant that its condition compares a counter with."""
-    found = []
-    for instruction in condition.values():
-        if instruction.opcode == "constant" and instruction.arrays[0].kind in ("s32", "u32", "s64"):
-            match = re.match(r"(-?\d+)\)", instruction.rest)
-            if match and not instruction.arrays[0].shape:
-                found.append(int(match[1]))
-    compared = any("direction=LT" in one.rest for one in condition.values())
-    return max(found) if found and compared and max(found) > 0 else None
+    program = parse(text)
+    return _Counter(program, unknown_trips, slice_size or program.num_devices).of_entry()
 
 
 class _Counter:
     """Walks through a program, each computation once."""
 
-    def __init__(self, program: "_Program", unknown_trips: int):
+    def __init__(self, program: Program, unknown_trips: int, slice_size: int):
         self._program = program
         self._unknown_trips = unknown_trips
+        self._slice_size = slice_size
         self._channels: set[str] = set()
         self._of = functools.cache(self._computation)
 
@@ -137,16 +106,20 @@ class _Counter:
         return total
 
     def _instruction(
-        self, one: _Instruction, others: Mapping[str, _Instruction], *, is_fused: bool = False
+        self, one: Instruction, others: Mapping[str, Instruction], *, is_fused: bool = False
     ) -> Cost:
         opcode = one.opcode.removesuffix("-start")
         if one.opcode == "while":
-            condition, body = one.called("condition"), one.called("body")
-            trips = trip_count(self._program.with_called(condition))
-            cost = self._of(body).times(self._unknown_trips if trips is None else trips)
+            trips = trip_count(self._program, one, others)
+            cost = self._of(one.called("body")).times(
+                self._unknown_trips if trips is None else trips
+            )
             return cost + Cost(unknown_loops=int(trips is None))
-        if opcode in _COLLECTIVES:
-            return self._collective(opcode, one, others)
+        if opcode in collectives.KINDS:
+            return self._collective(opcode, one, others, is_fused=is_fused)
+        if one.opcode == "send":
+            read = others[one.operands[0]].bytes if one.operands[0] in others else 0.0
+            return Cost(bytes=read, between_slices=collectives.transferred(one.rest, read))
         flops = _product(one, others) if opcode in ("dot", "convolution") else 0.0
         moved = 0.0 if is_fused or opcode in _FREE else self._traffic(one, others)
         cost = Cost(flops, moved)
@@ -163,7 +136,7 @@ class _Counter:
             cost += max(costs, key=lambda c: (c.flops, c.bytes), default=Cost())
         return cost
 
-    def _traffic(self, one: _Instruction, others: Mapping[str, _Instruction]) -> float:
+    def _traffic(self, one: Instruction, others: Mapping[str, Instruction]) -> float:
         read = 0.0
         sliced = self._sliced_parameters(one)
         for index, operand in enumerate(one.operands):
@@ -179,7 +152,7 @@ class _Counter:
             return 2 * update.bytes if update else 0.0
         return read + written - self._updated_in_place(one)
 
-    def _sliced_parameters(self, one: _Instruction) -> dict[int, float]:
+    def _sliced_parameters(self, one: Instruction) -> dict[int, float]:
         """Operands of a fusion of which it reads a slice only; bytes of that."""
         inside = self._program.computations.get(one.called("calls"), {})
         if one.opcode != "fusion":
@@ -193,7 +166,7 @@ class _Counter:
                     found[int(number[1])] = read
         return found
 
-    def _read(self, name: str, inside: Mapping[str, _Instruction]) -> float | None:
+    def _read(self, name: str, inside: Mapping[str, Instruction]) -> float | None:
         """Bytes that a fusion reads of one of its values; None for all of it."""
         total = 0.0
         readers = [x for x in inside.values() if name in x.operands]
@@ -213,7 +186,7 @@ class _Counter:
             total += part
         return total if readers else None
 
-    def _updated_in_place(self, one: _Instruction) -> float:
+    def _updated_in_place(self, one: Instruction) -> float:
         """Of a fusion's result, what an update in place leaves untouched."""
         inner = one.called("calls")
         if one.opcode != "fusion" or inner not in self._program.computations:
@@ -226,7 +199,14 @@ class _Counter:
                 untouched += fused.bytes - (update.bytes if update else 0.0)
         return min(untouched, one.bytes)
 
-    def _collective(self, kind: str, one: _Instruction, others: Mapping[str, _Instruction]) -> Cost:
+    def _collective(
+        self,
+        kind: str,
+        one: Instruction,
+        others: Mapping[str, Instruction],
+        *,
+        is_fused: bool,
+    ) -> Cost:
         # A collective that overlaps with products appears in several pieces of one channel.
         channel = re.search(r"channel_id=(\d+)", one.rest)
         if channel:
@@ -235,91 +215,23 @@ class _Counter:
             self._channels.add(channel[1])
         operands = [others[name] for name in one.operands if name in others]
         read = sum(array.bytes for operand in operands for array in operand.arrays)
-        size = _group_size(one.rest) or self._program.num_devices
-        share = (size - 1) / size if size > 1 else 0.0
-        sent = {
-            "all-gather": read * (size - 1),
-            "all-reduce": 2 * read * share,
-            "reduce-scatter": read * share,
-            "all-to-all": read * share,
-            "collective-permute": read,
-        }[kind]
-        return Cost(collectives={kind: sent})
+        if kind == "collective-permute":
+            within, between = collectives.permuted(one.rest, read, self._slice_size)
+        else:
+            group = collectives.group(one.rest) or range(self._program.num_devices)
+            slices = len({device // self._slice_size for device in group})
+            readers = [other for other in others.values() if one.name in other.operands]
+            is_cut = any(reader.opcode == "dynamic-slice" for reader in readers)
+            if is_fused and is_cut and kind == "all-reduce":
+                kind = "reduce-scatter"  # As the chip makes it of the two.
+            within, between = collectives.sent(kind, read, len(group), slices)
+        return Cost(
+            collectives={kind: within} if within else {},
+            between_slices={kind: between} if between else {},
+        )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    computations: Mapping[str, Mapping[str, _Instruction]]
-    entry: str
-    num_devices: int
-
-    def with_called(self, name: str) -> dict[str, _Instruction]:
-        """A computation's instructions, and those of the computations that it calls."""
-        found = dict(self.computations[name])
-        for instruction in self.computations[name].values():
-            inner = instruction.called("calls")
-            if inner in self.computations:
-                found |= self.with_called(inner)
-        return found
-
-
-def _parse(text: str) -> _Program:
-    computations: dict[str, dict[str, _Instruction]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header:
-            current = computations.setdefault(header[1], {})
-            if line.startswith("ENTRY"):
-                entry = header[1]
-        elif current is not None and (match := _INSTRUCTION.match(line)):
-            instruction = _instruction(match[1], match[2])
-            current[instruction.name] = instruction
-    devices = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
-    return _Program(computations, entry, int(devices[1]) if devices else 1)
-
-
-def _instruction(name: str, text: str) -> _Instruction:
-    shape, text = _split_shape(text)
-    arrays = tuple(
-        _Array(kind, tuple(map(int, filter(None, sizes.split(",")))), "S(1)" in layout)
-        for kind, sizes, layout in _ARRAY.findall(shape)
-    )
-    opcode, _, rest = text.partition("(")
-    inside = rest.partition(")")[0]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return _Instruction(name, arrays, opcode.strip(), operands, rest)
-
-
-def _split_shape(text: str) -> tuple[str, str]:
-    """The shape, which may be a tuple of shapes in parentheses, and what follows."""
-    if not text.startswith("("):
-        shape, _, rest = text.partition(" ")
-        return shape, rest
-    depth = 0
-    for place, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return text[: place + 1], text[place + 2 :]
-    return text, ""
-
-
-def _group_size(rest: str) -> int:
-    """How many devices a collective is among; 0 where it does not say, which means all."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-    if listed:
-        return len(listed[1].split(","))
-    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
-    if tiled:
-        return int(tiled[2])
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest)
-    if mesh:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    return 0
-
-
-def _product(one: _Instruction, others: Mapping[str, _Instruction]) -> float:
+def _product(one: Instruction, others: Mapping[str, Instruction]) -> float:
     """FLOPs of a product: two for each entry of the result and each term of its sum."""
     if any(name not in others for name in one.operands[:2]):
         return 0.0
@@ -335,7 +247,7 @@ def _product(one: _Instruction, others: Mapping[str, _Instruction]) -> float:
     return total * math.prod(_terms(one, left, labels, axis) for axis in _windows(one))
 
 
-def _windows(one: _Instruction) -> Iterator[dict[str, int]]:
+def _windows(one: Instruction) -> Iterator[dict[str, int]]:
     """By spatial axis of a convolution: its number, and the window's settings."""
     window = re.search(r"window=\{([^}]*)\}", one.rest)
     settings = dict(re.findall(r"(\w+)=([\w\-]+)", window[1])) if window else {}
@@ -351,7 +263,7 @@ def _windows(one: _Instruction) -> Iterator[dict[str, int]]:
 
 
 def _terms(
-    one: _Instruction, left: tuple[int, ...], labels: "re.Match[str]", axis: dict[str, int]
+    one: Instruction, left: tuple[int, ...], labels: "re.Match[str]", axis: dict[str, int]
 ) -> float:
     """How many entries of the window lie on entries of the input, for each of the result's."""
     name = str(axis["number"])

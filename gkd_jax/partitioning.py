@@ -1,8 +1,10 @@
-"""The device mesh, and which array lies where: the only module that builds shardings.
+"""Which array lies where on the device mesh: the only module that builds shardings.
 
 Models name the axes of their parameters ('embed', 'mlp', ...); a table of rules turns those
 names into axes of the mesh, 'data' and 'model'. Data parallelism splits the batch over 'data',
-tensor parallelism splits wide layers over 'model', and one device is a mesh of 1x1.
+tensor parallelism splits wide layers over 'model', and one device is a mesh of 1x1. Several slices,
+which a slower network joins, are one more axis, 'slice': it splits the batch, and each slice has
+all parameters.
 """
 
 import contextlib
@@ -10,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -18,37 +20,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gkd_jax import meshes
 from gkd_jax.array_types import Params, PyTree
 from gkd_jax.models import stacking
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.rules import Rules, table_of
 
 Rows = TypeVar("Rows", bound=PyTree)
-
-Rules: TypeAlias = tuple[tuple[str, str | None], ...]
-"""(logical axis, mesh axis or None for replicated); of two for one array, the first wins."""
-
-STANDARD_RULES: Rules = (
-    ("batch", "data"),
-    ("vocab", "model"),
-    ("mlp", "model"),
-    ("heads", "model"),
-    ("joined_kv", "model"),
-    ("embed", None),
-    ("kv", None),
-    ("length", None),
-    ("layers", None),
-    ("relpos_buckets", None),
-)
-"""T5X's rules for `parameter_partitioning_dims=1`: parameters are replicated over 'data'."""
-
-FSDP_RULES: Rules = tuple(
-    (name, "data" if name == "embed" else axis) for name, axis in STANDARD_RULES
-)
-"""T5X's rules for `parameter_partitioning_dims=2`: parameters and optimizer state are also
-split over 'data', along 'embed', and gathered layer by layer where they are used."""
-
-_TABLES = {"standard": STANDARD_RULES, "fsdp": FSDP_RULES}
-_MESH_AXES = ("data", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,46 +54,53 @@ class Partitioner:
       data_parallelism: groups of such devices that share a batch; None takes all that there are.
       rules: 'standard' (parameters replicated over 'data'), 'fsdp' (parameters split over 'data'
         too: less memory, more traffic), or a table of (logical axis, mesh axis) pairs.
+      teacher_rules: likewise, for the parameters of networks that teach (`teachers.Teacher`); None
+        for `rules`. Activations of teacher and student lie as `rules` say.
+      num_slices: parts of the devices that a slower network joins: parameters are split within one,
+        batches over all. None takes what the devices say (TPU slices; hosts of GPUs). 1 makes one
+        mesh of all: 'fsdp' then splits parameters over that network too, for less memory.
       devices: the devices of the mesh; None takes `jax.devices()`.
     """
 
     model_parallelism: int = 1
     data_parallelism: int | None = None
     rules: str | Rules = "standard"
+    teacher_rules: str | Rules | None = None
+    num_slices: int | None = None
     devices: tuple[jax.Device, ...] | None = None
 
     def __post_init__(self) -> None:
         # Devices are not looked at yet: a Partitioner is made while a configuration is read,
         # before jax.distributed.initialize.
-        for name in ("model_parallelism", "data_parallelism"):
+        for name in ("model_parallelism", "data_parallelism", "num_slices"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(
                     f"Partitioner.{name} must be at least 1; got {value}. "
                     f"Set Partitioner.{name} to a divisor of the number of devices."
                 )
-        if isinstance(self.rules, str) and self.rules not in _TABLES:
-            raise ValueError(
-                f"Partitioner.rules must be one of {sorted(_TABLES)} or a table; got "
-                f"{self.rules!r}. Set Partitioner.rules to one of those."
-            )
-        for _, mesh_axis in self.rule_table:
-            if mesh_axis not in (*_MESH_AXES, None):
-                raise ValueError(
-                    f"Partitioner.rules must name the mesh axes 'data' or 'model', or None; got "
-                    f"{mesh_axis!r}. Change that entry of Partitioner.rules."
-                )
+        for name in ("rules", "teacher_rules"):
+            rules = getattr(self, name)
+            if rules is not None:
+                table = table_of(rules, setting=f"Partitioner.{name}")
+                # A list, as gin gives it, could not be hashed.
+                object.__setattr__(self, name, rules if isinstance(rules, str) else table)
 
     @property
     def rule_table(self) -> Rules:
         """The rules as pairs."""
-        if isinstance(self.rules, str):
-            return _TABLES[self.rules]
-        return tuple((logical, mesh) for logical, mesh in self.rules)
+        return table_of(self.rules, setting="Partitioner.rules")
+
+    @property
+    def of_teacher(self) -> "Partitioner":
+        """The same mesh, with the rules for networks that teach."""
+        if self.teacher_rules is None:
+            return self
+        return dataclasses.replace(self, rules=self.teacher_rules, teacher_rules=None)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        """The mesh, with axes 'data' and 'model'.
+        """The mesh, with axes 'data' and 'model', and before them 'slice' if there are several.
 
         Raises:
           ValueError: if the devices cannot be laid out so.
@@ -135,16 +120,21 @@ class Partitioner:
                 f"of devices; got {data} * {self.model_parallelism} and {len(devices)}. Leave "
                 "data_parallelism at None to use all devices."
             )
-        # Auto: the compiler lays out what is not constrained. make_mesh orders devices by the
-        # machine's topology.
-        return jax.make_mesh(
-            (data, self.model_parallelism),
-            _MESH_AXES,
-            axis_types=(jax.sharding.AxisType.Auto,) * 2,
-            devices=devices[:needed],
+        return meshes.make_mesh(
+            devices[:needed], data, self.model_parallelism, num_slices=self.num_slices
         )
 
-    def sharding(self, *mesh_axes: str | None) -> NamedSharding:
+    @property
+    def num_slices_of_mesh(self) -> int:
+        """How many slices the mesh has."""
+        return self.mesh.shape.get("slice", 1)
+
+    @property
+    def _row_axes(self) -> str | tuple[str, ...]:
+        """The axes of the mesh that rows of a batch are split over."""
+        return "data" if self.num_slices_of_mesh == 1 else ("slice", "data")
+
+    def sharding(self, *mesh_axes: str | tuple[str, ...] | None) -> NamedSharding:
         """The sharding of an array whose axes lie along the given axes of the mesh."""
         return NamedSharding(self.mesh, PartitionSpec(*mesh_axes))
 
@@ -155,8 +145,8 @@ class Partitioner:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """The first axis split over 'data', for every leaf of a Batch."""
-        return self.sharding("data")
+        """The first axis split over 'data' and slices, for every leaf of a Batch."""
+        return self.sharding(self._row_axes)
 
     def param_shardings(self, model: LanguageModel) -> PyTree[NamedSharding]:
         """The sharding of each parameter of a model, by its logical axes.
@@ -257,11 +247,12 @@ class Partitioner:
         if jax.process_count() == 1:
             return DataLayout(shard_id=0, num_shards=1)
         rows: dict[int, set[int]] = {}
-        for index, row in enumerate(self.mesh.devices):
+        groups = self.mesh.devices.reshape(-1, self.mesh.devices.shape[-1])
+        for index, row in enumerate(groups):
             for device in row:
                 rows.setdefault(device.process_index, set()).add(index)
         parts = sorted({tuple(sorted(held)) for held in rows.values()})
-        if sum(len(part) for part in parts) != len(self.mesh.devices):
+        if sum(len(part) for part in parts) != len(groups):
             raise ValueError(
                 "processes must hold the same rows of the mesh or none in common; got "
                 f"{parts}. Set Partitioner.model_parallelism to a divisor or a multiple of the "
@@ -300,7 +291,7 @@ class Partitioner:
     @property
     def smallest_batch(self) -> int:
         """The least number of rows that the mesh can divide."""
-        return self.mesh.shape["data"]
+        return self.mesh.shape["data"] * self.num_slices_of_mesh
 
     def check_batch_size(self, batch_size: int, num_microbatches: int = 1) -> None:
         """Checks that a global batch divides over microbatches and data-parallel devices.
@@ -308,7 +299,7 @@ class Partitioner:
         Raises:
           ValueError: it does not.
         """
-        data = self.mesh.shape["data"]
+        data = self.smallest_batch
         if num_microbatches < 1:
             raise ValueError(
                 f"num_microbatches must be at least 1; got {num_microbatches}. Set it to 1 for "
@@ -317,6 +308,8 @@ class Partitioner:
         unit = data * num_microbatches
         if batch_size < 1 or batch_size % unit:
             by, got = "the data axis", f"{batch_size} and {data}"
+            if self.num_slices_of_mesh > 1:
+                by = "the data axis of all slices"
             if num_microbatches > 1:
                 by, got = f"{by} times num_microbatches", f"{got} * {num_microbatches}"
             raise ValueError(
@@ -342,7 +335,11 @@ class Partitioner:
     def _axis_rules(self) -> Iterator[None]:
         # The abstract mesh: a concrete one may not be set while a function is traced.
         mesh = self.mesh.abstract_mesh
-        with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(self.rule_table):
+        rules = [
+            (name, self._row_axes if (name, axis) == ("batch", "data") else axis)
+            for name, axis in self.rule_table
+        ]
+        with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(rules):
             yield
 
     def fetch_to_host(self, tree: PyTree[Any]) -> PyTree[np.ndarray]:

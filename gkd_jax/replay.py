@@ -153,7 +153,7 @@ class ReplayBuffer:
         self.num_written = 0
         self._seed = seed
         self._partitioner = partitioner
-        self._abstract = jax.tree.map(self._abstract_leaf, rollout)
+        self.abstract: PyTree[jax.ShapeDtypeStruct] = jax.tree.map(self._abstract_leaf, rollout)
         self._arrays: Any = None
 
     def _abstract_leaf(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -165,9 +165,9 @@ class ReplayBuffer:
     def arrays(self) -> Batch:
         """What is kept, [B, K, ...]; zeros where nothing was written yet."""
         if self._arrays is None:
-            shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(self._abstract)]
+            shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(self.abstract)]
             zeros = _jit_zeros(tuple(shapes), self._partitioner)()
-            self._arrays = jax.tree.unflatten(jax.tree.structure(self._abstract), zeros)
+            self._arrays = jax.tree.unflatten(jax.tree.structure(self.abstract), zeros)
         return self._arrays
 
     def add(self, outputs: Batch, step: int) -> None:
@@ -205,7 +205,7 @@ class ReplayBuffer:
 
     def attach_abstract(self, abstract_state: Any) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
         """As `attach`, of shapes with their shardings."""
-        return _fields(abstract_state) | {"replay": self._abstract}
+        return _fields(abstract_state) | {"replay": self.abstract}
 
     def host_part(self) -> dict[str, Any]:
         """What a checkpoint keeps besides the arrays, as JSON."""

@@ -49,15 +49,31 @@ def make_key(seed: int, purpose: Purpose, step: int = 0) -> Key[Array, ""]:
 
 
 def sharded_abstract_params(
-    experiment: Experiment, model: LanguageModel, *, dtype: Any = None
+    experiment: Experiment,
+    model: LanguageModel,
+    *,
+    dtype: Any = None,
+    partitioner: Partitioner | None = None,
 ) -> Params:
-    """Shapes of a model's parameters with their shardings, in `dtype` if given."""
+    """Shapes of a model's parameters with their shardings, in `dtype` if given.
+
+    They lie as the student's do, where no other partitioner is given.
+    """
+    shardings = (partitioner or experiment.partitioner).param_shardings(model)
 
     def with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(
-        with_sharding, model.abstract_params(), experiment.partitioner.param_shardings(model)
+    return jax.tree.map(with_sharding, model.abstract_params(), shardings)
+
+
+def abstract_network(experiment: Experiment, teacher: Teacher) -> Params:
+    """Shapes of a network that teaches, as its checkpoint has it, lying as a teacher's do."""
+    return sharded_abstract_params(
+        experiment,
+        teacher.model,
+        dtype=jnp.dtype(teacher.model.config.dtype),
+        partitioner=experiment.partitioner.of_teacher,
     )
 
 
@@ -112,13 +128,10 @@ def load_teacher(experiment: Experiment, *, frozen: Params | None = None) -> Par
 
     def network(teacher: Teacher) -> Params:
         logging.info("teacher: parameters from %s", teacher.checkpoint)
-        dtype = jnp.dtype(teacher.model.config.dtype)
-        params = load.load_params(
-            teacher.checkpoint, sharded_abstract_params(experiment, teacher.model, dtype=dtype)
-        )
+        params = load.load_params(teacher.checkpoint, abstract_network(experiment, teacher))
         model = teacher.network
         if isinstance(model, Int8):
-            shardings = experiment.partitioner.param_shardings(model)
+            shardings = experiment.partitioner.of_teacher.param_shardings(model)
             params = jax.jit(model.quantise, out_shardings=shardings)(params)
         return params
 

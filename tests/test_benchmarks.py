@@ -1,6 +1,8 @@
 """The benchmarks run: their timing, and each script at its smallest size."""
 
+import dataclasses
 import importlib
+import json
 import os
 import pathlib
 import subprocess
@@ -111,3 +113,33 @@ def test_our_step_races(load, kind):
     command = (sys.executable, str(_FOLDER / "step.py"), "--smallest", f"--serve={kind}")
     results = timing.race({"ours": timing.Racer(command)}, num_threads=1, repeats=2)
     assert results["ours"][0].seconds(1) > 0
+
+
+def test_scaling_compiles_up_to_the_first_slice_that_fits_and_keeps_it(load, monkeypatch, tmp_path):
+    scaling, hlo = load("scaling"), importlib.import_module("gkd_jax.hlo")
+    report = importlib.import_module("gkd_jax.compile_report")
+    compiled = []
+
+    def run(command, **_):
+        *_, topology, names = json.loads(command[-1].removeprefix("--cell="))
+        compiled.append(topology)
+        room = 1 << 30 if topology == "v5e:2x4" else None
+        cost = hlo.Cost(flops=1.5e12, collectives={"all-gather": 2e6})
+        parts = [report.Part(name, room, "20G of 16G", 1.0, cost, 8e12, 2e12) for name in names]
+        found = report.Report(topology, {"data": 8, "model": 1}, {"teacher": 1 << 30}, parts)
+        text = "a line of a log\n" + json.dumps(dataclasses.asdict(found))
+        return subprocess.CompletedProcess(command, 0, stdout=text)
+
+    monkeypatch.setattr(scaling.subprocess, "run", run)
+    recipe = scaling.of_t5("xsum", "base")
+    path = tmp_path / "scaling.json"
+    scaling.smallest(recipe, scaling.Results(path), may_compile=True)
+    assert compiled == ["v5e:1x1", "v5e:2x2", "v5e:2x4"]
+    table = scaling.recipes_table(scaling.Results(path), [recipe], may_compile=False)
+    smaller, holds = table.splitlines()[2:]
+    assert "| v5e:2x2 | **no** | 1,024 | train step: 20G of 16G |" in smaller
+    # 12 TFLOP are done, 2 of them a second time: 10 of 6 that are needed.
+    assert "| v5e:2x4 | yes | 1,024 | train step: 12% | 0.008, compute |" in holds
+    assert "| 1.67 / 1.67 / 1.67 | 33% | 3 |" in holds
+    scaling.smallest(recipe, scaling.Results(path), may_compile=True)
+    assert len(compiled) == 3

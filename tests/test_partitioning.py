@@ -13,13 +13,8 @@ from jax.sharding import PartitionSpec
 
 from gkd_jax import optimizers
 from gkd_jax.batch import Batch
-from gkd_jax.partitioning import (
-    FSDP_RULES,
-    STANDARD_RULES,
-    DataLayout,
-    Partitioner,
-    fetch_to_host,
-)
+from gkd_jax.partitioning import DataLayout, Partitioner, fetch_to_host
+from gkd_jax.rules import FSDP_RULES, STANDARD_RULES
 
 MESHES = [(8, 1), (4, 2), (2, 4)]
 
@@ -247,19 +242,24 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-    ("model", "rules"),
+    ("model", "rules", "num_slices"),
     [
-        (2, "standard"),
-        (2, "fsdp"),
-        pytest.param(1, "standard", marks=pytest.mark.slow),
-        pytest.param(1, "fsdp", marks=pytest.mark.slow),
-        pytest.param(4, "standard", marks=pytest.mark.slow),
-        pytest.param(4, "fsdp", marks=pytest.mark.slow),
+        (2, "standard", None),
+        (2, "fsdp", None),
+        (2, "fsdp", 2),
+        pytest.param(1, "standard", None, marks=pytest.mark.slow),
+        pytest.param(1, "fsdp", None, marks=pytest.mark.slow),
+        pytest.param(4, "standard", None, marks=pytest.mark.slow),
+        pytest.param(4, "fsdp", None, marks=pytest.mark.slow),
     ],
 )
-def test_three_steps_on_a_mesh_give_the_parameters_of_one_device(one_device, model, rules):
+def test_three_steps_on_a_mesh_give_the_parameters_of_one_device(
+    one_device, model, rules, num_slices
+):
     start, want = one_device
-    _, got = train_three_steps(Partitioner(model_parallelism=model, rules=rules))
+    _, got = train_three_steps(
+        Partitioner(model_parallelism=model, rules=rules, num_slices=num_slices)
+    )
     for initial, a, b in zip(*map(jax.tree.leaves, (start, got, want)), strict=True):
         moved = np.abs(b - initial).max()
         assert moved > 0
@@ -387,6 +387,66 @@ def test_unknown_logical_axis_is_named():
 def test_wrong_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((("embed", "data", 1),), r"Partitioner\.teacher_rules must hold pairs .* 'data', 1"),
+        (("embed",), r"must hold pairs of a logical axis and a mesh axis; got 'embed'"),
+        (3, r"Partitioner\.teacher_rules .* or a table; got 3"),
+    ],
+)
+def test_wrong_tables_are_named(rules, message):
+    with pytest.raises(ValueError, match=message):
+        Partitioner(teacher_rules=rules)
+
+
+def test_a_teacher_lies_as_its_own_rules_say_on_the_same_mesh():
+    partitioner = Partitioner(model_parallelism=2, teacher_rules="fsdp")
+    of_teacher = partitioner.of_teacher
+    assert of_teacher.mesh == partitioner.mesh
+    wi = of_teacher.param_shardings(TinyModel())["layers_0"]["mlp"]["wi"]["kernel"]
+    assert wi.shard_shape((128, 192)) == (32, 96)
+    assert Partitioner(rules="fsdp").of_teacher.rules == "fsdp"
+
+
+def test_slices_split_batches_and_not_parameters():
+    partitioner = Partitioner(model_parallelism=2, rules="fsdp", num_slices=2)
+    assert dict(partitioner.mesh.shape) == {"slice": 2, "data": 2, "model": 2}
+    assert partitioner.smallest_batch == 4
+    sharded = partitioner.shard_batch(make_batch(8))
+    assert sharded.inputs.sharding.shard_shape((8, 6)) == (2, 6)
+    wi = partitioner.param_shardings(TinyModel())["layers_0"]["mlp"]["wi"]["kernel"]
+    assert wi.shard_shape((128, 192)) == (64, 96)
+    with pytest.raises(ValueError, match=r"data axis of all slices; got 6 and 4\."):
+        partitioner.check_batch_size(6)
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceDevice:
+    """What laying out a mesh looks at."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    device_kind: str = "simulated"
+    platform: str = "simulated"
+
+
+def test_slices_are_those_of_the_devices():
+    # In an order that is not that of the slices.
+    devices = tuple(SliceDevice(id, slice_index=id % 2) for id in range(8))
+    found = Partitioner(model_parallelism=2, devices=devices).mesh
+    assert found.axis_names == ("slice", "data", "model")
+    assert [{d.slice_index for d in part.flat} for part in found.devices] == [{0}, {1}]
+    one = Partitioner(num_slices=1, devices=devices).mesh
+    assert dict(one.shape) == {"data": 8, "model": 1}
+    assert [d.slice_index for d in one.devices.flat] == [0] * 4 + [1] * 4
+    with pytest.raises(ValueError, match=r"num_slices must be 1 or the number .* got 4 and 2"):
+        _ = Partitioner(num_slices=4, devices=devices).mesh
+    with pytest.raises(ValueError, match=r"multiple of the number of slices.* got 1 and 2"):
+        _ = Partitioner(model_parallelism=8, devices=devices).mesh
 
 
 def test_fsdp_differs_from_standard_in_embed_only():

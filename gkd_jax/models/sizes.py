@@ -1,6 +1,9 @@
-"""Sizes of the released T5 models, by name."""
+"""Sizes of released models, by name: T5, Llama 3, Qwen 3."""
+
+from typing import Any
 
 from gkd_jax.models.config import T5Config
+from gkd_jax.models.decoder_config import DecoderConfig, Rope
 
 T5_VOCAB_SIZE = 32_128
 """T5's 32,000 pieces and 100 sentinels, padded to a multiple of 128."""
@@ -72,4 +75,73 @@ def t5_config(
         dtype=dtype,
         scan_layers=scan_layers,
         remat_policy=remat_policy,
+    )
+
+
+# Name: (emb_dim, layers, num_heads, num_kv_heads, mlp_dim, whether the embedding is the output
+# layer too).
+# Source: config.json of meta-llama/Meta-Llama-3-*, Qwen/Qwen3-*; bases and chat models alike.
+_DECODER_SIZES = {
+    "llama3-8b": (4096, 32, 32, 8, 14336, False),
+    "llama3-70b": (8192, 80, 64, 8, 28672, False),
+    "qwen3-0.6b": (1024, 28, 16, 8, 3072, True),
+    "qwen3-1.7b": (2048, 28, 16, 8, 6144, True),
+    "qwen3-4b": (2560, 36, 32, 8, 9728, True),
+    "qwen3-8b": (4096, 36, 32, 8, 12288, False),
+    "qwen3-14b": (5120, 40, 40, 8, 17408, False),
+    "qwen3-32b": (5120, 64, 64, 8, 25600, False),
+}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama3": dict(vocab_size=128_256, rope=Rope(500_000.0), norm_epsilon=1e-5),
+    "qwen3": dict(vocab_size=151_936, rope=Rope(1_000_000.0), norm_epsilon=1e-6, qk_norm=True),
+}
+
+DECODER_NAMES: tuple[str, ...] = tuple(_DECODER_SIZES)
+
+
+def decoder_config(
+    name: str,
+    *,
+    dropout_rate: float = 0.0,
+    dtype: str = "bfloat16",
+    scan_layers: bool = False,
+    remat_policy: str = "none",
+) -> DecoderConfig:
+    """Makes the configuration of a released decoder-only model.
+
+    The one that `checkpoints.hf.hf_model` reads from the checkpoint's config.json, without it.
+
+    Args:
+      name: `llama3-8b`, `llama3-70b`, `qwen3-0.6b` to `qwen3-32b`.
+      dropout_rate: as `DecoderConfig.dropout_rate`.
+      dtype: compute dtype, 'float32' or 'bfloat16'.
+      scan_layers: as `DecoderConfig.scan_layers`.
+      remat_policy: as `DecoderConfig.remat_policy`.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in _DECODER_SIZES:
+        raise ValueError(
+            f"name must be a known decoder-only model; got {name!r}. Use one of "
+            f"{', '.join(DECODER_NAMES)}, or take the model of a checkpoint's config.json "
+            "(gin_configs/hf.gin)."
+        )
+    emb_dim, num_layers, num_heads, num_kv_heads, mlp_dim, is_tied = _DECODER_SIZES[name]
+    return DecoderConfig(
+        emb_dim=emb_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=128,
+        mlp_dim=mlp_dim,
+        layer_kinds=("full",) * num_layers,
+        tie_embeddings=is_tied,
+        dropout_rate=dropout_rate,
+        dtype=dtype,
+        scan_layers=scan_layers,
+        remat_policy=remat_policy,
+        **_FAMILIES[name.partition("-")[0]],
     )

@@ -9,6 +9,7 @@ import jax
 from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.models.base import DecodeState, LanguageModel
+from gkd_jax.models.linen import LinenModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,3 +92,13 @@ class WrappedModel:
         """Feeds the output tokens at position `index`."""
         with self.tracing(params):
             return self.model.decode_step(self.inner(params), state, tokens, index)
+
+
+def with_remat_policy(model: LanguageModel, policy: str) -> LanguageModel:
+    """The same model with another policy of rematerialisation; one that has none, itself."""
+    if isinstance(model, WrappedModel):
+        return dataclasses.replace(model, model=with_remat_policy(model.model, policy))
+    if isinstance(model, LinenModel):
+        config = dataclasses.replace(model.config, remat_policy=policy)
+        return dataclasses.replace(model, config=config)  # type: ignore[type-var]
+    return model

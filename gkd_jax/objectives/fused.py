@@ -8,6 +8,7 @@ which multiplies by the cotangent of the loss. Positions of weight 0 cost nothin
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -33,8 +34,9 @@ GROUP_ENTRIES = 1 << 18
 chunk, but the dozen arrays between logits and gradient want to stay in a core's own cache. XLA
 writes each of them to memory otherwise, which takes two to three times as long."""
 
-# The mesh axis that sequences are split over; each shard runs through chunks of its own.
-_DATA_AXIS = "data"
+# The mesh axes that sequences are split over, where they are there; each shard runs through chunks
+# of its own.
+_ROW_AXES = ("slice", "data")
 
 
 def chunk_positions(vocab_size: int, num_positions: int, *, platform: str) -> int:
@@ -74,8 +76,8 @@ def fused_weighted_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """Computes what `weighted_loss` does, with its arguments, values, gradients and errors.
 
-    On a mesh with an axis 'data' the rows are split over it, which must divide them; the
-    vocabulary may be split over another axis. There are no second derivatives.
+    On a mesh with an axis 'data', and perhaps 'slice', the rows are split over those, which must
+    divide them; the vocabulary may be split over another axis. There are no second derivatives.
     """
     check_predictions(objective.divergence, student, teacher, weights)
     check_advantages(objective.divergence, advantages, targets)
@@ -191,9 +193,9 @@ def _over_shards(
     """
     run: _Run = functools.partial(_all_chunks, functions, with_gradients=with_gradients)
     mesh = jax.sharding.get_abstract_mesh()
-    num_shards = 1 if mesh.empty else mesh.shape.get(_DATA_AXIS, 1)
-    if num_shards > 1:
-        run = _split_over_data(run, mesh, num_shards, student, others, with_gradients)
+    axes = tuple(axis for axis in _ROW_AXES if not mesh.empty and mesh.shape.get(axis, 1) > 1)
+    if axes:
+        run = _split_over_rows(run, mesh, axes, student, others, with_gradients)
     values, gradients = run(student, others)
     if with_gradients:
         of_hidden, of_head = gradients
@@ -203,29 +205,31 @@ def _over_shards(
     return values, gradients
 
 
-def _split_over_data(
+def _split_over_rows(
     run: _Run,
     mesh: jax.sharding.AbstractMesh,
-    num_shards: int,
+    axes: tuple[str, ...],
     student: _Model,
     others: _Others,
     with_gradients: bool,
 ) -> _Run:
+    num_shards = math.prod(mesh.shape[axis] for axis in axes)
     if student[0].shape[0] % num_shards:
+        names = " and ".join(map(repr, axes))
         raise ValueError(
-            "the rows of a batch must divide over the mesh's axis 'data'; got "
-            f"{student[0].shape[0]} rows and {num_shards}. Set DatasetConfig.batch_size to a "
+            f"the rows of a batch must divide over the mesh's axis {names}; "
+            f"got {student[0].shape[0]} rows and {num_shards}. Set DatasetConfig.batch_size to a "
             f"multiple of {num_shards}."
         )
 
     def one_shard(student: _Model, others: _Others) -> tuple[_Values, Any]:
         (loss, per_token), gradients = run(student, others)
-        loss = lax.psum(loss, _DATA_AXIS)
+        loss = lax.psum(loss, axes)
         if with_gradients:
-            gradients = (gradients[0], lax.psum(gradients[1], _DATA_AXIS))
+            gradients = (gradients[0], lax.psum(gradients[1], axes))
         return (loss, per_token), gradients
 
-    rows, whole = PartitionSpec(_DATA_AXIS), PartitionSpec()
+    rows, whole = PartitionSpec(axes), PartitionSpec()
     model = (rows, whole)
     of_others = (None if others[0] is None else model, rows, rows, rows)
     return jax.shard_map(
@@ -233,7 +237,7 @@ def _split_over_data(
         mesh=mesh,
         in_specs=(model, of_others),
         out_specs=((whole, rows), model if with_gradients else None),
-        axis_names={_DATA_AXIS},
+        axis_names=set(axes),
         check_vma=False,
     )
 
@@ -250,7 +254,8 @@ def _all_chunks(
     vocab_size = jax.eval_shape(functions.student_unembed, head, hidden[:1]).shape[-1]
     # The vocabulary lies over all axes but that of the rows, if it divides over them.
     mesh = jax.sharding.get_abstract_mesh()
-    num_parts = 1 if mesh.empty else mesh.size // mesh.shape.get(_DATA_AXIS, 1)
+    num_shards = math.prod(mesh.shape.get(axis, 1) for axis in _ROW_AXES)
+    num_parts = 1 if mesh.empty else mesh.size // num_shards
     if vocab_size % num_parts == 0:
         vocab_size //= num_parts
     # That of the mesh: a program may be compiled for other devices than this machine's.
