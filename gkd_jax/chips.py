@@ -39,6 +39,23 @@ CHIPS = {
 }
 
 
+# As JAX calls the chips (`Device.device_kind`).
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
+
+def of_device(kind: str) -> Chip | None:
+    """The chip that JAX calls so; None if it is none of those known here."""
+    return CHIPS[_KINDS[kind]] if kind in _KINDS else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Slices of TPUs, such as 'v5e:4x4', or 'v5e:4x4*2' for two of them.

@@ -18,10 +18,9 @@ import jax
 from absl import logging
 
 from gkd_jax import chips, flops, hlo
-from gkd_jax.compile_parts import Arguments, Function, functions_of
+from gkd_jax.compile_parts import Arguments, Function, functions_of, num_chunks
 from gkd_jax.compile_report import Part, Report
 from gkd_jax.experiment import Experiment
-from gkd_jax.objectives import fused
 
 _MOST_MICROBATCHES = 16
 _TRIED_SLICES = 4
@@ -82,7 +81,7 @@ def compile_for(
         report.parts.append(
             _compile(
                 function,
-                unknown_trips=_chunks(experiment, function),
+                unknown_trips=num_chunks(experiment, function),
                 slice_size=report.num_chips // partitioner.num_slices_of_mesh,
             )
         )
@@ -158,17 +157,6 @@ def _compiled(one: Function) -> tuple[Any, str]:
         if not files:
             return compiled, compiled.as_text()
         return compiled, max(files, key=lambda file: file.stat().st_size).read_text()
-
-
-def _chunks(experiment: Experiment, one: Function) -> int:
-    """How often the loss's loop over chunks of positions runs, if every position counts."""
-    partitioner = experiment.partitioner
-    positions = max(1, one.positions // partitioner.smallest_batch)
-    entries, parts = experiment.student_model.vocab_size, partitioner.mesh.shape["model"]
-    if entries % parts == 0:
-        entries //= parts
-    size = fused.chunk_positions(entries, positions, platform="tpu")
-    return -(-positions // size)
 
 
 def _out_of_memory(error: Exception) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import runtime, trainer
+from gkd_jax import flops, runtime, trainer
 from gkd_jax.array_types import PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.experiment import Experiment
@@ -20,6 +20,7 @@ from gkd_jax.models import lora
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.quantised import Int8
 from gkd_jax.models.wrapped import with_remat_policy
+from gkd_jax.objectives import fused
 from gkd_jax.replay import ReplayBuffer
 from gkd_jax.reward_scorer import on_policy_objective
 from gkd_jax.rollout import Rollout
@@ -244,6 +245,30 @@ def _train_step(experiment: Experiment, arguments: Arguments) -> Function:
         None if plain == student else arguments.step_functions(plain).step,
         batch.targets.size // experiment.num_microbatches,
     )
+
+
+def flops_of_step(experiment: Experiment) -> float:
+    """FLOPs of a training step as it is written, over all devices, without rematerialisation.
+
+    Every position of the outputs is taken to count.
+
+    Raises:
+      ValueError: they depend on what is known from files only.
+    """
+    step = _train_step(experiment, Arguments(experiment))
+    function = step.plain or step.function
+    return flops.traced(function, *step.arguments, unknown_trips=num_chunks(experiment, step))
+
+
+def num_chunks(experiment: Experiment, one: Function) -> int:
+    """How often the loss's loop over chunks of positions runs, if every position counts."""
+    partitioner = experiment.partitioner
+    positions = max(1, one.positions // partitioner.smallest_batch)
+    entries, parts = experiment.student_model.vocab_size, partitioner.mesh.shape["model"]
+    if entries % parts == 0:
+        entries //= parts
+    size = fused.chunk_positions(entries, positions, platform="tpu")
+    return -(-positions // size)
 
 
 def _rollout(experiment: Experiment, arguments: Arguments) -> Function:

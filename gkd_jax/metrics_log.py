@@ -1,11 +1,13 @@
 """The lines of metrics of a run: means of what was summed, times, alarms."""
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 
 from absl import logging
 
-from gkd_jax import non_finite, runtime, writers
+from gkd_jax import chips, non_finite, runtime, writers
+from gkd_jax.compile_parts import flops_of_step
 from gkd_jax.experiment import Experiment
 from gkd_jax.profiling import PhaseTimes
 
@@ -66,6 +68,9 @@ class MetricsLog:
         means["seconds_per_step"] = seconds
         for kind, phases in self._phases.take().items():
             means |= {f"{kind}/seconds_of_{name}": value for name, value in phases.items()}
+            utilisation = self._utilisation(kind, phases["update"])
+            if utilisation is not None:
+                means[f"{kind}/update_mfu"] = utilisation
         means["learning_rate"] = float(self._experiment.optimizer.schedule(step - 1))
         # Steps on the data and steps on samples are of different length and number.
         tokens = [sums[kind]["target_tokens"] for kind in OUTPUT_KINDS if kind in sums]
@@ -83,6 +88,23 @@ class MetricsLog:
     @property
     def _num_chips(self) -> int:
         return self._experiment.partitioner.mesh.size
+
+    def _utilisation(self, kind: str, seconds: float) -> float | None:
+        """MFU of an update: its FLOPs a second over what the chips can do; None if unknown."""
+        device = self._experiment.partitioner.mesh.devices.flat[0]
+        chip = chips.of_device(device.device_kind)
+        is_smaller = kind == "data" and self._experiment.rollout.num_samples > 1
+        if chip is None or is_smaller or self._flops_of_step is None:
+            return None
+        return self._flops_of_step / seconds / (self._num_chips * chip.flops)
+
+    @functools.cached_property
+    def _flops_of_step(self) -> float | None:
+        try:
+            return flops_of_step(self._experiment)
+        except ValueError as error:
+            logging.info("no MFU is measured: %s", error)
+            return None
 
     def _raise_alarms(self, values: Mapping[str, float], group: str, step: int) -> None:
         alarms = self._experiment.alarms

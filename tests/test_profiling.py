@@ -1,5 +1,6 @@
 """Times of the parts of a step, and traces of chosen steps."""
 
+import dataclasses
 import gzip
 import json
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 import small_runs
 
-from gkd_jax import train
+from gkd_jax import chips, train
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.profiling import PhaseTimes
 
@@ -34,6 +35,31 @@ def test_each_line_has_the_times_of_each_kind_of_step(tmp_path, tiny_teacher):
     assert max(parts) < first["train/seconds_per_step"]
     per_chip = second["train/target_tokens_per_second_per_chip"]
     assert per_chip == pytest.approx(second["train/target_tokens_per_second"])
+
+
+def test_utilisation_is_of_the_chips_peak(tmp_path, monkeypatch):
+    """FLOPs of the step by the products of its size; a known chip that does 1e12 a second."""
+    assert chips.of_device("TPU v5 lite") is chips.CHIPS["v5e"]
+    assert chips.of_device("TPU v5") is chips.CHIPS["v5p"]
+    assert chips.of_device("cpu") is None
+    chip = dataclasses.replace(chips.CHIPS["v5e"], flops=1e12)
+    monkeypatch.setattr(chips, "of_device", lambda kind: chip)
+    experiment = small_runs.sft(tmp_path, num_steps=4, log_period=2)
+    train.train(experiment)
+    rows = [row for row in small_runs.rows(tmp_path / "metrics.jsonl") if "plan" not in row]
+    found = {
+        row["train/data/update_mfu"] * row["train/data/seconds_of_update"] * 1e12 for row in rows
+    }
+    assert max(found) == pytest.approx(min(found))
+    # A token of the outputs takes each weight of the decoder and head once forward and twice
+    # backward, a product and a sum each; one of the prompts those of the encoder.
+    width, heads, mlp, vocab = 16, 16, 32, 259
+    attention, feed_forward = 4 * width * heads, 3 * width * mlp
+    prompts, outputs = 48 * small_runs.BATCH_SIZE, 24 * small_runs.BATCH_SIZE
+    of_prompts = attention + feed_forward + 2 * width * heads  # Keys and values that are read.
+    of_outputs = attention + feed_forward + 2 * width * heads + width * vocab
+    least = 6 * (prompts * of_prompts + outputs * of_outputs)
+    assert least < max(found) < 1.6 * least
 
 
 def test_phases_wait_for_their_values_on_timed_steps_alone():
