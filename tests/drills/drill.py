@@ -187,6 +187,12 @@ class Group:
             thread.join()
         return [process.returncode for process in self._processes]
 
+    def has_not_met(self) -> bool:
+        """Whether the processes ended since, on a busy machine, one came too late for JAX."""
+        return any(
+            "Gloo context initialization failed" in line for line in self.lines + self._others
+        )
+
     def tell(self, what: str) -> str:
         return "\n".join([what, *self.lines[-40:], "--- the other process", *self._others[-40:]])
 
@@ -253,6 +259,8 @@ def kill(number: int, model_dir: pathlib.Path, cache: pathlib.Path, seconds: flo
     group = Group(model_dir, cache)
     if not wait_for(moment, group, draw, seconds):
         statuses = group.end((0, 1))
+        if group.has_not_met():
+            return {"not_met": number, "run": model_dir.name}
         assert statuses == [0, 0], group.tell(f"ended by itself with {statuses}")
         return None
     while_doing, step = doing(group), group.step()
@@ -282,6 +290,8 @@ def finish(model_dir: pathlib.Path, cache: pathlib.Path) -> float:
     """Runs to the end; how long it took."""
     group = Group(model_dir, cache)
     statuses = group.end((0, 1))
+    if group.has_not_met():
+        return finish(model_dir, cache)
     assert statuses == [0, 0], group.tell(f"ended with {statuses}")
     return time.monotonic() - group.start_time
 
