@@ -177,10 +177,4 @@ def check(recipe: small_recipes.Recipe, folder: pathlib.Path) -> None:
 @pytest.mark.slow
 @pytest.mark.pitfall(43)
 def test_killed_three_times(tmp_path):
-    check(small_recipes.make_recipe("wmt_ende", tmp_path / "data"), tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.pitfall(43)
-def test_killed_three_times_on_real_text(external_data, tmp_path):
-    check(small_recipes.make_real_recipe("wmt_ende", external_data, tmp_path / "data"), tmp_path)
+    check(small_recipes.make_recipe_on_best("wmt_ende", tmp_path / "data"), tmp_path)
