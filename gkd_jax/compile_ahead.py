@@ -18,7 +18,7 @@ import jax
 from absl import logging
 
 from gkd_jax import chips, flops, hlo
-from gkd_jax.compile_parts import Arguments, Function, functions_of, num_chunks
+from gkd_jax.compile_parts import Arguments, Function, check_known, functions_of, num_chunks
 from gkd_jax.compile_report import Part, Report
 from gkd_jax.experiment import Experiment
 
@@ -73,6 +73,7 @@ def compile_for(
     partitioner.check_batch_size(experiment.train_data.batch_size, experiment.num_microbatches)
     if experiment.evaluation is not None:
         partitioner.check_batch_size(experiment.evaluation.data.batch_size)
+    check_known(experiment)
     arguments = Arguments(experiment)
     report = Report(topology, dict(partitioner.mesh.shape), arguments.residents(), [])
     for function in functions_of(experiment, arguments):

@@ -55,7 +55,6 @@ class Arguments:
     """Shapes and shardings of what the run's functions are given."""
 
     def __init__(self, experiment: Experiment):
-        _check_known(experiment)
         self._experiment = experiment
         student = experiment.student_model
         abstract = runtime.sharded_abstract_params(experiment, student)
@@ -101,17 +100,8 @@ class Arguments:
 
     def step_functions(self, student: LanguageModel) -> trainer.StepFunctions:
         """Those of training, for the student or for one that differs in its rematerialisation."""
-        experiment = self._experiment
-        teacher = experiment.teacher if self.needs_teacher else None
-        return trainer.jit_step_functions(
-            student,
-            experiment.teacher_model if teacher else None,
-            _objective(experiment),
-            experiment.optimizer,
-            experiment.partitioner,
-            num_microbatches=experiment.num_microbatches,
-            teacher_part=teacher.state_part if teacher else None,
-            average_decay=teacher.average_decay if teacher else None,
+        return trainer.step_functions_of(
+            self._experiment, _objective(self._experiment), student=student
         )
 
     @functools.cached_property
@@ -156,26 +146,32 @@ def _objective(experiment: Experiment) -> Any:
     return on_policy_objective(experiment)
 
 
-def _check_known(experiment: Experiment) -> None:
+def check_known(experiment: Experiment) -> None:
     """Refuses what is known from files only, which are not read.
 
     Raises:
       ValueError: naming the setting.
     """
+    what = _unknown(experiment)
+    if what:
+        raise ValueError(f"--run_mode=compile_ahead reads no files, and {what}")
+
+
+def _unknown(experiment: Experiment) -> str:
     teacher = experiment.teacher
     if teacher is None:
-        return
+        return ""
     if teacher.store_for("train_data"):
-        raise ValueError(
-            "--run_mode=compile_ahead reads no files, and a StoredTeacher's entries are in one. "
-            "Set Experiment.teacher to the network that wrote them."
+        return (
+            "a StoredTeacher's entries are in one. Set Experiment.teacher to the network that "
+            "wrote them."
         )
     if teacher.own_tokens is not None:
-        raise ValueError(
-            "--run_mode=compile_ahead reads no files, and what a CrossTokenizerTeacher shares with "
-            "the student is in their vocabularies. Set Experiment.teacher to its teacher alone, "
-            "which costs about as much."
+        return (
+            "what a CrossTokenizerTeacher shares with the student is in their vocabularies. Set "
+            "Experiment.teacher to its teacher alone, which costs about as much."
         )
+    return ""
 
 
 def _batch(experiment: Experiment) -> Batch:
@@ -247,14 +243,13 @@ def _train_step(experiment: Experiment, arguments: Arguments) -> Function:
     )
 
 
-def flops_of_step(experiment: Experiment) -> float:
+def flops_of_step(experiment: Experiment) -> float | None:
     """FLOPs of a training step as it is written, over all devices, without rematerialisation.
 
-    Every position of the outputs is taken to count.
-
-    Raises:
-      ValueError: they depend on what is known from files only.
+    Every position of the outputs is taken to count. None where they depend on files.
     """
+    if _unknown(experiment):
+        return None
     step = _train_step(experiment, Arguments(experiment))
     function = step.plain or step.function
     return flops.traced(function, *step.arguments, unknown_trips=num_chunks(experiment, step))

@@ -180,6 +180,9 @@ MAY_CHANGE = (
     "Experiment.num_steps",
     "Experiment.partitioner",
     "Experiment.log_period",
+    "Experiment.hang_seconds",
+    "Experiment.profile_steps",
+    "Experiment.topology",
     "Experiment.generation",
     "Evaluation.period",
     "Checkpoints.period",
@@ -187,6 +190,7 @@ MAY_CHANGE = (
     "DatasetConfig.cache_bytes",
     "DatasetConfig.read_threads",
     "Alarms.*",
+    "NonFinite.*",
     "Study.model_dir",
 )
 

@@ -68,7 +68,8 @@ def _last_step(folder: pathlib.Path) -> int:
 
 def _owes_evaluation(folder: pathlib.Path, step: int) -> bool:
     host = json.loads((folder / f"checkpoint_{step}" / _HOST).read_text())["host"]
-    return bool(host.get("owes_evaluation", False))
+    was_made = (folder / f"evaluated_{step}.json").exists()
+    return bool(host.get("owes_evaluation", False)) and not was_made
 
 
 def _num_steps(text: str) -> int | None:

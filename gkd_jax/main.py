@@ -10,6 +10,7 @@ import os
 import pathlib
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 from absl import app, flags, logging
 
 _DEFAULT_GIN_FILE = "gin_configs/quickstart.gin"
+_SECONDS_TO_TELL = 5.0
 _PACKAGE = str(pathlib.Path(__file__).parent) + os.sep
 
 _GIN_FILE = flags.DEFINE_multi_string(
@@ -257,14 +259,22 @@ def _fail(error: Exception, *, status: int | None) -> NoReturn:
     if not jax.distributed.is_initialized():
         if status is None:
             raise error
-        _exit_with(str(error), status=status)
+        _exit_with(_message(error), status=status)
     if status is None:
         traceback.print_exception(error)
     else:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    if jax.process_index() == 0:
+        # Its end takes the others along: first they tell what they have found.
+        time.sleep(_SECONDS_TO_TELL)
     os._exit(1 if status is None else status)
+
+
+def _message(error: Exception) -> str:
+    """What an error says, with what was added to it on its way."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def _exit_with(message: str, *, status: int = 2) -> NoReturn:

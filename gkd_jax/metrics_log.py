@@ -53,8 +53,15 @@ class MetricsLog:
         """Has time that was not training's not count as that."""
         self._time += seconds
 
-    def write_training(self, step: int, sums: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    def write_training(
+        self, step: int, sums: Mapping[str, Mapping[str, Sequence[float]]], *, num_updates: int
+    ) -> None:
         """Writes what the steps since the last line gave.
+
+        Args:
+          step: number of the last of them.
+          sums: of their metrics.
+          num_updates: those of all steps that were not skipped.
 
         Raises:
           FloatingPointError: a mean is NaN or infinite.
@@ -71,7 +78,7 @@ class MetricsLog:
             utilisation = self._utilisation(kind, phases["update"])
             if utilisation is not None:
                 means[f"{kind}/update_mfu"] = utilisation
-        means["learning_rate"] = float(self._experiment.optimizer.schedule(step - 1))
+        means["learning_rate"] = float(self._experiment.optimizer.schedule(max(num_updates - 1, 0)))
         # Steps on the data and steps on samples are of different length and number.
         tokens = [sums[kind]["target_tokens"] for kind in OUTPUT_KINDS if kind in sums]
         tokens_per_step = sum(total for total, _ in tokens) / sum(weight for _, weight in tokens)
@@ -94,17 +101,18 @@ class MetricsLog:
         device = self._experiment.partitioner.mesh.devices.flat[0]
         chip = chips.of_device(device.device_kind)
         is_smaller = kind == "data" and self._experiment.rollout.num_samples > 1
-        if chip is None or is_smaller or self._flops_of_step is None:
+        if chip is None or is_smaller:
             return None
-        return self._flops_of_step / seconds / (self._num_chips * chip.flops)
+        start = time.monotonic()
+        flops = self._flops_of_step
+        self.leave_out(time.monotonic() - start)
+        if flops is None:
+            return None
+        return flops / seconds / (self._num_chips * chip.flops)
 
     @functools.cached_property
     def _flops_of_step(self) -> float | None:
-        try:
-            return flops_of_step(self._experiment)
-        except ValueError as error:
-            logging.info("no MFU is measured: %s", error)
-            return None
+        return flops_of_step(self._experiment)
 
     def _raise_alarms(self, values: Mapping[str, float], group: str, step: int) -> None:
         alarms = self._experiment.alarms

@@ -70,7 +70,10 @@ class NonFiniteSteps:
             self._in_a_row = 0
             return
         self._in_a_row += 1
-        kept = self._dump(started)
+        try:
+            kept = self._dump(started)
+        except OSError as error:
+            kept = f" Its batch could not be written: {error}."
         step = started.step + 1
         what = "the loss or its gradient is"
         if self._settings.policy == "stop":

@@ -261,8 +261,8 @@ def unigram_f1(
 
     F1 = 2 m / (s + r) of m words in common, counted as often as both have them, s of the sample and
     r of the reference; of several references the best. Words are what stands between spaces, in
-    lower case, without punctuation around them: ROUGE-1 (Lin 2004, https://aclanthology.org/W04-1013)
-    without stemming. For translations and summaries; blind to the order of words.
+    lower case, without punctuation around them: much like ROUGE-1 without stemming (Lin 2004,
+    https://aclanthology.org/W04-1013). For translations and summaries; blind to the order of words.
 
     Args:
       prompts: not read.

@@ -315,8 +315,11 @@ class MetricSums:
 
     def add(self, group: str, metrics: Metrics) -> None:
         """Adds one step's metrics to those of its group."""
-        present = self.sums.get(group)
-        self.sums[group] = metrics if present is None else _add(present, metrics)
+        present = self.sums.get(group, {})
+        # Those of a run that was stopped may be of other settings.
+        common = sorted(present.keys() & metrics.keys())
+        added = _add(*({name: of[name] for name in common} for of in (present, metrics)))
+        self.sums[group] = {**present, **metrics, **added}
 
     def to_host(self) -> dict[str, dict[str, list[float]]]:
         """The sums as plain numbers, for a checkpoint; `from_host` gives the very same back."""

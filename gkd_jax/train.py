@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from gkd_jax import adapters, interruption, non_finite, prepare, runtime, watchdog
+from gkd_jax.checkpoints import layout
 from gkd_jax.checkpoints.store import CheckpointStore
 from gkd_jax.evaluate import Evaluator
 from gkd_jax.experiment import Experiment
@@ -98,6 +99,7 @@ class _Loop:
         self.scored_step: int | None = None
         self.seconds_before = 0.0
         self.owes_evaluation = False
+        self.saved_step: int | None = None
         self.state, self.start_step, position = self._start()
         layout = experiment.partitioner.data_layout
         self.iterator = trainer.dataset.train_iterator(
@@ -129,6 +131,8 @@ class _Loop:
         self.sums = runtime.MetricSums.from_host(host["metric_sums"])
         self.seconds_before = host["seconds"]
         self.owes_evaluation = host.get("owes_evaluation", False)
+        if self.owes_evaluation and (made := self._made_evaluation(step)) is not None:
+            self.scores, self.owes_evaluation = made, False
         if step >= self.experiment.num_steps and not self.owes_evaluation:
             logging.info("nothing to do: set TRAIN_STEPS above %d to train on", step)
         return state, step, host["position"]
@@ -144,9 +148,9 @@ class _Loop:
                 raise interruption.stopped(step, num_steps)
             # What was done at the step of a restored checkpoint is not done again.
             if step > self.start_step or step == 0 or self.owes_evaluation:
-                self.owes_evaluation = False
                 self._evaluate_if_due(step)
                 self._save_if_due(step)
+                self.owes_evaluation = False
             if step == num_steps:
                 break
             self._make_step(step)
@@ -154,7 +158,7 @@ class _Loop:
             if (step + 1) % self.experiment.log_period == 0 or step + 1 == num_steps:
                 self.steps.finish()
                 sums, self.sums = self.sums.to_host(), runtime.MetricSums()
-                self.log.write_training(step + 1, sums)
+                self.log.write_training(step + 1, sums, num_updates=int(self.state.step))
         self.store.wait()
         return TrainResult(state=self.state, scores=self.scores, seconds=self._seconds())
 
@@ -187,7 +191,8 @@ class _Loop:
             return
         logging.error("step %d failed (%s): saving what was there before it", step + 1, error)
         try:
-            self._save(step, position=position)
+            if self.saved_step != step:
+                self._save(step, position=position)
             self.store.wait()
         except Exception:
             logging.exception("that could not be saved")
@@ -218,8 +223,17 @@ class _Loop:
         self.scores, self.scored_step = result.values(), step
         self.scores["seconds"] = time.monotonic() - start
         self.log.write_evaluation(step, self.scores)
+        if self.owes_evaluation:
+            self.owes_evaluation = False
+            if jax.process_index() == 0:
+                # Its checkpoint is there, and is not written twice.
+                layout.write_evaluated(self.store.directory, step, self.scores)
         self._check_best_metric()
         self.log.leave_out(time.monotonic() - start)
+
+    def _made_evaluation(self, step: int) -> dict[str, float] | None:
+        """The scores of an owed evaluation that has been made since its checkpoint was written."""
+        return layout.read_evaluated(self.store.directory, step)
 
     def _check_best_metric(self) -> None:
         name = self.experiment.checkpoints.best_metric
@@ -250,6 +264,7 @@ class _Loop:
         if not non_finite.is_finite(self.state):
             what = "the parameters or the optimizer's state are"
             raise FloatingPointError(non_finite.not_finite(what, step))
+        self.saved_step = step
         metric = None
         if checkpoints.best_metric is not None and self.scored_step == step:
             metric = self.scores.get(checkpoints.best_metric)
@@ -273,7 +288,9 @@ class _Loop:
 
     def close(self, *, alone: bool) -> None:
         """Ends what was begun; `alone` where the other processes may not be ending."""
-        self.profiler.close()
         self.log.close()
         self.iterator.close()
-        self.store.close(alone=alone)
+        try:
+            self.store.close(alone=alone)
+        finally:
+            self.profiler.close()

@@ -31,7 +31,7 @@ class TrainState:
     """All arrays that training changes; what a checkpoint holds.
 
     Attributes:
-      step: number of updates made, with those that were skipped.
+      step: number of updates made; a step that was skipped made none.
       params: those of the student's parameters that are trained, float32.
       opt_state: the optimizer's state.
       average: the average of those parameters, where it teaches; None where no average
@@ -380,13 +380,15 @@ def make_train_step(
 def _unless_finite(
     is_finite: Bool[Array, ""], state: TrainState, new_state: TrainState, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
-    """The new state and metrics; if not finite the old one, a step on, and metrics of no weight."""
-    kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new_state, state)
+    """The new state and metrics; if not finite the old state, and metrics of no weight."""
+    kept: TrainState = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old), new_state, state
+    )
     counted = {
         name: pair if name == "target_tokens" else jnp.where(is_finite, jnp.stack(pair), 0.0)
         for name, pair in metrics.items()
     }
-    return kept.replace(step=new_state.step), {name: (p[0], p[1]) for name, p in counted.items()}
+    return kept, {name: (pair[0], pair[1]) for name, pair in counted.items()}
 
 
 def make_eval_step(

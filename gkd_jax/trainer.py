@@ -84,6 +84,30 @@ def jit_step_functions(
     )
 
 
+def step_functions_of(
+    experiment: Experiment, objective: Objective, *, student: LanguageModel | None = None
+) -> StepFunctions:
+    """The functions of a run for one of its objectives.
+
+    Args:
+      experiment: the run.
+      objective: that of steps on the data, or on samples.
+      student: one that takes the place of the run's, such as without rematerialisation.
+    """
+    teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
+    return jit_step_functions(
+        student or experiment.student_model,
+        experiment.teacher_model if teacher else None,
+        objective,
+        experiment.optimizer,
+        experiment.partitioner,
+        num_microbatches=experiment.num_microbatches,
+        teacher_part=teacher.state_part if teacher else None,
+        average_decay=teacher.average_decay if teacher else None,
+        skips_non_finite=experiment.non_finite.policy == "skip",
+    )
+
+
 class Trainer:
     """The jitted functions of a run, the teacher's parameters, and the student's frozen ones."""
 
@@ -98,21 +122,11 @@ class Trainer:
         if teacher is not None:
             self.teacher_params = runtime.load_teacher(experiment, frozen=self.frozen)
         self._teacher_part = teacher.state_part if teacher else None
-        make_functions = functools.partial(
-            jit_step_functions,
-            student,
-            experiment.teacher_model if teacher else None,
-            optimizer=experiment.optimizer,
-            partitioner=partitioner,
-            num_microbatches=experiment.num_microbatches,
-            teacher_part=self._teacher_part,
-            average_decay=teacher.average_decay if teacher else None,
-            skips_non_finite=experiment.non_finite.policy == "skip",
-        )
         vocabulary = dataset.config.vocabulary
-        functions = make_functions(measured_objective(experiment, vocabulary))
+        functions = step_functions_of(experiment, measured_objective(experiment, vocabulary))
         # The same function where no reward joins the divergence.
-        self.on_policy_step_fn = make_functions(on_policy_objective(experiment)).step
+        on_policy = step_functions_of(experiment, on_policy_objective(experiment))
+        self.on_policy_step_fn = on_policy.step
         self._scorer = make_scorer(experiment, dataset)
         self._reader = make_reader(experiment, vocabulary)
         self.phases = PhaseTimes()

@@ -68,12 +68,20 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self._seconds is not None
-        while (left := self._last_beat + self._seconds - time.monotonic()) > 0:
-            if self._stopped.wait(left):
+        while True:
+            last = self._last_beat
+            left = last + self._seconds - time.monotonic()
+            if left > 0:
+                if self._stopped.wait(left):
+                    return
+                continue
+            self._tell()
+            if self._stopped.wait(_SECONDS_TO_TELL):
                 return
-        self._tell()
-        if not self._stopped.wait(_SECONDS_TO_TELL):
-            self._end()
+            if self._last_beat == last:
+                self._end()
+                return
+            print("it goes on: the process does not end", file=sys.stderr, flush=True)
 
     def _tell(self) -> None:
         print(

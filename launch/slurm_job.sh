@@ -9,8 +9,9 @@ shift 2
 # empty command, unlike an ignored signal, is not passed on to them.
 trap : TERM
 rm -f "$folder/slurm-$SLURM_JOB_ID.status"
-# When one process is lost the others wait for it: all are ended.
-srun --kill-on-bad-exit=1 "$python" -m gkd_jax.main --multiprocess "$@"
+# When one process is lost the others wait for it: all are ended, a minute later, so that processes
+# that have saved and end one after another do so themselves.
+srun --kill-on-bad-exit=0 --wait=60 "$python" -m gkd_jax.main --multiprocess "$@"
 status=$?
 echo "$status" >"$folder/slurm-$SLURM_JOB_ID.status"
 exit "$status"

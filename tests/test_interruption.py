@@ -11,7 +11,7 @@ import small_runs
 import test_kill_and_resume
 import test_two_processes
 
-from gkd_jax import interruption, study, train
+from gkd_jax import interruption, last_step, study, train
 from gkd_jax.checkpoints.store import CheckpointStore
 from gkd_jax.evaluate import Evaluator
 from gkd_jax.experiment import Evaluation
@@ -55,6 +55,27 @@ def test_sigterm_saves_and_the_run_goes_on(
     small_runs.assert_equal_bits(train.train(experiment).state, state)
     # An evaluation that was due when it was stopped has been made.
     assert small_runs.metrics(tmp_path / "run") == metrics
+    assert last_step.read_progress(tmp_path / "run", train_steps=12).done
+
+
+def test_an_evaluation_owed_to_the_last_step_is_made_once(
+    tmp_path, monkeypatch, tiny_teacher, undisturbed
+):
+    """Its checkpoint cannot be written again, and its scores are found beside it."""
+    folder = tmp_path / "run"
+    experiment = small_runs.gkd(folder, tiny_teacher)
+    with monkeypatch.context() as patch:
+        terminate_at(patch, 11)
+        with pytest.raises(interruption.InterruptedRunError):
+            train.train(experiment)
+    assert not last_step.read_progress(folder, train_steps=12).done
+    scores = train.train(experiment).scores
+    assert last_step.read_progress(folder, train_steps=12).done
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", lambda *_, **__: pytest.fail("evaluated again"))
+        again = train.train(experiment).scores
+    assert again == scores
+    assert small_runs.metrics(folder) == undisturbed[1]
 
 
 def test_sigterm_twice_at_an_owed_evaluation(tmp_path, monkeypatch, tiny_teacher, undisturbed):

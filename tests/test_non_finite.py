@@ -65,7 +65,7 @@ def test_a_run_stops_at_the_step_and_keeps_its_batch(tmp_path, monkeypatch):
 
 
 def test_a_step_skipped_changes_nothing(tmp_path, monkeypatch, undisturbed):
-    """State after it is that before it, but for the number of steps; then the run goes on."""
+    """State after it is that before it; then the run goes on."""
     poison(monkeypatch)
     experiment = small_runs.sft(
         tmp_path, num_steps=6, log_period=6, checkpoints=Checkpoints(1, 10),
@@ -79,8 +79,9 @@ def test_a_step_skipped_changes_nothing(tmp_path, monkeypatch, undisturbed):
     store = CheckpointStore(tmp_path, read_only=True)
     before, _, _ = store.restore(abstract, step=BAD_STEP)
     after, _, _ = store.restore(abstract, step=BAD_STEP + 1)
-    assert int(after.step) == int(before.step) + 1 == BAD_STEP + 1
-    small_runs.assert_equal_bits(after.replace(step=before.step), before)
+    assert int(after.step) == int(before.step) == BAD_STEP
+    small_runs.assert_equal_bits(after, before)
+    assert int(result.state.step) == 5
     # Until then it is the undisturbed run, and what comes after trains.
     folder, _ = undisturbed
     other, _, _ = CheckpointStore(folder, read_only=True).restore(abstract, step=BAD_STEP)
@@ -91,6 +92,23 @@ def test_a_step_skipped_changes_nothing(tmp_path, monkeypatch, undisturbed):
     assert (tmp_path / "non_finite" / "step_3.process_0.npz").exists()
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), result.state.params, after.params)
     assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_the_policy_may_change_within_a_line_of_metrics(tmp_path, monkeypatch, tiny_teacher):
+    """What was summed before has no count of skipped steps."""
+    changes = {"num_steps": 6, "log_period": 6, "checkpoints": Checkpoints(2, 10)}
+    for policy, stop in (("stop", 3), ("skip", 5), ("stop", None)):
+        experiment = small_runs.sft(tmp_path, non_finite=NonFinite(policy), **changes)
+        with monkeypatch.context() as patch:
+            if stop is None:
+                train.train(experiment)
+                break
+            small_runs.stop_at(patch, stop)
+            with pytest.raises(small_runs.Stopped):
+                train.train(experiment)
+    (row,) = small_runs.metrics(tmp_path)
+    assert row["train/data/skipped"] == 0.0
+    assert row["train/data/loss"] > 0
 
 
 def test_metrics_of_a_skipped_step_do_not_count(tmp_path, monkeypatch):
@@ -128,7 +146,7 @@ def test_a_gradient_alone_may_be_infinite():
     old = train_step.TrainState(step=jnp.int32(4), params=state, opt_state=())
     new = old.replace(step=jnp.int32(5), params={"a": state["a"] - grads["a"]})
     kept, counted = train_step._unless_finite(jnp.bool_(False), old, new, metrics)
-    assert int(kept.step) == 5
+    assert int(kept.step) == 4
     assert np.asarray(kept.params["a"]).tolist() == [0, 0]
     assert [float(value) for value in counted["loss"]] == [0, 0]
     assert [float(value) for value in counted["target_tokens"]] == [3, 1]
@@ -146,11 +164,13 @@ def test_wrong_settings(settings, message):
         NonFinite(**settings)
 
 
-@pytest.mark.parametrize("what", ["data", "reward"])
-def test_a_failure_before_the_update_loses_no_step(what, tmp_path, monkeypatch, undisturbed):
-    """The run has saved, and goes on to what it would have been."""
+@pytest.mark.parametrize(("what", "period"), [("data", 100), ("reward", 100), ("reward", 2)])
+def test_a_failure_before_the_update_loses_no_step(
+    what, period, tmp_path, monkeypatch, undisturbed
+):
+    """The run has saved, just now or when it was due, and goes on to what it would have been."""
     experiment = small_runs.sft(
-        tmp_path, num_steps=6, log_period=6, checkpoints=Checkpoints(100, 10)
+        tmp_path, num_steps=6, log_period=6, checkpoints=Checkpoints(period, 10)
     )
     with monkeypatch.context() as patch:
         original = train.Trainer._update

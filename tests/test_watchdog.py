@@ -46,6 +46,20 @@ def test_beats_keep_it_quiet(tmp_path):
     watchdog.beat()  # Outside of one it is nothing.
 
 
+def test_what_goes_on_after_all_is_not_ended(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(watchdog, "_SECONDS_TO_TELL", 0.5)
+    ended = threading.Event()
+    with watchdog.Watchdog(0.3, str(tmp_path), end=ended.set):
+        time.sleep(0.5)
+        for _ in range(6):
+            watchdog.beat()
+            time.sleep(0.1)
+    assert not ended.is_set()
+    told = capfd.readouterr().err
+    assert "nothing has happened" in told
+    assert "it goes on" in told
+
+
 def test_a_training_run_is_watched(tmp_path, monkeypatch):
     """A step that hangs is noticed; the run's own watchdog knows of each step."""
     monkeypatch.setattr(watchdog, "_SECONDS_TO_TELL", 0.0)

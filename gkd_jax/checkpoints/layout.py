@@ -290,3 +290,17 @@ def _dtype(leaf: Any) -> np.dtype:
 
 def _names(path: Any) -> list[str]:
     return [jax.tree_util.keystr((key,), simple=True) for key in path]
+
+
+def write_evaluated(directory: epath.Path, step: int, scores: Mapping[str, float]) -> None:
+    """Notes the scores of an evaluation that a checkpoint owed: that stays as it was written."""
+    path = directory / f"evaluated_{step}.json"
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(dict(scores)))
+    unfinished.replace(path)
+
+
+def read_evaluated(directory: epath.Path, step: int) -> dict[str, float] | None:
+    """What `write_evaluated` noted; None if it did not."""
+    path = directory / f"evaluated_{step}.json"
+    return json.loads(path.read_text()) if path.exists() else None
