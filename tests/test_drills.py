@@ -10,13 +10,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent / "drills"))
 import drill
 import equal
 
-NUM_KILLS = 6
+NUM_KILLS = 4
 
 
 @pytest.mark.slow
 @pytest.mark.pitfall(43)
 def test_runs_killed_at_random_moments_end_as_if_they_were_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(drill, "MOST_KILLS_OF_A_RUN", 3)
+    monkeypatch.setattr(drill, "MOST_KILLS_OF_A_RUN", 2)
     done = drill.drill(tmp_path, NUM_KILLS)
     assert sum("kill" in row for row in done) == NUM_KILLS
     assert sum("ended" in row for row in done) >= 2
@@ -26,8 +26,8 @@ def test_runs_killed_at_random_moments_end_as_if_they_were_not(tmp_path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.pitfall(41)
-def test_two_and_four_processes_make_the_run_of_one(tmp_path):
-    names = ("one device", "2 processes, 2x4, fsdp", "4 processes of 2")
+def test_four_processes_make_the_run_of_one(tmp_path):
+    names = ("one device", "4 processes of 2")
     layouts = [layout for layout in equal.LAYOUTS if layout.name in names]
     assert len(layouts) == len(names)
     table = equal.table(tmp_path, layouts, ("AdamW",))
