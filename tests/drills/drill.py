@@ -281,7 +281,7 @@ def kill(number: int, model_dir: pathlib.Path, cache: pathlib.Path, seconds: flo
         )
         assert after == stopped >= step, group.tell(f"{told}: newest {after}, stopped at {stopped}")
     return {
-        "kill": number, "run": model_dir.name, "signal": name, "victims": victims,
+        "kill": number, "run": model_dir.name, "signal": name, "victims": list(victims),
         "moment": moment, "doing": while_doing, "step": step, "statuses": statuses,
         "newest_before": before, "newest_after": after,
     }  # fmt: skip
