@@ -12,7 +12,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     )
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     # Most of a test's time is compilation, a third of which LLVM takes to make small programs fast.
-    # Without any of that, sums round so that a few figures pass the limits that they keep otherwise.
+    # At level 0 sums round so that a few figures pass the limits that they keep otherwise.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 
 import jax

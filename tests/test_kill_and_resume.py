@@ -41,7 +41,7 @@ class Process:
             [sys.executable, "-m", "gkd_jax.main", *flags],
             cwd=small_recipes.ROOT,
             env=os.environ | {
-                "XLA_FLAGS": "",
+                "XLA_FLAGS": "--xla_backend_optimization_level=1",
                 # What was compiled once need not be again.
                 "JAX_COMPILATION_CACHE_DIR": str(cache),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

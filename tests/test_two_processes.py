@@ -26,13 +26,15 @@ SETTINGS = {
 
 
 MAIN = ("-m", "gkd_jax.main")
+# JAX keeps what the first process compiled alone; the second compiles at every start.
+QUICK = "--xla_backend_optimization_level=1"
 
 
 def start(flags: list[str], *, devices: int, program: Sequence[str] = MAIN) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *program, *flags],
         cwd=small_recipes.ROOT,
-        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -121,7 +121,8 @@ def run(gin_file: str, model_dir: pathlib.Path, layout: Layout, settings: dict[s
                     cwd=ROOT,
                     env=os.environ | {
                         "JAX_PLATFORMS": "cpu",
-                        "XLA_FLAGS": f"--xla_force_host_platform_device_count={layout.devices}",
+                        "XLA_FLAGS": f"--xla_force_host_platform_device_count={layout.devices} "
+                        "--xla_backend_optimization_level=1",
                     },
                     stdout=log,
                     stderr=log,
