@@ -4,6 +4,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -12,8 +13,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     )
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     # Most of a test's time is compilation, a third of which LLVM takes to make small programs fast.
-    # At level 0 sums round so that a few figures pass the limits that they keep otherwise.
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 import jax
 import pytest
@@ -25,6 +25,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # What was compiled once is kept between tests and runs.
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="module")
+def fully_compiled() -> Iterator[None]:
+    """Compiles what a module runs as users do: for figures that the last digits matter to."""
+    from jax._src import compiler
+
+    def options(*args: Any, **kwargs: Any) -> Any:
+        overrides = kwargs.get("env_options_overrides") or {}
+        kwargs["env_options_overrides"] = {**overrides, "xla_backend_optimization_level": 3}
+        return original(*args, **kwargs)
+
+    original = compiler.get_compile_options
+    compiler.get_compile_options = options
+    yield
+    compiler.get_compile_options = original
 
 
 @pytest.fixture(scope="module", autouse=True)

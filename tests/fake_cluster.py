@@ -140,7 +140,8 @@ def sbatch():
 
 
 def srun():
-    command = [one for one in sys.argv[1:] if not one.startswith("--kill")]
+    first = next(i for i, one in enumerate(sys.argv) if i and not one.startswith("--"))
+    command = sys.argv[first:]
     sys.exit(subprocess.run(command).returncode)
 
 

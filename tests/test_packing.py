@@ -23,6 +23,8 @@ from gkd_jax.objectives.objective import (
 from gkd_jax.partitioning import Partitioner
 from gkd_jax.rollout import Rollout, sample_outputs
 
+pytestmark = pytest.mark.usefixtures("fully_compiled")
+
 JSD = Objective(GeneralizedJSD(beta=0.3), teacher_temperature=0.7, z_loss=1e-3)
 BOTH = packed.make()
 # Student, teacher, and the reduction.

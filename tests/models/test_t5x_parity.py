@@ -17,6 +17,8 @@ from gkd_jax.checkpoints.t5x import read_t5x_params
 from gkd_jax.models.config import T5Config
 from gkd_jax.models.t5 import T5
 
+pytestmark = pytest.mark.usefixtures("fully_compiled")
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:

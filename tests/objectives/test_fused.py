@@ -24,6 +24,8 @@ from gkd_jax.objectives import (
 )
 from gkd_jax.partitioning import Partitioner
 
+pytestmark = pytest.mark.usefixtures("fully_compiled")
+
 REWARDED = WeightedSum((ReverseKL(), PolicyGradient()), (0.25, 0.75))
 B, T, D, V = 8, 6, 8, 64
 

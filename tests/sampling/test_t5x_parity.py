@@ -16,6 +16,8 @@ from gkd_jax.sampling.beam_search import BeamSearch, beam_search
 from gkd_jax.sampling.decode import decode
 from gkd_jax.sampling.methods import Greedy, Sample
 
+pytestmark = pytest.mark.usefixtures("fully_compiled")
+
 LENGTH = 10
 
 
