@@ -7,8 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 
@@ -55,12 +54,7 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: Any) -> None:
         if Watchdog._active is self:
             Watchdog._active = None
             self._stopped.set()
