@@ -102,10 +102,11 @@ def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
     return dataclasses.replace(recipe, settings=recipe.settings | settings)
 
 
-def weak_cells() -> Iterator[Cell]:
-    """The same recipe on more and more chips."""
+def weak_cells(rules: str) -> Iterator[Cell]:
+    """The same recipe on more and more chips, under a table of rules."""
     for topology, number in WEAK_SLICES.items():
-        recipe = with_settings(WEAK, BATCH_SIZE=ROWS_A_CHIP * number)
+        settings = {"BATCH_SIZE": ROWS_A_CHIP * number, "PARTITIONING_RULES": rules}
+        recipe = with_settings(WEAK, **settings)
         yield Cell(recipe, topology, ("train step",))
 
 
@@ -299,7 +300,10 @@ def render(results: Results, recipes: Sequence[Recipe], *, may_compile: bool) ->
             "## The smallest slice for each recipe",
             first,
             f"## Weak scaling: {WEAK.name}, {ROWS_A_CHIP} rows a chip",
-            scaling_table(results, list(weak_cells())),
+            "Parameters split over all chips (`fsdp`):",
+            scaling_table(results, list(weak_cells("fsdp"))),
+            "Parameters on every chip (`standard`):",
+            scaling_table(results, list(weak_cells("standard"))),
             f"## One slice and two: {QWEN.name}",
             scaling_table(results, list(slice_cells())),
         ]
@@ -317,7 +321,7 @@ def main() -> None:
     """Compiles and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="text that a recipe's name must have")
-    parser.add_argument("--scaling", action="store_true", help="the last two tables alone")
+    parser.add_argument("--scaling", action="store_true", help="the tables of one recipe alone")
     parser.add_argument("--render", action="store_true", help="compile nothing")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -331,7 +335,7 @@ def main() -> None:
             if args.only in recipe.name and not args.scaling:
                 smallest(recipe, results, may_compile=True)
                 write(render(results, RECIPES, may_compile=False))
-        for cell in (*weak_cells(), *slice_cells()):
+        for cell in (*weak_cells("fsdp"), *weak_cells("standard"), *slice_cells()):
             if args.only in cell.recipe.name and (args.scaling or not args.only):
                 results.compile(cell)
                 write(render(results, RECIPES, may_compile=False))

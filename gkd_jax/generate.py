@@ -4,6 +4,7 @@ The file is JSON lines, one output a line, so a `JsonLines` source reads it back
 teacher's outputs is sequence-level distillation (SeqKD).
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from absl import logging
 from etils import epath
 
 from gkd_jax import prepare, runtime
+from gkd_jax.appended import AppendedFile
 from gkd_jax.array_types import Params
 from gkd_jax.batch import Batch
 from gkd_jax.data.pipeline import Dataset
@@ -55,20 +57,21 @@ def generate(experiment: Experiment) -> str:
     )
     key = make_key(experiment.seed, Purpose.GENERATION)
     layout = experiment.partitioner.data_layout
-    for number, (batch, _) in enumerate(
-        dataset.eval_batches(process_index=layout.shard_id, process_count=layout.num_shards)
-    ):
-        end = min((number + 1) * generation.data.batch_size, dataset.num_examples)
-        if end <= num_done:
-            continue
-        read = batch.as_teacher_reads() if generation.model == "teacher" else batch
-        decoded = decode(params, experiment.partitioner.shard_batch(read), key)
-        rows = experiment.partitioner.fetch_to_host(decoded)
-        if jax.process_index() == 0:
-            output.append(_lines(rows, dataset, first=num_done))
-        logging.log_every_n_seconds(
-            logging.INFO, "generate: %d of %d prompts are done", 10, end, dataset.num_examples
-        )
+    with contextlib.closing(output):
+        for number, (batch, _) in enumerate(
+            dataset.eval_batches(process_index=layout.shard_id, process_count=layout.num_shards)
+        ):
+            end = min((number + 1) * generation.data.batch_size, dataset.num_examples)
+            if end <= num_done:
+                continue
+            read = batch.as_teacher_reads() if generation.model == "teacher" else batch
+            decoded = decode(params, experiment.partitioner.shard_batch(read), key)
+            rows = experiment.partitioner.fetch_to_host(decoded)
+            if jax.process_index() == 0:
+                output.append(_lines(rows, dataset, first=num_done))
+            logging.log_every_n_seconds(
+                logging.INFO, "generate: %d of %d prompts are done", 10, end, dataset.num_examples
+            )
     return generation.output
 
 
@@ -119,6 +122,7 @@ class _OutputFile:
     def __init__(self, generation: Generation, identity: str):
         self._path = epath.Path(generation.output)
         self._num_samples = generation.num_samples
+        self._file: AppendedFile | None = None
         marker = epath.Path(f"{generation.output}.identity")
         if self._path.exists():
             if not marker.exists() or marker.read_text() != identity:
@@ -146,5 +150,10 @@ class _OutputFile:
         return num_done
 
     def append(self, lines: Iterator[str]) -> None:
-        with self._path.open("a") as file:
-            file.write("".join(f"{line}\n" for line in lines))
+        if self._file is None:
+            self._file = AppendedFile(self._path)
+        self._file.append("".join(f"{line}\n" for line in lines).encode("utf-8"))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -3,8 +3,8 @@
     python -m gkd_jax.last_step runs/wmt
 
 prints {"last_step": 4000, "train_steps": 20000, "done": false}. The scripts in launch/ ask it on
-machines where nothing is installed, so it needs Python alone and reads the few facts that it wants
-from the files themselves.
+machines where nothing is installed, so for a folder it needs Python alone, and reads the few facts
+that it wants from the files themselves.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import pathlib
 import re
 import sys
+from typing import Any
 
 # As checkpoints/ has them, whose modules import JAX; a test compares them.
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
@@ -87,21 +88,26 @@ def _num_steps(text: str) -> int | None:
 def main() -> None:
     """Prints the progress as JSON; exits with status 2 where the folder cannot be read."""
     parser = argparse.ArgumentParser(description="The last step saved in a run's folder, as JSON.")
-    parser.add_argument("model_dir", help="the run's MODEL_DIR, as this machine sees it")
+    parser.add_argument(
+        "model_dir", help="the run's MODEL_DIR, a bucket's or as this machine sees it"
+    )
     parser.add_argument(
         "--train_steps", type=int, help="instead of the number in the saved configuration"
     )
     arguments = parser.parse_args()
+    folder: Any = pathlib.Path(arguments.model_dir)
     if "://" in arguments.model_dir:
-        parser.error(
-            f"model_dir must be a folder; got {arguments.model_dir}. Mount the bucket, and give "
-            "the path that it is mounted at."
-        )
+        try:
+            from etils import epath
+        except ImportError:
+            parser.error(
+                f"a bucket such as {arguments.model_dir} is read by etils: install gkd_jax's "
+                "requirements, or give the path that the bucket is mounted at."
+            )
+        folder = epath.Path(arguments.model_dir)
     try:
-        progress = read_progress(
-            pathlib.Path(arguments.model_dir), train_steps=arguments.train_steps
-        )
-    except (OSError, ValueError, KeyError) as error:
+        progress = read_progress(folder, train_steps=arguments.train_steps)
+    except Exception as error:  # Each library that reaches buckets has its own.
         print(f"error: {arguments.model_dir} cannot be read: {error!r}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(dataclasses.asdict(progress)))

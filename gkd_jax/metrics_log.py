@@ -128,6 +128,10 @@ class MetricsLog:
                     step, name, _KINDS[group], value, name, limit,
                 )  # fmt: skip
 
+    def sync(self) -> None:
+        """Makes the lines durable; before a checkpoint is, whose run they are a part of."""
+        self._writer.sync()
+
     def close(self) -> None:
         """Closes the files."""
         self._writer.close()

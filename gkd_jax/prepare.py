@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import jax
 from etils import epath
 
-from gkd_jax import adapters, runtime, writers
+from gkd_jax import adapters, appended, runtime
 from gkd_jax.array_types import Params
 from gkd_jax.checkpoints import load
 from gkd_jax.checkpoints.layout import OtherShapesError
@@ -234,6 +234,12 @@ class _Check:
             storing = storing_of(experiment)
             self._open("storing_data", storing.data)
             with collecting():
+                if appended.is_in_bucket(storing.output):
+                    raise ValueError(
+                        "Storing.output must be a folder of this machine, since steps read from "
+                        f"anywhere in it; got {storing.output}. Set it to a local folder, or to "
+                        "where the bucket is mounted (for example by Cloud Storage FUSE)."
+                    )
                 folder = epath.Path(storing.output)
                 _check_writable("Storing.output", folder, remedy="Set it to a folder in")
             self._check_teacher_to_use(storing.data.vocabulary)
@@ -255,7 +261,6 @@ class _Check:
 
     def _check_model_dir(self) -> None:
         with self.problems.collecting():
-            writers.check_model_dir(self._experiment.model_dir)
             folder = epath.Path(self._experiment.model_dir)
             _check_writable("Experiment.model_dir", folder, remedy="Set MODEL_DIR to")
 
@@ -442,16 +447,20 @@ def _check_best_metric(experiment: Experiment) -> None:
 
 def _check_writable(setting: str, folder: epath.Path, *, remedy: str) -> None:
     """Writes a file on trial into a folder, or into what there is of its path; leaves nothing."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    if appended.is_in_bucket(folder):
+        existing, remedy = folder, f"Is that the bucket's name, and may you write there? {remedy}"
+    else:
+        existing = folder
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
     probe = existing / f".write_check_{uuid.uuid4().hex}"
     try:
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
+    except Exception as error:  # Each library that reaches buckets has its own.
+        told = error.strerror if isinstance(error, OSError) else None
         raise ValueError(
-            f"{setting} cannot be written: {folder} ({existing}: {error.strerror or error}). "
+            f"{setting} cannot be written: {folder} ({existing}: {told or error}). "
             f"{remedy} a folder that this user may write to."
         ) from error
 

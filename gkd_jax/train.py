@@ -269,6 +269,7 @@ class _Loop:
         if checkpoints.best_metric is not None and self.scored_step == step:
             metric = self.scores.get(checkpoints.best_metric)
         replay = self.trainer.replay
+        self.log.sync()
         self.store.save(
             step,
             self.state if replay is None else replay.attach(self.state),

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax
 
 from gkd_jax import interruption
+from gkd_jax.appended import is_in_bucket
 
 # Whoever notices first waits: its end would take the others along before they told theirs.
 _SECONDS_TO_TELL = 10.0
@@ -37,11 +38,13 @@ class Watchdog:
 
         Args:
           seconds: the longest time between two beats; None watches nothing.
-          folder: where the stacks are written beside standard error, `stacks.process_<n>.txt`.
+          folder: where the stacks are written beside standard error, `stacks.process_<n>.txt`;
+            not in a bucket, which what hangs may be waiting for.
           end: ends the process.
         """
         self._seconds = seconds
-        self._path = pathlib.Path(folder) / f"stacks.process_{jax.process_index()}.txt"
+        name = f"stacks.process_{jax.process_index()}.txt"
+        self._path = None if is_in_bucket(folder) else pathlib.Path(folder) / name
         self._end = end
         self._last_beat = time.monotonic()
         self._stopped = threading.Event()
@@ -78,15 +81,18 @@ class Watchdog:
             print("it goes on: the process does not end", file=sys.stderr, flush=True)
 
     def _tell(self) -> None:
+        also = "" if self._path is None else f", also in {self._path}"
         print(
             f"nothing has happened for {self._seconds:g} seconds (Experiment.hang_seconds): the "
-            f"stacks of this process's threads follow, also in {self._path}. It ends with status "
+            f"stacks of this process's threads follow{also}. It ends with status "
             f"{interruption.EXIT_STATUS}; the same command goes on from the last checkpoint. Set "
             "HANG_SECONDS higher if a step, an evaluation's batch or a compilation takes as long.",
             file=sys.stderr,
             flush=True,
         )
         faulthandler.dump_traceback(all_threads=True)
+        if self._path is None:
+            return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("w") as file:

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import pathlib
 import socket
 import struct
 import sys
@@ -14,6 +13,9 @@ from typing import Any, Protocol, TextIO
 
 import jax
 from absl import logging as absl_logging
+from etils import epath
+
+from gkd_jax.appended import AppendedFile
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -29,6 +31,10 @@ class Writer(Protocol):
         """Writes a text, e.g. the configuration."""
         ...
 
+    def sync(self) -> None:
+        """Makes what was written durable, where it is to be gone on from."""
+        ...
+
     def close(self) -> None:
         """Writes what is still held back."""
         ...
@@ -40,7 +46,7 @@ def default_writer(
     """All writers on the first process, none on the others.
 
     Args:
-      model_dir: the run's folder, local or mounted.
+      model_dir: the run's folder, local or in a bucket.
       start_step: the step that the run goes on from: what an earlier run wrote after it is
         dropped, since those steps are made again; 0 drops all, as such a run starts anew.
       num_steps: updates in all, for the time left.
@@ -78,24 +84,15 @@ class MultiWriter:
         for writer in self._writers:
             writer.write_text(step, name, text)
 
+    def sync(self) -> None:
+        """Syncs all."""
+        for writer in self._writers:
+            writer.sync()
+
     def close(self) -> None:
         """Closes all."""
         for writer in self._writers:
             writer.close()
-
-
-def check_model_dir(model_dir: str) -> None:
-    """Refuses a bucket.
-
-    Raises:
-      ValueError: metrics cannot be appended there.
-    """
-    if "://" in model_dir:
-        raise ValueError(
-            "Experiment.model_dir must be a folder: metrics and predictions are appended to files "
-            f"in it; got {model_dir}. Set MODEL_DIR to a local folder, or to where the bucket is "
-            "mounted (for example by Cloud Storage FUSE)."
-        )
 
 
 class JsonLinesWriter:
@@ -105,17 +102,14 @@ class JsonLinesWriter:
     """
 
     def __init__(self, path: str, *, start_step: int = 0, owes_evaluation: bool = False):
-        self._path = pathlib.Path(path)
         self._owes_evaluation = owes_evaluation
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path.exists():
-            self._drop_after(start_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        before = epath.Path(path).read_bytes() if epath.Path(path).exists() else b""
+        kept = self._up_to(start_step, before.decode("utf-8", errors="replace"))
+        self._file = AppendedFile(path, kept.encode("utf-8"))
 
-    def _drop_after(self, start_step: int) -> None:
-        """Keeps the lines up to `start_step`; a last line that was cut short is dropped too."""
+    def _up_to(self, start_step: int, text: str) -> str:
+        """The lines up to `start_step`; a last line that was cut short is dropped too."""
         kept = []
-        text = self._path.read_text(encoding="utf-8", errors="replace")
         # Not splitlines: a text may hold other characters that it takes for the end of a line.
         for line in text.split("\n")[:-1]:
             try:
@@ -125,9 +119,7 @@ class JsonLinesWriter:
             is_owed = self._owes_evaluation and row["step"] == start_step and _is_evaluation(row)
             if start_step > 0 and row["step"] <= start_step and not is_owed:
                 kept.append(line + "\n")
-        unfinished = self._path.with_suffix(".unfinished")
-        unfinished.write_text("".join(kept), encoding="utf-8")
-        unfinished.replace(self._path)
+        return "".join(kept)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends a line."""
@@ -140,8 +132,12 @@ class JsonLinesWriter:
 
     def _append(self, step: int, values: Mapping[str, Any]) -> None:
         row = {"step": int(step), "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        self._file.append(line.encode("utf-8"))
+
+    def sync(self) -> None:
+        """Uploads what is held back."""
+        self._file.sync()
 
     def close(self) -> None:
         """Closes the file."""
@@ -160,11 +156,9 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: str, *, start_step: int = 0):
-        path = pathlib.Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
         now = time.time()
         name = f"events.out.tfevents.{int(now * 1000)}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (path / name).open("ab")
+        self._file = AppendedFile(f"{folder}/{name}")
         self._append(_text_field(3, "brain.Event:2"))
         # Event.session_log with status START: readers drop what earlier files have from this step.
         first_step = start_step + 1 if start_step else 0
@@ -192,8 +186,11 @@ class TensorBoardWriter:
     def _append(self, fields: bytes) -> None:
         event = b"\x09" + struct.pack("<d", time.time()) + fields
         length = struct.pack("<Q", len(event))
-        self._file.write(length + _masked_crc(length) + event + _masked_crc(event))
-        self._file.flush()
+        self._file.append(length + _masked_crc(length) + event + _masked_crc(event))
+
+    def sync(self) -> None:
+        """Uploads what is held back."""
+        self._file.sync()
 
     def close(self) -> None:
         """Closes the file."""
@@ -289,6 +286,9 @@ class ProgressWriter:
 
     def write_text(self, step: int, name: str, text: str) -> None:
         """Shows nothing: texts are for the files."""
+
+    def sync(self) -> None:
+        """Does nothing: lines are shown at once."""
 
     def _progress(self, step: int, scalars: Mapping[str, float]) -> str:
         parts = [f"step {step}/{self._num_steps}"]

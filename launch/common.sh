@@ -58,8 +58,10 @@ check_settings() {
       missing+=("arguments of gkd_jax.main, e.g. --gin_file=gin_configs/wmt_ende.gin")
     MODEL_DIR="$(text_of MODEL_DIR)"
     case "$MODEL_DIR" in
-      /*) ;;
-      *) missing+=("--gin.MODEL_DIR='\"/...\"', a folder that all hosts share; got ${MODEL_DIR:-none}") ;;
+      /* | gs://*) ;;
+      *)
+        missing+=("--gin.MODEL_DIR='\"/...\"', a folder that all hosts share, or '\"gs://...\"'; got ${MODEL_DIR:-none}")
+        ;;
     esac
   fi
   if [ ${#missing[@]} -gt 0 ]; then
@@ -168,7 +170,7 @@ bear_silence() {
 # Starts the run as often as it takes. Each try must save a later step than those before it.
 resume() {
   local try before tries="${MAX_TRIES:-20}"
-  if [ ! -d "$HERE_MODEL_DIR" ] && [ ! -w "$(dirname "$HERE_MODEL_DIR")" ]; then
+  if [[ $HERE_MODEL_DIR != gs://* && ! -d $HERE_MODEL_DIR && ! -w $(dirname "$HERE_MODEL_DIR") ]]; then
     say "resume reads the last step from $HERE_MODEL_DIR, which this machine does not see. Mount" \
       "the shared folder, and set LOCAL_MODEL_DIR to where it is."
     return 2

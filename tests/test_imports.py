@@ -76,6 +76,7 @@ _FLOORS = {
     "models.decoder_config": 0,
     "models.stacking": 0,
     "hub": 0,
+    "appended": 0,
     "chips": 0,
     "flops": 0,
     "hlo": 0,

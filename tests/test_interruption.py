@@ -3,8 +3,8 @@
 import os
 import signal
 import subprocess
-import sys
 
+import processes
 import pytest
 import small_recipes
 import small_runs
@@ -143,10 +143,7 @@ def test_the_command_exits_with_a_status_of_its_own(tmp_path):
         **{"TRAIN_STEPS": 500, "EVAL_PERIOD": 500, "CHECKPOINT_PERIOD": 500,
            "Experiment.log_period": 1},
     )  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gkd_jax.main", *flags], cwd=small_recipes.ROOT, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = processes.start(flags, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log = []
     for line in process.stderr:
         log.append(line)
@@ -161,23 +158,23 @@ def test_one_of_two_processes_is_told(tmp_path):
     """Both save the same step, and go on to what an undisturbed run of two gives."""
     recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "data")
     settings = test_two_processes.SETTINGS | {
-        "TRAIN_STEPS": 30, "EVAL_PERIOD": 30, "CHECKPOINT_PERIOD": 30,
+        "TRAIN_STEPS": 12, "EVAL_PERIOD": 12, "CHECKPOINT_PERIOD": 12,
     }  # fmt: skip
 
     def flags(name):
         return recipe.flags(tmp_path / name, **settings)
 
     test_two_processes.finish(test_two_processes.together(flags("whole")))
-    processes = test_two_processes.together(flags("cut"))
-    for line in processes[0].stdout:
-        if line.startswith("step 4/30"):
-            processes[1].terminate()
+    started = test_two_processes.together(flags("cut"))
+    for line in started[0].stdout:
+        if line.startswith("step 3/12"):
+            started[1].terminate()
             break
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    statuses = [process.returncode for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    statuses = [process.returncode for process in started]
     assert statuses == [interruption.EXIT_STATUS] * 2, outputs
     step = CheckpointStore(tmp_path / "cut", read_only=True).latest_step()
-    assert 4 <= step < 30
+    assert 3 <= step < 12
     test_two_processes.finish(test_two_processes.together(flags("cut")))
     whole, cut = (
         test_kill_and_resume.all_arrays(tmp_path / name / "checkpoint_30")

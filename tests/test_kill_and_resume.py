@@ -6,11 +6,11 @@ import pathlib
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 import jax
+import processes
 import pytest
 import small_recipes
 import small_runs
@@ -37,19 +37,9 @@ class Process:
     """The command line in a process of its own, its lines read as they come."""
 
     def __init__(self, flags: list[str], cache: pathlib.Path):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "gkd_jax.main", *flags],
-            cwd=small_recipes.ROOT,
-            env=os.environ | {
-                "XLA_FLAGS": "--xla_backend_optimization_level=1",
-                # What was compiled once need not be again.
-                "JAX_COMPILATION_CACHE_DIR": str(cache),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            },
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )  # fmt: skip
+        self._process = processes.start(
+            flags, cache=cache, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
         self.log: list[str] = []
 
     def lines(self) -> Iterator[str]:

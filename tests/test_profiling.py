@@ -3,8 +3,10 @@
 import dataclasses
 import gzip
 import json
+import subprocess
 import time
 
+import processes
 import pytest
 import small_runs
 
@@ -85,11 +87,24 @@ def test_phases_wait_for_their_values_on_timed_steps_alone():
     assert Value.waited == 2
 
 
-def test_a_trace_of_chosen_steps(tmp_path, tiny_teacher):
-    experiment = small_runs.gkd(
-        tmp_path, tiny_teacher, evaluation=None, outputs=OutputMix(1.0), profile_steps=[3, 4]
-    )
-    train.train(experiment)
+TRACED = """
+import pathlib, sys, small_runs
+from gkd_jax import train
+from gkd_jax.objectives.mixing import OutputMix
+folder, teacher = map(pathlib.Path, sys.argv[1:])
+train.train(
+    small_runs.gkd(folder, teacher, evaluation=None, outputs=OutputMix(1.0), profile_steps=[3, 4])
+)
+"""
+
+
+def test_a_trace_of_chosen_steps(tmp_path, tiny_teacher, monkeypatch):
+    # In a process of its own: one that has compiled for a TPU without having it cannot trace.
+    monkeypatch.setenv("PYTHONPATH", str(processes.ROOT / "tests"))
+    arguments = [str(tmp_path), str(tiny_teacher)]
+    process = processes.start(arguments, program=("-c", TRACED), stderr=subprocess.PIPE)
+    log = process.communicate()[1]
+    assert process.returncode == 0, log
     (trace,) = tmp_path.glob("plugins/profile/*/*.trace.json.gz")
     assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]

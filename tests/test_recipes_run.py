@@ -4,12 +4,11 @@ On real data where GKD_JAX_DATA names them, and on synthetic files of the same s
 """
 
 import json
-import os
 import pathlib
 import subprocess
-import sys
 import textwrap
 
+import processes
 import pytest
 import small_recipes
 import small_runs
@@ -196,7 +195,7 @@ _TASKS = """
 
 
 @pytest.mark.slow
-def test_seqio_task_of_a_users_module(tmp_path):
+def test_seqio_task_of_a_users_module(tmp_path, monkeypatch):
     """Named by MIXTURE_OR_TASK_NAME and MIXTURE_OR_TASK_MODULE, in a process of its own."""
     pytest.importorskip("seqio")
     recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "data")
@@ -215,21 +214,18 @@ def test_seqio_task_of_a_users_module(tmp_path):
         "Checkpoints.best_metric": "right",
         **ON_POLICY,
     }
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     model_dir = tmp_path / "run"
     for steps in (10, 20):
-        process = subprocess.run(
-            [
-                *(sys.executable, "-m", "gkd_jax.main"),
-                *recipe.flags(model_dir, TRAIN_STEPS=steps, **changes),
-            ],
-            cwd=small_recipes.ROOT,
-            env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(tmp_path)},
-            capture_output=True,
-            text=True,
+        process = processes.start(
+            recipe.flags(model_dir, TRAIN_STEPS=steps, **changes),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
-        assert process.returncode == 0, process.stderr
-        assert "eval/right: " in process.stdout
-    assert "resuming after step 10 of 20" in process.stderr
+        output, log = process.communicate()
+        assert process.returncode == 0, log
+        assert "eval/right: " in output
+    assert "resuming after step 10 of 20" in log
     rows = small_runs.metrics(model_dir)
     assert rows[-1]["step"] == 20
     assert "eval/right" in rows[-1]

@@ -1,12 +1,10 @@
 """A whole run over two processes: the same data, numbers and files as in one."""
 
-import os
 import pathlib
-import socket
 import subprocess
-import sys
-from collections.abc import Sequence
+from typing import Any
 
+import processes
 import pytest
 import small_recipes
 import small_runs
@@ -25,36 +23,18 @@ SETTINGS = {
 }
 
 
-MAIN = ("-m", "gkd_jax.main")
-# JAX keeps what the first process compiled alone; the second compiles at every start.
-QUICK = "--xla_backend_optimization_level=1"
+def start(flags: list[str], *, devices: int, **options: Any) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return processes.start(flags, devices=devices, **pipes, **options)
 
 
-def start(flags: list[str], *, devices: int, program: Sequence[str] = MAIN) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *program, *flags],
-        cwd=small_recipes.ROOT,
-        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def finish(started: list[subprocess.Popen]) -> None:
+    outputs = [process.communicate(timeout=560)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), outputs
 
 
-def finish(processes: list[subprocess.Popen]) -> None:
-    outputs = [process.communicate(timeout=560)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), outputs
-
-
-def together(flags: list[str], program: Sequence[str] = MAIN) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = [*flags, f"--coordinator_address=localhost:{port}", "--process_count=2"]
-    return [
-        start([*shared, f"--process_index={index}"], devices=2, program=program)
-        for index in range(2)
-    ]
+def together(flags: list[str], **options: Any) -> list[subprocess.Popen]:
+    return [start([*flags, *own], devices=2, **options) for own in processes.group_flags(2)]
 
 
 @pytest.mark.slow
@@ -172,9 +152,9 @@ def test_a_process_that_fails_alone_ends_and_so_do_the_others(tmp_path):
         "--gin.TRAIN_STEPS=200", "--gin.CHECKPOINT_PERIOD=2", "--gin.BATCH_SIZE=8",
         "--gin.Experiment.evaluation=None", "--heartbeat_timeout_s=10",
     ]  # fmt: skip
-    processes = together(flags, program=["-c", FAILS_ALONE])
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert processes[1].returncode == 1, outputs[1]
+    started = together(flags, program=["-c", FAILS_ALONE])
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert started[1].returncode == 1, outputs[1]
     assert "the judge does not answer" in outputs[1]
-    assert processes[0].returncode not in (0, 75), outputs[0]
+    assert started[0].returncode not in (0, 75), outputs[0]
     assert (tmp_path / "run" / "checkpoint_2" / "MANIFEST.json").exists()

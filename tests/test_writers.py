@@ -173,11 +173,6 @@ def test_default_writer_writes_files(tmp_path, capsys):
     assert "step 1/1" in capsys.readouterr().err
 
 
-def test_a_remote_folder_is_refused():
-    with pytest.raises(ValueError, match=r"model_dir must be a folder.*gs://bucket"):
-        writers.check_model_dir("gs://bucket/run")
-
-
 def test_writing_needs_neither_tensorflow_nor_tensorboard(tmp_path):
     program = (
         "import sys\n"

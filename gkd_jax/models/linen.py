@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -140,6 +141,12 @@ def extend_cache(cache: Any, new: Any, number: Index, slot: Int[Array, ""]) -> t
     return take_layer(cache, number), cache
 
 
+# A run asks a dozen times, and a deep model takes seconds to trace.
+@functools.lru_cache(maxsize=16)
+def _abstract_boxed_params(model: "LinenModel") -> PyTree:
+    return jax.eval_shape(model._boxed_params, jax.random.key(0))
+
+
 class LinenModel(abc.ABC):
     """A Linen module behind the functions of a `LanguageModel`; subclasses are frozen dataclasses.
 
@@ -176,11 +183,12 @@ class LinenModel(abc.ABC):
 
     def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the parameters, without allocating them."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        params = nn.meta.unbox(_abstract_boxed_params(self))
+        return jax.eval_shape(stacking.stack, params) if self.config.scan_layers else params
 
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
         """Logical axis names of each parameter, in T5X's words."""
-        axes = nn.get_partition_spec(jax.eval_shape(self._boxed_params, jax.random.key(0)))
+        axes = nn.get_partition_spec(_abstract_boxed_params(self))
         if not self.config.scan_layers:
             return axes
 

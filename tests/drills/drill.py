@@ -20,14 +20,13 @@ import pathlib
 import random
 import re
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import processes
 import small_runs
 import test_kill_and_resume as kills
 
@@ -35,7 +34,6 @@ from gkd_jax import interruption
 from gkd_jax.checkpoints import layout
 from gkd_jax.objectives.mixing import OutputMix
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 NUM_STEPS, SAVE_PERIOD, EVAL_PERIOD = 30, 3, 10
 LAMBDA = 0.5
 SETTINGS: dict[str, Any] = {
@@ -63,14 +61,6 @@ MOST_KILLS_OF_A_RUN = 12
 SECONDS_TO_END = 900.0
 
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    # JAX keeps what the first process compiled alone; the second compiles at every start.
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-}
-
-
 def bindings(settings: dict[str, Any], scope: str = "") -> list[str]:
     return [f"--gin.{scope}{name}={value!r}" for name, value in settings.items()]
 
@@ -83,10 +73,9 @@ def make_teacher(model_dir: pathlib.Path) -> None:
         *bindings({"recipes.arithmetic.num_heldout": 40, "Evaluation.num_divergence_examples": 0}),
         *bindings(SIZES, "student/config.T5Config."),
     ]
-    subprocess.run(
-        [sys.executable, "-m", "gkd_jax.main", *flags],
-        cwd=ROOT, env=os.environ | ENVIRONMENT, check=True, capture_output=True,
-    )  # fmt: skip
+    process = processes.start(flags, devices=2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
 
 
 class Group:
@@ -103,9 +92,6 @@ class Group:
         # Of processes that were killed before.
         self._unfinished = set(kills.unfinished(model_dir))
         self.start_time = time.monotonic()
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
         flags = [
             "--gin_file=gin_configs/arithmetic.gin",
             f"--gin.MODEL_DIR={str(model_dir)!r}",
@@ -113,20 +99,14 @@ class Group:
             *bindings(SETTINGS),
             *bindings(SIZES, "student/config.T5Config."),
             *bindings(SIZES_OF_TEACHER, "teacher/config.T5Config."),
-            f"--coordinator_address=localhost:{port}",
-            "--process_count=2",
         ]
         self.lines: list[str] = []
         self._processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "gkd_jax.main", *flags, f"--process_index={index}"],
-                cwd=ROOT,
-                env=os.environ | ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
+            processes.start(
+                [*flags, *own], devices=2, cache=cache,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             )
-            for index in range(2)
+            for own in processes.group_flags(2)
         ]  # fmt: skip
         self._others: list[str] = []
         self._threads = [

@@ -18,20 +18,17 @@ What is done is kept in the folder, and the same command goes on.
 
 import argparse
 import dataclasses
-import os
 import pathlib
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import processes
 import small_runs
 import test_kill_and_resume as kills
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 NUM_STEPS = 5
 LEARNING_RATE = 1e-3
 MOST_OF_LOSS, MOST_OF_PARAMETERS = 1e-5, 0.02
@@ -101,33 +98,17 @@ def run(gin_file: str, model_dir: pathlib.Path, layout: Layout, settings: dict[s
     """Runs what is missing of a run."""
     if (model_dir / "done").exists():
         return
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     flags = [
         f"--gin_file=gin_configs/{gin_file}.gin",
         *bindings({"MODEL_DIR": str(model_dir), **settings, **dict(layout.settings)}),
     ]
-    if layout.processes > 1:
-        flags += [f"--coordinator_address=localhost:{port}", f"--process_count={layout.processes}"]
     model_dir.parent.mkdir(parents=True, exist_ok=True)
     started = []
-    for index in range(layout.processes):
-        own = [f"--process_index={index}"] if layout.processes > 1 else []
+    for index, own in enumerate(processes.group_flags(layout.processes)):
         with open(f"{model_dir}.{index}.log", "w") as log:
             started.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "gkd_jax.main", *flags, *own],
-                    cwd=ROOT,
-                    env=os.environ | {
-                        "JAX_PLATFORMS": "cpu",
-                        "XLA_FLAGS": f"--xla_force_host_platform_device_count={layout.devices} "
-                        "--xla_backend_optimization_level=1",
-                    },
-                    stdout=log,
-                    stderr=log,
-                )
-            )  # fmt: skip
+                processes.start([*flags, *own], devices=layout.devices, stdout=log, stderr=log)
+            )
     statuses = [process.wait(600) for process in started]
     assert not any(statuses), f"{model_dir}: {statuses}; see {model_dir}.*.log"
     (model_dir / "done").touch()

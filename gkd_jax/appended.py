@@ -1,0 +1,92 @@
+"""Files that grow: appended to on a disk; in a bucket, whose objects cannot, written anew."""
+
+import os
+import time
+from typing import IO, Any
+
+from absl import logging
+from etils import epath
+
+# Objects may be replaced about once a second; what is written between is lost with the process.
+_SECONDS_BETWEEN_UPLOADS = 30.0
+
+
+class AppendedFile:
+    """A file that grows.
+
+    On a disk each `append` is written at once. In a bucket (`gs://...`) the file is held in memory
+    and uploaded whole: every half minute at most, at `sync` and at `close`.
+    """
+
+    def __init__(self, path: epath.PathLike, content: bytes | None = None):
+        """Opens a file, making its folder.
+
+        Args:
+          path: local, or in a bucket.
+          content: what the file holds from now on; None keeps what is there. It takes the place of
+            that whole: a crash leaves one or the other.
+        """
+        self._path = epath.Path(path)
+        self._local: IO[Any] | None = None
+        self._content = bytearray()
+        self._is_uploaded = True
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if not is_in_bucket(path):
+            if content is not None and self._path.exists():
+                unfinished = self._path.with_suffix(".unfinished")
+                unfinished.write_bytes(content)
+                unfinished.replace(self._path)
+            elif content is not None:
+                self._path.write_bytes(content)
+            self._local = self._path.open("ab")
+            return
+        if content is not None:
+            self._path.write_bytes(content)
+        elif self._path.exists():
+            content = self._path.read_bytes()
+        self._content += content or b""
+        self._time = time.monotonic()
+
+    def append(self, data: bytes) -> None:
+        """Adds to the end."""
+        if self._local is not None:
+            self._local.write(data)
+            self._local.flush()
+            return
+        self._content += data
+        self._is_uploaded = False
+        if time.monotonic() - self._time >= _SECONDS_BETWEEN_UPLOADS:
+            try:
+                self.sync()
+            except (
+                RuntimeError
+            ) as error:  # The run need not end: it is tried again with what comes.
+                logging.warning("%s", error)
+
+    def sync(self) -> None:
+        """Uploads what is held.
+
+        Raises:
+          RuntimeError: the bucket did not take it.
+        """
+        if self._local is None and not self._is_uploaded:
+            self._time = time.monotonic()
+            try:
+                self._path.write_bytes(bytes(self._content))
+            except Exception as error:  # Each library that reaches buckets has its own.
+                raise RuntimeError(
+                    f"{self._path} could not be written ({error!r}). Is the bucket still there, "
+                    "and may you write to it? The same command goes on from the last checkpoint."
+                ) from error
+            self._is_uploaded = True
+
+    def close(self) -> None:
+        """Uploads what is held, and closes."""
+        self.sync()
+        if self._local is not None:
+            self._local.close()
+
+
+def is_in_bucket(path: epath.PathLike) -> bool:
+    """Whether a path names a bucket's object, such as `gs://bucket/run`."""
+    return "://" in os.fspath(path)
