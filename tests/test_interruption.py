@@ -177,7 +177,7 @@ def test_one_of_two_processes_is_told(tmp_path):
     assert 3 <= step < 12
     test_two_processes.finish(test_two_processes.together(flags("cut")))
     whole, cut = (
-        test_kill_and_resume.all_arrays(tmp_path / name / "checkpoint_30")
+        test_kill_and_resume.all_arrays(tmp_path / name / "checkpoint_12")
         for name in ("whole", "cut")
     )
     small_runs.assert_equal_bits(whole, cut)
