@@ -73,10 +73,9 @@ class Arguments:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             _batch(experiment),
         )
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        self.key = jax.ShapeDtypeStruct(
-            key.shape, key.dtype, sharding=experiment.partitioner.replicated
-        )
+        # Without a sharding, as a run's are: so the program is the same to the last letter, and
+        # what is compiled ahead is found in JAX's cache.
+        self.key = jax.eval_shape(lambda: jax.random.key(0))
 
     def _network(self, teacher: Teacher) -> PyTree[jax.ShapeDtypeStruct]:
         """As `runtime.load_teacher` makes them."""
