@@ -2,6 +2,7 @@
 
 import os
 import time
+import uuid
 from typing import IO, Any
 
 from absl import logging
@@ -90,3 +91,32 @@ class AppendedFile:
 def is_in_bucket(path: epath.PathLike) -> bool:
     """Whether a path names a bucket's object, such as `gs://bucket/run`."""
     return "://" in os.fspath(path)
+
+
+def check_writable(setting: str, folder: epath.Path, *, remedy: str) -> None:
+    """Writes a file on trial into a folder, or into what there is of its path; leaves nothing.
+
+    Args:
+      setting: what names the folder, for messages.
+      folder: local, or in a bucket.
+      remedy: how to name another, which a message goes on from with "a folder ...".
+
+    Raises:
+      ValueError: it cannot be written.
+    """
+    if is_in_bucket(folder):
+        existing, remedy = folder, f"Is that the bucket's name, and may you write there? {remedy}"
+    else:
+        existing = folder
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+    probe = existing / f".write_check_{uuid.uuid4().hex}"
+    try:
+        probe.write_text("")
+        probe.unlink()
+    except Exception as error:  # Each library that reaches buckets has its own.
+        told = error.strerror if isinstance(error, OSError) else None
+        raise ValueError(
+            f"{setting} cannot be written: {folder} ({existing}: {told or error}). "
+            f"{remedy} a folder that this user may write to."
+        ) from error

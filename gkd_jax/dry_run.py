@@ -2,6 +2,7 @@
 
 from gkd_jax import prepare
 from gkd_jax.experiment import Experiment
+from gkd_jax.plan import describe_plan
 from gkd_jax.study import Study, check_study
 
 
@@ -21,4 +22,4 @@ def dry_run(experiment: Experiment | Study, *, run_mode: str = "train") -> str:
     if isinstance(experiment, Study):
         return check_study(experiment)
     prepared = prepare.prepare(experiment, run_mode=run_mode)
-    return prepare.describe_plan(experiment, prepared)
+    return describe_plan(experiment, prepared)

@@ -14,6 +14,7 @@ from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.experiment import Experiment
 from gkd_jax.models import lora, stacking
 from gkd_jax.models.base import LanguageModel
+from gkd_jax.plan import num_params
 
 _GENERATION = "generation_config.json"
 _CARD = """---
@@ -147,7 +148,7 @@ def _card(experiment: Experiment, student: runtime.TrainedStudent) -> str:
         library="t5x" if experiment.export.format == "t5x" else "transformers",
         name=epath.Path(experiment.export.output).name,
         source=student.source,
-        num_params=prepare.num_params(experiment.student.model),
+        num_params=num_params(experiment.student.model),
         written=_written(experiment),
         teacher="none" if teacher is None else teacher.source(experiment.start),
         start=experiment.start,

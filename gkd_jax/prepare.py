@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import uuid
 from collections.abc import Iterator, Mapping
 
 import jax
 from etils import epath
 
-from gkd_jax import adapters, appended, runtime
+from gkd_jax import adapters, runtime
+from gkd_jax.appended import check_writable, is_in_bucket
 from gkd_jax.array_types import Params
 from gkd_jax.checkpoints import load
 from gkd_jax.checkpoints.layout import OtherShapesError
@@ -39,8 +39,6 @@ from gkd_jax.vocabulary_checks import (
     check_own_tokens,
     check_padding,
     check_vocab_size,
-    describe_own_tokens,
-    describe_padding,
 )
 
 
@@ -191,7 +189,7 @@ class _Check:
             self._open("generation_data", given)
         with collecting():
             folder = epath.Path(generation.output).parent
-            _check_writable("Generation.output", folder, remedy="Set it to a file in")
+            check_writable("Generation.output", folder, remedy="Set it to a file in")
         self._check_writer(generation)
 
     def interactive(self) -> None:
@@ -234,14 +232,14 @@ class _Check:
             storing = storing_of(experiment)
             self._open("storing_data", storing.data)
             with collecting():
-                if appended.is_in_bucket(storing.output):
+                if is_in_bucket(storing.output):
                     raise ValueError(
                         "Storing.output must be a folder of this machine, since steps read from "
                         f"anywhere in it; got {storing.output}. Set it to a local folder, or to "
                         "where the bucket is mounted (for example by Cloud Storage FUSE)."
                     )
                 folder = epath.Path(storing.output)
-                _check_writable("Storing.output", folder, remedy="Set it to a folder in")
+                check_writable("Storing.output", folder, remedy="Set it to a folder in")
             self._check_teacher_to_use(storing.data.vocabulary)
 
     def export(self) -> None:
@@ -249,7 +247,7 @@ class _Check:
         experiment, collecting = self._experiment, self.problems.collecting
         with collecting():
             folder = check_export(experiment)
-            _check_writable("Export.output", folder, remedy="Set it to a directory in")
+            check_writable("Export.output", folder, remedy="Set it to a directory in")
         self._check_student_to_use(experiment.train_data.vocabulary)
 
     def _open(self, name: str, config: DatasetConfig, num_microbatches: int = 1) -> None:
@@ -262,7 +260,7 @@ class _Check:
     def _check_model_dir(self) -> None:
         with self.problems.collecting():
             folder = epath.Path(self._experiment.model_dir)
-            _check_writable("Experiment.model_dir", folder, remedy="Set MODEL_DIR to")
+            check_writable("Experiment.model_dir", folder, remedy="Set MODEL_DIR to")
 
     def _check_student_to_use(self, vocabulary: Vocabulary) -> None:
         experiment, collecting = self._experiment, self.problems.collecting
@@ -443,70 +441,3 @@ def _check_best_metric(experiment: Experiment) -> None:
             f"Checkpoints.best_metric is measured by an evaluation; got {name!r} and "
             "Experiment.evaluation = None. Set Experiment.evaluation, or best_metric to None."
         )
-
-
-def _check_writable(setting: str, folder: epath.Path, *, remedy: str) -> None:
-    """Writes a file on trial into a folder, or into what there is of its path; leaves nothing."""
-    if appended.is_in_bucket(folder):
-        existing, remedy = folder, f"Is that the bucket's name, and may you write there? {remedy}"
-    else:
-        existing = folder
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-    probe = existing / f".write_check_{uuid.uuid4().hex}"
-    try:
-        probe.write_text("")
-        probe.unlink()
-    except Exception as error:  # Each library that reaches buckets has its own.
-        told = error.strerror if isinstance(error, OSError) else None
-        raise ValueError(
-            f"{setting} cannot be written: {folder} ({existing}: {told or error}). "
-            f"{remedy} a folder that this user may write to."
-        ) from error
-
-
-def num_params(model: LanguageModel) -> int:
-    """Counts a model's parameters without allocating them."""
-    return sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params()))
-
-
-def describe_plan(experiment: Experiment, prepared: Prepared) -> str:
-    """Describes in a few lines what will run."""
-    student, teacher = experiment.student, experiment.teacher
-    lines = [f"student: {num_params(student.model):,} parameters, from {experiment.start}"]
-    teacher_model = experiment.teacher_model
-    if teacher is not None:
-        used = "" if experiment.objective.divergence.needs_teacher else " (not used in training)"
-        size = "stored" if teacher_model is None else f"{num_params(teacher_model):,} parameters"
-        lines.append(f"teacher: {size}, from {teacher.source(experiment.start)}{used}")
-        if prepared.train_data is not None and prepared.train_data.stored_teacher is not None:
-            lines.append(f"  {prepared.train_data.stored_teacher}")
-    vocabulary = experiment.train_data.vocabulary
-    for line in (describe_padding(experiment), describe_own_tokens(experiment, vocabulary)):
-        if line is not None:
-            lines.append(line)
-    lines.append(f"objective: {experiment.objective}")
-    sampled = experiment.outputs.student_data_fraction != 0
-    lines.append(
-        f"outputs: {experiment.outputs}" + (f", sampled by {experiment.rollout}" if sampled else "")
-    )
-    if experiment.reward is not None:
-        lines.append(f"reward: {experiment.reward}")
-    if experiment.replay is not None:
-        lines.append(f"replay: {experiment.replay}")
-    lines += [f"optimizer: {experiment.optimizer}", adapters.describe_memory(experiment)]
-    lines.append(
-        f"steps: {experiment.num_steps:,} of {experiment.train_data.batch} in "
-        f"{experiment.num_microbatches} microbatches, on a mesh of "
-        f"{dict(experiment.partitioner.mesh.shape)}"
-    )
-    if prepared.train_data is not None:
-        num_examples = experiment.num_steps * prepared.train_data.examples_per_batch
-        passes = num_examples / prepared.train_data.num_examples
-        lines.append(f"training data, {passes:.2f} passes: {prepared.train_data.describe()}")
-    if experiment.evaluation is not None and prepared.eval_data is not None:
-        lines.append(
-            f"evaluation: {prepared.eval_data.num_examples:,} examples every "
-            f"{experiment.evaluation.period:,} steps, {experiment.evaluation.method}"
-        )
-    return "\n".join(lines)

@@ -15,6 +15,7 @@ from gkd_jax.metrics.score import Score
 from gkd_jax.models.lora import base_of
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.objective import Objective
+from gkd_jax.plan import describe_plan, num_params
 from gkd_jax.teachers import AbstractTeacher, Teacher
 
 
@@ -152,7 +153,7 @@ def check_study(study: Study) -> str:
         experiment = study.experiment_of(cell, seed=seed)
         with problems.collecting(f"{cell.name}: "):
             prepared = prepare.prepare(experiment, run_mode="train", made_before=trained)
-            plans.append(f"{cell.name}:\n{prepare.describe_plan(experiment, prepared)}")
+            plans.append(f"{cell.name}:\n{describe_plan(experiment, prepared)}")
     with problems.collecting("Study.test: "):
         experiment = _for_test(study, study.experiment_of(study.cells[0], seed=seed))
         # The models have been checked above.
@@ -270,8 +271,8 @@ def _measure(study: Study, name: str, experiment: Experiment, *, seconds: float 
     result = evaluator(student.params, None, step=student.step)
     # The scores of a task are known on the first process alone, which writes the table.
     score = result.scores.get(study.metric, Score(float("nan")))
-    num_params = prepare.num_params(experiment.student.model)
-    return Row(name, experiment.seed, num_params, score, seconds)
+    size = num_params(experiment.student.model)
+    return Row(name, experiment.seed, size, score, seconds)
 
 
 def format_table(study: Study, rows: list[Row]) -> str:

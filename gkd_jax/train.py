@@ -20,6 +20,7 @@ from gkd_jax.experiment import Experiment
 from gkd_jax.metrics_log import OUTPUT_KINDS, MetricsLog
 from gkd_jax.non_finite import NonFiniteSteps
 from gkd_jax.partitioning import process_zero_decides
+from gkd_jax.plan import describe_plan
 from gkd_jax.profiling import Profiler
 from gkd_jax.train_step import TrainState
 from gkd_jax.trainer import Trainer
@@ -57,7 +58,7 @@ def train(experiment: Experiment, *, before_start: Callable[[], None] | None = N
     assert prepared.train_data is not None
     if before_start is not None:
         before_start()
-    plan = prepare.describe_plan(experiment, prepared)
+    plan = describe_plan(experiment, prepared)
     for line in plan.splitlines():
         logging.info("%s", line)
     trainer = Trainer(experiment, prepared.train_data)

@@ -15,6 +15,7 @@ from gkd_jax.experiment import Evaluation, Generation, Storing
 from gkd_jax.objectives.divergences import ForwardKL
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective
+from gkd_jax.plan import describe_plan
 from gkd_jax.replay import Replay
 from gkd_jax.rewards import HostReward, RewardMix
 from gkd_jax.rollout import Rollout
@@ -102,7 +103,7 @@ def test_the_teacher_reads_prompts_and_outputs_in_its_own_tokens(teacher, pieces
     for row, theirs in zip(batch.targets, np.asarray(view.targets), strict=True):
         assert pieces.decode(theirs.tolist()) == own.decode(row.tolist())
         assert theirs[np.count_nonzero(theirs) - 1] == pieces.eos_ids[0]
-    plan = prepare.describe_plan(experiment, prepared)
+    plan = describe_plan(experiment, prepared)
     assert "the teacher reads its own, compared on spans" in plan
     assert f"which reads {pieces.name}" in plan
 

@@ -42,6 +42,7 @@ _FLOORS = {
     "experiment": 4,
     "adapters": 4,
     "prepare": 4,
+    "plan": 4,
     "output_checks": 4,
     "vocabulary_checks": 4,
     "store_checks": 4,

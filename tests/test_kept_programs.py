@@ -37,7 +37,9 @@ def kept(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [{"data_parallelism": 1}, {"data_parallelism": 2, "rules": "fsdp"}])
+@pytest.mark.parametrize(
+    "shape", [{"data_parallelism": 1}, {"data_parallelism": 2, "rules": "fsdp"}]
+)
 def test_a_run_finds_what_was_compiled_ahead(shape, cache, tmp_path, tiny_teacher):
     partitioner = Partitioner(**shape)
     experiment = small_runs.gkd(

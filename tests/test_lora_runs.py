@@ -21,6 +21,7 @@ from gkd_jax.data.hf_tokenizer import HFTokenizer
 from gkd_jax.experiment import Export, Generation, Student
 from gkd_jax.models import lora
 from gkd_jax.models.lora import LoRA
+from gkd_jax.plan import describe_plan
 from gkd_jax.teachers import AverageStudent, InitialStudent, Teacher
 
 RANK = 4
@@ -138,7 +139,7 @@ def test_the_plan_tells_the_optimizers_memory(saved, tmp_path):
     model = run.student.model
     parts = lora.split(model, model.abstract_params())
     trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in parts)
-    plan = prepare.describe_plan(run, prepare.prepare(run, run_mode="train"))
+    plan = describe_plan(run, prepare.prepare(run, run_mode="train"))
     line = next(line for line in plan.splitlines() if line.startswith("trained: "))
     found = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", line)]
     # Counts of updates are a few bytes more.

@@ -15,6 +15,7 @@ from gkd_jax.experiment import Checkpoints, Evaluation, Generation, Storing, Stu
 from gkd_jax.objectives.divergences import GeneralizedJSD
 from gkd_jax.objectives.mixing import OutputMix, RisingFraction
 from gkd_jax.objectives.objective import Objective, final_weights
+from gkd_jax.plan import describe_plan
 from gkd_jax.prepare import ConfigurationError
 from gkd_jax.supports import Full, TopK
 from gkd_jax.teachers import StoredTeacher
@@ -63,7 +64,7 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(tiny_teacher, tmp_path, m
 def test_the_plan_counts_examples(tiny_teacher, tmp_path):
     experiment = distillation(tmp_path / "run", tiny_teacher)
     prepared = prepare.prepare(experiment, run_mode="train")
-    plan = prepare.describe_plan(experiment, prepared)
+    plan = describe_plan(experiment, prepared)
     assert "steps: 6 of 4 packed rows in 2 microbatches" in plan
     packing = prepared.train_data.packing
     assert str(packing) in plan

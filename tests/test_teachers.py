@@ -19,6 +19,7 @@ from gkd_jax.objectives.divergences import ForwardKL, GeneralizedJSD
 from gkd_jax.objectives.objective import Objective, Predictions, final_weights, weighted_loss
 from gkd_jax.optimizers import AdamW, Constant
 from gkd_jax.partitioning import Partitioner
+from gkd_jax.plan import describe_plan, num_params
 from gkd_jax.prepare import ConfigurationError
 from gkd_jax.sampling.methods import Sample
 from gkd_jax.study import Cell, Study
@@ -135,7 +136,7 @@ def test_a_mixture_trains_evaluates_and_generates(tiny_teacher, tmp_path):
     ]  # fmt: skip
     trained = train.train(experiment)
     plan = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[0])["plan"]
-    number = prepare.num_params(MixtureModel([part.model for part in teacher.teachers], (1, 1)))
+    number = num_params(MixtureModel([part.model for part in teacher.teachers], (1, 1)))
     wanted = f"{number:,} parameters, from 0.75 x {tiny_teacher} + 0.25 x {tmp_path / 'other'}"
     assert f"teacher: {wanted}" in plan
 
@@ -182,7 +183,7 @@ def test_the_initial_student_of_a_seed(tmp_path):
     experiment = self_taught(tmp_path, InitialStudent(), None, student=Student(model), seed=5)
     wanted = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), runtime.init_params(experiment))
     small_runs.assert_equal_bits(runtime.load_teacher(experiment), wanted)
-    assert "from random parameters of seed 5, as the student starts" in prepare.describe_plan(
+    assert "from random parameters of seed 5, as the student starts" in describe_plan(
         experiment, prepare.Prepared()
     )
 
