@@ -209,14 +209,21 @@ def check_config(
       GinError: settings differ; the message shows which and how.
     """
     path = epath.Path(model_dir) / _CONFIG_FILE
-    if not path.exists():
+    try:
+        text = path.read_text() if path.exists() else None
+    except Exception as error:  # Each library that reaches buckets has its own.
+        raise ValueError(
+            f"Experiment.model_dir cannot be read: {path} ({error!r}). Set MODEL_DIR to a folder "
+            "or a bucket that you may read and write; for a bucket gcsfs must be installed."
+        ) from error
+    if text is None:
         return
     remedy = (
         "Use a new MODEL_DIR, or the old settings, or accept the difference with "
         "--allow_changed_config (the old file is kept)."
     )
     try:
-        saved = parse_text(path.read_text(), roots=(config.root,), name=str(path))
+        saved = parse_text(text, roots=(config.root,), name=str(path))
     except ValueError as error:
         raise GinError(
             f"the configuration saved in {path} cannot be read any more: {error}\n{remedy}"
@@ -266,8 +273,9 @@ def save_config(model_dir: str, config: GinConfig, *, command: str) -> None:
         unfinished = folder / f".{_CONFIG_FILE}.{uuid.uuid4().hex}"
         unfinished.write_text(text)
         unfinished.replace(path)
-    except OSError as error:
+    except Exception as error:  # Each library that reaches buckets has its own.
+        told = error.strerror if isinstance(error, OSError) else None
         raise ValueError(
             f"model_dir must be a folder that can be written; got {model_dir} "
-            f"({error.strerror or error}). Set MODEL_DIR to another folder."
+            f"({told or error!r}). Set MODEL_DIR to another folder."
         ) from error

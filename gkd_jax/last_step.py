@@ -60,9 +60,11 @@ def read_progress(model_dir: pathlib.Path, *, train_steps: int | None = None) ->
 
 def _last_step(folder: pathlib.Path) -> int:
     """The last step whose checkpoint has its manifest, which is written last."""
-    if not folder.is_dir():
+    try:
+        names = [child.name for child in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
         return 0
-    matches = (_STEP_FOLDER.fullmatch(child.name) for child in folder.iterdir())
+    matches = map(_STEP_FOLDER.fullmatch, names)
     steps = (int(match[1]) for match in matches if match)
     return max((s for s in steps if (folder / f"checkpoint_{s}" / _MANIFEST).exists()), default=0)
 
@@ -99,11 +101,14 @@ def main() -> None:
     if "://" in arguments.model_dir:
         try:
             from etils import epath
+
+            from gkd_jax.appended import prefer_gcsfs
         except ImportError:
             parser.error(
                 f"a bucket such as {arguments.model_dir} is read by etils: install gkd_jax's "
                 "requirements, or give the path that the bucket is mounted at."
             )
+        prefer_gcsfs()
         folder = epath.Path(arguments.model_dir)
     try:
         progress = read_progress(folder, train_steps=arguments.train_steps)

@@ -298,6 +298,10 @@ def _set_up_logging() -> None:
 def run() -> None:
     """The `gkd_jax` command."""
 
+    from gkd_jax.appended import prefer_gcsfs
+
+    prefer_gcsfs()
+
     def parse_flags(argv: list[str]) -> list[str]:
         try:
             return app.parse_flags_with_usage(rewrite_gin_flags(argv))

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -72,7 +73,7 @@ class NonFiniteSteps:
         self._in_a_row += 1
         try:
             kept = self._dump(started)
-        except OSError as error:
+        except Exception as error:  # Each library that reaches buckets has its own.
             kept = f" Its batch could not be written: {error}."
         step = started.step + 1
         what = "the loss or its gradient is"
@@ -98,8 +99,9 @@ class NonFiniteSteps:
         rows = self._experiment.partitioner.local_rows(started.batch)
         arrays = {name: value for name, value in vars(rows).items() if value is not None}
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{name}.npz").open("wb") as file:
-            np.savez(file, **arrays)
+        content = io.BytesIO()  # A bucket's object cannot be sought in.
+        np.savez(content, **arrays)
+        (folder / f"{name}.npz").write_bytes(content.getvalue())
         (folder / f"{name}.jsonl").write_text("".join(self._lines(rows)))
         return f" Its batch is in {folder / name}.jsonl, its arrays in {name}.npz."
 

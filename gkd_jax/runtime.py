@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from gkd_jax.adapters import check_base, check_frozen, describe_frozen
+from gkd_jax.appended import is_in_bucket
 from gkd_jax.array_types import Array, Key, Metrics, Params, PyTree
 from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import load
@@ -151,7 +152,7 @@ def newest_step(model_dir: str) -> int | None:
     Raises:
       ValueError: there are checkpoints, but none is complete.
     """
-    if not epath.Path(model_dir).is_dir():
+    if not is_in_bucket(model_dir) and not epath.Path(model_dir).is_dir():
         return None
     with CheckpointStore(model_dir, read_only=True) as store:
         return store.latest_step()

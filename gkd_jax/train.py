@@ -4,6 +4,7 @@ Evaluating and saving come before the next batch is fetched, so that a saved ite
 one batch ahead.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -226,6 +227,7 @@ class _Loop:
         self.log.write_evaluation(step, self.scores)
         if self.owes_evaluation:
             self.owes_evaluation = False
+            self.log.sync()
             if jax.process_index() == 0:
                 # Its checkpoint is there, and is not written twice.
                 layout.write_evaluated(self.store.directory, step, self.scores)
@@ -290,9 +292,8 @@ class _Loop:
 
     def close(self, *, alone: bool) -> None:
         """Ends what was begun; `alone` where the other processes may not be ending."""
-        self.log.close()
-        self.iterator.close()
-        try:
-            self.store.close(alone=alone)
-        finally:
-            self.profiler.close()
+        with contextlib.ExitStack() as stack:  # Each, whatever becomes of those before.
+            stack.callback(self.profiler.close)
+            stack.callback(self.store.close, alone=alone)
+            stack.callback(self.iterator.close)
+            stack.callback(self.log.close)

@@ -90,9 +90,12 @@ class MultiWriter:
             writer.sync()
 
     def close(self) -> None:
-        """Closes all."""
+        """Closes all; what cannot be uploaded is said, since what matters was before."""
         for writer in self._writers:
-            writer.close()
+            try:
+                writer.close()
+            except RuntimeError as error:
+                absl_logging.error("%s", error)
 
 
 class JsonLinesWriter:

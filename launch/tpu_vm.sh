@@ -100,7 +100,7 @@ submit() {
 mkdir -p gkd_jax && tar -xzf gkd_jax.tar.gz -C gkd_jax && cd gkd_jax
 ${SETUP:-}
 [ -x .venv/bin/python ] || ${HOST_PYTHON:-python3} -m venv .venv
-.venv/bin/pip install -q -c requirements.txt '.[tpu,${EXTRAS:-data}]'
+.venv/bin/pip install -q -c requirements.txt '.[tpu,${EXTRAS:-data,bucket}]'
 bash launch/tpu_host.sh start --multiprocess$arguments"
 }
 

@@ -7,6 +7,7 @@ The API: https://cloud.google.com/storage/docs/json_api/v1.
 
 import contextlib
 import hashlib
+import http
 import http.server
 import itertools
 import json
@@ -28,13 +29,14 @@ class Bucket:
     Attributes:
       objects: all of them.
       unfinished: what came of uploads in pieces.
-      has_vanished: whether every request is answered as if there were no such bucket.
+      status: 200, or that of every answer: 404 of a bucket that is not there, 403 of one that may
+        not be entered.
     """
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, int]] = {}
         self.unfinished: dict[str, bytes] = {}
-        self.has_vanished = False
+        self.status = 200
         self._generations = itertools.count(1)
         self._lock = threading.Lock()
 
@@ -106,8 +108,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.bucket.has_vanished:
-            self._answer(404, {"error": {"code": 404, "message": "The bucket does not exist."}})
+        if self.bucket.status != 200:
+            reason = http.HTTPStatus(self.bucket.status).phrase
+            error = {"code": self.bucket.status, "message": reason}
+            self._answer(self.bucket.status, {"error": error})
         elif match := _MOVE.fullmatch(url.path):
             self._move(*map(urllib.parse.unquote, match.groups()))
         elif match := _OBJECT.fullmatch(url.path):

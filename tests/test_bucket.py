@@ -10,14 +10,9 @@ import pytest
 import small_runs
 import test_kill_and_resume as kills
 
-from gkd_jax import appended, last_step, prepare
+from gkd_jax import last_step, prepare
 from gkd_jax.appended import AppendedFile
-
-# etils asks TensorFlow where that is installed, which knows Google's own server alone.
-WITHOUT_TENSORFLOW = (
-    "from etils.epath import gpath; gpath._is_tf_installed = lambda: False; "
-    "import runpy; runpy.run_module('tests.cached_main', run_name='__main__')"
-)
+from gkd_jax.checkpoints.store import CheckpointStore
 
 
 @pytest.fixture
@@ -26,6 +21,7 @@ def bucket(monkeypatch):
     pytest.importorskip("gcsfs")
     from etils.epath import gpath
 
+    # TensorFlow knows Google's own server alone.
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
     with fake_gcs.serve() as (bucket, environment):
         for name, value in environment.items():
@@ -70,7 +66,7 @@ def test_an_object_is_written_whole(bucket, monkeypatch):
     assert content() == b"one"  # Not yet.
     file.sync()
     assert content() == b"one two"
-    monkeypatch.setattr(appended, "_SECONDS_BETWEEN_UPLOADS", 0.0)
+    monkeypatch.setattr(file, "_due_time", 0.0)
     file.append(b" three")
     assert content() == b"one two three"
     file.close()
@@ -80,11 +76,21 @@ def test_an_object_is_written_whole(bucket, monkeypatch):
     assert content() == b"one two three four"
 
 
+def test_a_folder_that_cannot_be_listed_is_not_taken_to_be_empty(bucket, monkeypatch):
+    """Or a run would begin anew where its checkpoints could not be seen for a moment."""
+    store = CheckpointStore("gs://runs/run", read_only=True)
+    assert store.latest_step() is None
+    forget_filesystem()
+    monkeypatch.setattr(bucket, "status", 403)
+    with pytest.raises(Exception, match=r"(?i)forbidden|403"):
+        store.latest_step()
+
+
 def test_a_bucket_that_cannot_be_written_is_told_before_a_run(bucket):
     experiment = small_runs.sft("gs://runs/run")
     assert "model_dir" not in str(_problems(experiment))
     assert not bucket.objects
-    bucket.has_vanished = True
+    bucket.status = 404
     problems = _problems(experiment)
     assert "Experiment.model_dir cannot be written: gs://runs/run" in str(problems)
     assert "Is that the bucket's name, and may you write there?" in str(problems)
@@ -118,7 +124,7 @@ def flags(model_dir, **settings):
 
 def start(given):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return processes.start(given, program=("-c", WITHOUT_TENSORFLOW), **pipes)
+    return processes.start(given, **pipes)
 
 
 def finish(process):
@@ -129,7 +135,7 @@ def finish(process):
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_that_is_killed_is_the_run_in_a_folder(bucket, tmp_path):
-    """Checkpoints, metrics and predictions; generation and export read and write there too."""
+    """Checkpoints, metrics and predictions; generation reads and writes there too."""
     whole = tmp_path / "whole"
     finish(processes.start(flags(whole), stdout=subprocess.PIPE, stderr=subprocess.PIPE))
 
@@ -145,8 +151,7 @@ def test_a_run_in_a_bucket_that_is_killed_is_the_run_in_a_folder(bucket, tmp_pat
     finish(start(flags("gs://runs/run")))
 
     asked = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TENSORFLOW.replace("tests.cached_main", "gkd_jax.last_step"),
-         "gs://runs/run"],
+        [sys.executable, "-m", "gkd_jax.last_step", "gs://runs/run"],
         cwd=processes.ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(asked.stdout) == {"last_step": 16, "train_steps": 16, "done": True}
@@ -182,15 +187,25 @@ def _path(name):
 
 
 @pytest.mark.slow
+def test_a_bucket_that_refuses_is_told_by_the_command(bucket):
+    bucket.status = 403
+    process = start(flags("gs://runs/run"))
+    log = process.communicate(timeout=300)[1]
+    assert process.returncode == 2, log
+    assert "error: Experiment.model_dir cannot be read: gs://runs/run/config.gin" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
 def test_a_bucket_that_vanishes_ends_the_run_with_a_message(bucket):
     process = start(flags("gs://runs/run", TRAIN_STEPS=2000, EVAL_PERIOD=2000))
     for line in process.stderr:
         if "saved checkpoint gs://runs/run/checkpoint_8" in line:
-            bucket.has_vanished = True
+            bucket.status = 404
             break
     log = process.communicate(timeout=300)[1]
     assert process.returncode == 1, log
     assert "gs://runs/run/metrics.jsonl could not be written" in log
     assert "Is the bucket still there" in log
-    bucket.has_vanished = False
+    bucket.status = 200
     assert last_step.read_progress(_path("gs://runs/run")).last_step >= 8

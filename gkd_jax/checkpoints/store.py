@@ -12,6 +12,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from gkd_jax.appended import children, is_in_bucket
 from gkd_jax.array_types import Params, PyTree
 from gkd_jax.checkpoints import layout
 from gkd_jax.checkpoints.manifest import MANIFEST, CorruptCheckpointError, verify_manifest
@@ -73,7 +74,7 @@ class CheckpointStore:
         self._restored_step: int | None = None
         self._corrupt: set[int] = set()
         self._metrics: dict[int, float | None] = {}
-        if read_only and not self.directory.is_dir():
+        if read_only and not is_in_bucket(directory) and not self.directory.is_dir():
             raise FileNotFoundError(
                 f"there is no directory {self.directory}. Set MODEL_DIR to that of a run."
             )
@@ -294,9 +295,7 @@ class CheckpointStore:
         )
 
     def _step_folders(self) -> list[int]:
-        if not self.directory.is_dir():
-            return []
-        matches = (_STEP_FOLDER.fullmatch(child.name) for child in self.directory.iterdir())
+        matches = (_STEP_FOLDER.fullmatch(child.name) for child in children(self.directory))
         return sorted(int(match[1]) for match in matches if match)
 
     def _is_complete(self, step: int) -> bool:

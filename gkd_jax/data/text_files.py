@@ -61,7 +61,8 @@ def _open_raw(path: str) -> IO[bytes]:
     if scheme in _EPATH_SCHEMES:
         from etils import epath
 
-        return epath.Path(path).open("rb")
+        # At once: not every library's file of a bucket can be read as gzip wants to.
+        return io.BytesIO(epath.Path(path).read_bytes())
     import fsspec
 
     return fsspec.open(path, "rb").open()
