@@ -183,3 +183,15 @@ def test_writing_needs_neither_tensorflow_nor_tensorboard(tmp_path):
         "assert not {'tensorflow', 'tensorboard'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True)
+
+
+def test_one_that_cannot_be_closed_does_not_keep_the_others_open(tmp_path, caplog):
+    class Broken(writers.JsonLinesWriter):
+        def close(self) -> None:
+            raise RuntimeError("gs://bucket/run/metrics.jsonl could not be written")
+
+    whole = writers.JsonLinesWriter(str(tmp_path / "whole.jsonl"))
+    writers.MultiWriter([Broken(str(tmp_path / "broken.jsonl")), whole]).close()
+    assert "gs://bucket/run/metrics.jsonl could not be written" in caplog.text
+    with pytest.raises(ValueError, match="closed"):
+        whole.write(1, {"a": 1.0})
