@@ -27,7 +27,6 @@ from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.linen import (
     Index,
     LinenModel,
-    check_max_length,
     extend_cache,
     make_layers,
     run_layers,
@@ -425,45 +424,3 @@ class DecoderOnly(LinenModel):
         else:
             logits = layers.project(hidden, params["logits_dense"]["kernel"], axis=0)
         return layers.soft_cap(logits, self.config.final_soft_cap)
-
-    def prefill(
-        self,
-        params: Params,
-        inputs: Int[Array, "B S"],
-        inputs_mask: Bool[Array, "B S"],
-        *,
-        max_length: int,
-    ) -> tuple[Float[Array, "B D"], DecoderState]:
-        """Reads the prompts in one pass.
-
-        Args:
-          params: parameters.
-          inputs: prompt tokens, padded anywhere.
-          inputs_mask: True on real tokens, of which each row has one at least.
-          max_length: output tokens that the state has room for.
-
-        Returns:
-          Hidden states of the first output position, and the state.
-
-        Raises:
-          ValueError: `max_length` is below 1.
-        """
-        check_max_length(max_length)
-        return self._apply(params, Decoder.prefill, inputs, inputs_mask, max_length)
-
-    def decode_step(
-        self,
-        params: Params,
-        state: DecoderState,
-        tokens: Int[Array, " B"],
-        index: Int[Array, ""],
-    ) -> tuple[Float[Array, "B D"], DecoderState]:
-        """Feeds the output tokens at position `index`; returns hidden states for the next.
-
-        Args:
-          params: parameters.
-          state: from `prefill` or the step before.
-          tokens: output tokens at position `index`.
-          index: position in the output, from 0 to max_length - 2; may be traced.
-        """
-        return self._apply(params, Decoder.step, state, tokens, jnp.asarray(index, jnp.int32))

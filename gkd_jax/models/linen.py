@@ -5,14 +5,14 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from gkd_jax.array_types import Array, Int, Key, Params, PyTree
+from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
 from gkd_jax.models import stacking
 
 Layers = Sequence[nn.Module] | nn.Module
@@ -155,6 +155,8 @@ class LinenModel(abc.ABC):
     """
 
     config: Any
+    # Where the cache has the first output token.
+    _first_slot: ClassVar[int] = 0
 
     @property
     @abc.abstractmethod
@@ -196,6 +198,60 @@ class LinenModel(abc.ABC):
             return jax.sharding.PartitionSpec(stacking.STACKED, *of_layers[0])
 
         return stacking.stack(axes, stacked)
+
+    def prefill(
+        self,
+        params: Params,
+        inputs: Int[Array, "B S"],
+        inputs_mask: Bool[Array, "B S"],
+        *,
+        max_length: int,
+    ) -> tuple[Float[Array, "B D"], Any]:
+        """Reads the prompts in one pass, and T5's decoder its start token.
+
+        Args:
+          params: parameters.
+          inputs: prompt tokens, padded anywhere.
+          inputs_mask: True on real tokens, of which a decoder-only model's rows have one at least.
+          max_length: output tokens that the state has room for. Of T5 the last of them, which
+            predicts nothing that is wanted, has no slot of its own.
+
+        Returns:
+          Hidden states of the first output position, and the state.
+
+        Raises:
+          ValueError: `max_length` is below 1.
+        """
+        check_max_length(max_length)
+        module: Any = type(self.module)
+        return cast(
+            tuple[Array, Any],
+            self._apply(params, module.prefill, inputs, inputs_mask, max_length),
+        )
+
+    def decode_step(
+        self,
+        params: Params,
+        state: Any,
+        tokens: Int[Array, " B"],
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "B D"], Any]:
+        """Feeds the output tokens at position `index`; returns hidden states for the next.
+
+        Args:
+          params: parameters.
+          state: from `prefill` or the step before.
+          tokens: output tokens at position `index`.
+          index: position in the output, from 0 to max_length - 2; may be traced.
+
+        Returns:
+          Hidden states of output position `index + 1`, and the state.
+        """
+        module: Any = type(self.module)
+        slot = jnp.asarray(index, jnp.int32)
+        if self._first_slot:
+            slot = slot + self._first_slot
+        return cast(tuple[Array, Any], self._apply(params, module.step, state, tokens, slot))
 
     def _apply(
         self,

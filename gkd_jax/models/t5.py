@@ -7,7 +7,7 @@ minimal T5, so T5X's checkpoints are read name by name.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -21,7 +21,6 @@ from gkd_jax.models.config import T5Config
 from gkd_jax.models.linen import (
     Index,
     LinenModel,
-    check_max_length,
     extend_cache,
     make_layers,
     run_layers,
@@ -326,6 +325,8 @@ class T5(LinenModel):
     """
 
     config: T5Config
+    # The start token lies in the first.
+    _first_slot: ClassVar[int] = 1
 
     @property
     def module(self) -> Transformer:
@@ -399,50 +400,3 @@ class T5(LinenModel):
             return layers.project(hidden, params["decoder"]["logits_dense"]["kernel"], axis=0)
         embedding = params["token_embedder"]["embedding"]
         return layers.project(hidden, embedding, axis=1, divisor=math.sqrt(self.config.emb_dim))
-
-    def prefill(
-        self,
-        params: Params,
-        inputs: Int[Array, "B S"],
-        inputs_mask: Bool[Array, "B S"],
-        *,
-        max_length: int,
-    ) -> tuple[Float[Array, "B D"], T5DecodeState]:
-        """Encodes the prompts and feeds the start token.
-
-        Args:
-          params: parameters.
-          inputs: prompt tokens, padded anywhere.
-          inputs_mask: True on real tokens.
-          max_length: output tokens that the state has room for. The last of them predicts
-            nothing that is wanted, so it has no slot of its own.
-
-        Returns:
-          Hidden states of the first output position, and the state.
-
-        Raises:
-          ValueError: `max_length` is below 1.
-        """
-        check_max_length(max_length)
-        return self._apply(params, Transformer.prefill, inputs, inputs_mask, max_length)
-
-    def decode_step(
-        self,
-        params: Params,
-        state: T5DecodeState,
-        tokens: Int[Array, " B"],
-        index: Int[Array, ""],
-    ) -> tuple[Float[Array, "B D"], T5DecodeState]:
-        """Feeds the output tokens at position `index`; returns hidden states for the next.
-
-        Args:
-          params: parameters.
-          state: from `prefill` or the step before.
-          tokens: output tokens at position `index`.
-          index: position in the output, from 0 to max_length - 2; may be traced.
-
-        Returns:
-          Hidden states of output position `index + 1`, and the state.
-        """
-        slot = jnp.asarray(index, jnp.int32) + 1
-        return self._apply(params, Transformer.step, state, tokens, slot)
