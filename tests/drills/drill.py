@@ -232,7 +232,8 @@ def doing(group: Group) -> str:
 
 def kill(number: int, model_dir: pathlib.Path, cache: pathlib.Path, seconds: float) -> dict | None:
     """Starts the run and kills it; what happened, or None if it came to its end."""
-    draw = random.Random(number)
+    # Of the run too: where one ended before its moment came, the next has another.
+    draw = random.Random(f"{number} {model_dir.name}")
     moment = MOMENTS[number % len(MOMENTS)]
     name = draw.choice(("SIGKILL", "SIGKILL", "SIGTERM"))
     victims = draw.choice(VICTIMS)
