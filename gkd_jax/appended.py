@@ -36,12 +36,10 @@ class AppendedFile:
         self._is_uploaded = True
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if not is_in_bucket(path):
-            if content is not None and self._path.exists():
+            if content is not None:
                 unfinished = self._path.with_suffix(".unfinished")
                 unfinished.write_bytes(content)
                 unfinished.replace(self._path)
-            elif content is not None:
-                self._path.write_bytes(content)
             self._local = self._path.open("ab")
             return
         if content is not None:

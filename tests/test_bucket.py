@@ -137,7 +137,7 @@ def finish(process):
 def test_a_run_in_a_bucket_that_is_killed_is_the_run_in_a_folder(bucket, tmp_path):
     """Checkpoints, metrics and predictions; generation reads and writes there too."""
     whole = tmp_path / "whole"
-    finish(processes.start(flags(whole), stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    finish(start(flags(whole)))
 
     process = start(flags("gs://runs/run"))
     for line in process.stderr:
