@@ -11,6 +11,7 @@ from gkd_jax.objectives import (
     ForwardKL,
     GeneralizedJSD,
     NegativeLogLikelihood,
+    RenyiDivergence,
     ReverseKL,
     SampledReverseKL,
     SkewForwardKL,
@@ -39,6 +40,8 @@ STRICT_OTHERS = [
     AlphaDivergence(0.2),
     AlphaDivergence(0.5),
     AlphaDivergence(0.9),
+    RenyiDivergence(0.3),
+    RenyiDivergence(2.0),
     EntropyAware(threshold=1.5, forward_weight=0.5),
 ]
 MIXED = WeightedSum((ForwardKL(), NegativeLogLikelihood()), (0.3, 0.7))
@@ -116,6 +119,10 @@ def np_divergence(
             return np_kl(q, alpha * q + (1 - alpha) * p)
         case AlphaDivergence(alpha):
             return (1 - (p**alpha * q ** (1 - alpha)).sum(-1)) / (alpha * (1 - alpha))
+        case RenyiDivergence(alpha):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                products = np.where(p > 0, p**alpha * q ** (1 - alpha), 0.0)
+                return np.log(products.sum(-1)) / (alpha - 1)
         case ClippedForwardKL(limit):
             return np.minimum(np_terms(p, q), limit).sum(-1)
         case EntropyAware(threshold, weight):

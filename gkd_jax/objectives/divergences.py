@@ -22,20 +22,29 @@ from gkd_jax.array_types import Array, Bool, Float
 
 _MAX_EXPONENT = 40.0
 
+EXCLUDED_LOG_PROB = -1e30
+"""Log-probability that a term sees, of both models, for an entry that both exclude."""
+
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyEntries:
-    """Entries of next-token distributions, as a term sees them.
+    """Next-token distributions of student and teacher, one row per token, as a term sees them.
 
-    Usually the whole vocabulary. A term may not assume that: a part of it, or a sparse support
-    with a bucket for the rest, are also entries.
+    Each row is a complete distribution: its probabilities sum to 1. Its entries are usually the
+    whole vocabulary. With a sparse teacher they are the tokens that it stores and one more entry
+    for all others, so a term must not rely on the size or the order of the last axis.
+
+    An entry that one model excludes has log-probability -inf for that model. An entry that both
+    models exclude has `EXCLUDED_LOG_PROB` for both, a finite number: its probabilities are exactly
+    0, its log-ratio is 0, and sums over a row are as if it were not there. Its term and slope are
+    replaced by 0 afterwards. Without a teacher nothing is replaced.
 
     Attributes:
       student_log_probs: log q_v, normalised, student temperature applied.
-      teacher_log_probs: log p_v, normalised, teacher temperature applied; None where the
-        divergence needs no teacher. Never -inf together with the student's.
+      teacher_log_probs: log p_v, normalised, teacher temperature applied; None if the divergence
+        needs no teacher.
       is_target: True on the entry of the output token.
-      advantages: of the output token, where the divergence needs them: a constant.
+      advantages: advantage of the output token, a constant; None if the divergence needs none.
     """
 
     student_log_probs: Float[Array, "*n V"]
@@ -69,8 +78,13 @@ class VocabularyEntries:
         return self.teacher_log_probs
 
     @property
+    def is_excluded(self) -> Bool[Array, "*n V"]:
+        """True on entries that both models exclude."""
+        return self.checked_teacher_log_probs == EXCLUDED_LOG_PROB
+
+    @property
     def teacher_entropy(self) -> Float[Array, "*n 1"]:
-        """H(P) of each token in nats: of all entries that there are."""
+        """H(P) of each token in nats."""
         terms = times_log(self.teacher_probs, self.checked_teacher_log_probs)
         return -jnp.sum(terms, axis=-1, keepdims=True)
 
@@ -92,20 +106,34 @@ class Divergence(abc.ABC):
 
     @abc.abstractmethod
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """Contribution f(log q_v, log p_v) of each entry, elementwise."""
+        """Contribution f_v of each entry; their sum over a row is the divergence of a token.
 
-    def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """df/d log q_v of each entry, up to a common multiple of q_v.
-
-        This default differentiates `term`. Override it where a closed form is exact and the
-        derivative of the written formula is not.
+        Usually an elementwise function of log q_v and log p_v. A divergence that is no sum over
+        entries, such as a logarithm of one, may read its whole row and split its value among the
+        entries in any way, as `RenyiDivergence` does.
         """
 
-        def term(student_log_probs: Array) -> Array:
-            return self.term(dataclasses.replace(entries, student_log_probs=student_log_probs))
+    def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """Derivative of the divergence in log q_v, up to a common multiple of q_v.
 
-        log_probs = entries.student_log_probs
-        return jax.jvp(term, (log_probs,), (jnp.ones_like(log_probs),))[1]
+        Each entry gets the derivative of its row's sum of terms,
+
+            f'_v = d/d(log q_v) sum_u f_u,
+
+        which for an elementwise term is the derivative of f_v alone. This default differentiates
+        `term` in reverse mode. Override it if a closed form is exact and the derivative of the
+        written formula is not. Where an entry is -inf for one model, a branch of `jnp.where` that
+        is not taken must have a finite derivative too, or the slope is NaN; `times_log` and `mix`
+        are safe in this respect.
+        """
+
+        def row_sums(student_log_probs: Array) -> Array:
+            replaced = dataclasses.replace(entries, student_log_probs=student_log_probs)
+            return jnp.sum(self.term(replaced), axis=-1)
+
+        sums, pullback = jax.vjp(row_sums, entries.student_log_probs)
+        (slope,) = pullback(jnp.ones_like(sums))
+        return slope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +260,18 @@ def mix(log_ratio: Array, share: float) -> tuple[Array, Array]:
     return log_a_over_m, log_m_over_b + jnp.maximum(log_ratio - _MAX_EXPONENT, 0.0)
 
 
+@jax.custom_jvp
 def times_log(probs: Array, logs: Array) -> Array:
     """probs * logs with the limit 0 where probs is 0, whatever the logarithm."""
     return jnp.where(probs > 0, probs * logs, 0.0)
+
+
+@times_log.defjvp
+def _times_log_derivative(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    # By itself the reverse mode would multiply a cotangent of 0 by an infinite logarithm.
+    (probs, logs), (of_probs, of_logs) = primals, tangents
+    finite = jnp.where(probs > 0, logs, 0.0)
+    tangent = jnp.where(probs > 0, finite * of_probs + probs * of_logs, 0.0)
+    return times_log(probs, logs), tangent

@@ -139,27 +139,91 @@ class AlphaDivergence(Divergence):
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """(alpha p + (1 - alpha) q - p^alpha q^(1 - alpha)) / (alpha (1 - alpha))."""
-        alpha, ratio = self.alpha, entries.log_ratio
-        # Near p = q the three cancel: q times the difference of two expm1 keeps the digits.
-        near = jnp.abs(ratio) < 1.0
-        close = jnp.where(near, ratio, 0.0)
-        of_close = alpha * jnp.expm1(close) - jnp.expm1(alpha * close)
-        student, teacher = entries.student_probs, entries.teacher_probs
-        of_far = alpha * teacher + (1.0 - alpha) * student - self._product(entries)
-        return jnp.where(near, student * of_close, of_far) / (alpha * (1.0 - alpha))
+        return _missing_product(entries, self.alpha) / (self.alpha * (1.0 - self.alpha))
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """(q - p^alpha q^(1 - alpha)) / alpha."""
         ratio, student = entries.log_ratio, entries.student_probs
         near = jnp.abs(ratio) < 1.0
         of_close = -student * jnp.expm1(self.alpha * jnp.where(near, ratio, 0.0))
-        of_far = student - self._product(entries)
+        of_far = student - jnp.exp(_log_product(entries, self.alpha))
         return jnp.where(near, of_close, of_far) / self.alpha
 
-    def _product(self, entries: VocabularyEntries) -> Array:
-        """p^alpha q^(1 - alpha), 0 where either is."""
-        student, teacher = entries.student_log_probs, entries.checked_teacher_log_probs
-        return jnp.exp(self.alpha * teacher + (1.0 - self.alpha) * student)
+
+def _log_product(entries: VocabularyEntries, alpha: float) -> Array:
+    """log(p^alpha q^(1 - alpha)); for alpha < 1 -inf if either probability is 0."""
+    student, teacher = entries.student_log_probs, entries.checked_teacher_log_probs
+    return alpha * teacher + (1.0 - alpha) * student
+
+
+def _missing_product(entries: VocabularyEntries, alpha: float) -> Array:
+    """alpha p + (1 - alpha) q - p^alpha q^(1 - alpha), which sums to 1 - sum of the products."""
+    # Near p = q the three cancel: q times the difference of two expm1 keeps the digits.
+    ratio = entries.log_ratio
+    near = jnp.abs(ratio) < 1.0
+    close = jnp.where(near, ratio, 0.0)
+    of_close = alpha * jnp.expm1(close) - jnp.expm1(alpha * close)
+    student, teacher = entries.student_probs, entries.teacher_probs
+    of_far = alpha * teacher + (1.0 - alpha) * student - jnp.exp(_log_product(entries, alpha))
+    return jnp.where(near, student * of_close, of_far)
+
+
+@dataclasses.dataclass(frozen=True)
+class RenyiDivergence(Divergence):
+    """Rényi divergence of order alpha, from the teacher's side.
+
+        D_alpha(P || Q) = log(sum of p_v^alpha q_v^(1 - alpha)) / (alpha - 1)
+
+    "Rényi Divergence and Kullback-Leibler Divergence" (arXiv 1206.2459). It rises with alpha, and
+    tends to the forward KL as alpha tends to 1. Orders below 1 are finite unless the supports are
+    disjoint; orders above 1 are +inf if the student excludes an entry to which the teacher gives
+    probability.
+
+    It is a function of the sum over a whole row, not itself a sum over entries. Its gradient in
+    the student's logits is q_v - w_v, where w is the distribution proportional to
+    p^alpha q^(1 - alpha).
+
+    Attributes:
+      alpha: the order, above 0 and not 1.
+
+    Raises:
+      ValueError: alpha is not such a number.
+    """
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.alpha, (int, float)) and 0.0 < self.alpha < math.inf
+        if not is_number or self.alpha == 1.0:
+            raise ValueError(
+                f"RenyiDivergence.alpha must be above 0, finite and not 1; got {self.alpha!r}. "
+                "For alpha=1 use ForwardKL, the limit."
+            )
+
+    def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """The divergence of the row, split among its entries in proportion to p."""
+        value = self._log_sum(entries) / (self.alpha - 1.0)
+        # Not a factor of 0: the value may be infinite.
+        return times_log(entries.teacher_probs, value)
+
+    def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
+        """q - w, with w = p^alpha q^(1 - alpha) divided by its sum."""
+        log_sum, student = self._log_sum(entries), entries.student_probs
+        exponent = self.alpha * entries.log_ratio - log_sum
+        near = jnp.abs(exponent) < 1.0
+        of_near = -student * jnp.expm1(jnp.where(near, exponent, 0.0))
+        of_far = student - jnp.exp(_log_product(entries, self.alpha) - log_sum)
+        return jnp.where(near, of_near, of_far)
+
+    def _log_sum(self, entries: VocabularyEntries) -> Float[Array, "*n 1"]:
+        """log of the sum of p^alpha q^(1 - alpha) over each row, exactly 0 where P = Q."""
+        # If every product is 0, finite log-probabilities of excluded entries must not be left.
+        logs = jnp.where(entries.is_excluded, -jnp.inf, _log_product(entries, self.alpha))
+        log_sum = jax.nn.logsumexp(logs, axis=-1, keepdims=True)
+        # Near a sum of 1 its logarithm has no digits left but those of its distance from 1.
+        missing = jnp.sum(_missing_product(entries, self.alpha), axis=-1, keepdims=True)
+        near = jnp.abs(log_sum) < 0.5
+        return jnp.where(near, jnp.log1p(-jnp.where(near, missing, 0.0)), log_sum)
 
 
 @dataclasses.dataclass(frozen=True)

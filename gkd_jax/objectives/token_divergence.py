@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from gkd_jax.array_types import Array, Float, Int
 from gkd_jax.batch import TeacherDistributions
 from gkd_jax.objectives.buckets import Buckets
-from gkd_jax.objectives.divergences import Divergence, VocabularyEntries
+from gkd_jax.objectives.divergences import EXCLUDED_LOG_PROB, Divergence, VocabularyEntries
 
 TokenTeacher: TypeAlias = Float[Array, "*n V"] | TeacherDistributions
 """A teacher's logits, or its distributions as a store gives them."""
@@ -125,12 +125,13 @@ def term_and_slope(divergence: Divergence, entries: VocabularyEntries) -> tuple[
     student, teacher = entries.student_log_probs, entries.teacher_log_probs
     if teacher is None:
         return divergence.term(entries), divergence.slope(entries)
-    # -inf minus -inf is NaN: such an entry is given equal values, then counted as 0.
+    # -inf minus -inf is NaN. A finite number has probability 0 as well, so that a term that reads
+    # its whole row is right too.
     excluded = jnp.isneginf(student) & jnp.isneginf(teacher)
     entries = dataclasses.replace(
         entries,
-        student_log_probs=jnp.where(excluded, 0.0, student),
-        teacher_log_probs=jnp.where(excluded, 0.0, teacher),
+        student_log_probs=jnp.where(excluded, EXCLUDED_LOG_PROB, student),
+        teacher_log_probs=jnp.where(excluded, EXCLUDED_LOG_PROB, teacher),
     )
     term = jnp.where(excluded, 0.0, divergence.term(entries))
     slope = jnp.where(excluded, 0.0, divergence.slope(entries))

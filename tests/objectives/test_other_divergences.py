@@ -1,5 +1,6 @@
 """Divergences of rivals and siblings: float64 NumPy, identities, excluded entries, settings."""
 
+import dataclasses
 import functools
 import math
 
@@ -24,7 +25,9 @@ from gkd_jax.objectives import (
     Divergence,
     EntropyAware,
     ForwardKL,
+    GeneralizedJSD,
     NegativeLogLikelihood,
+    RenyiDivergence,
     ReverseKL,
     SampledReverseKL,
     SkewForwardKL,
@@ -138,7 +141,12 @@ def test_entries_excluded_by_both_change_nothing(divergence):
     np.testing.assert_array_equal(gradient[..., 6:], np.zeros_like(bar))
 
 
-BOUNDED = [d for d in STRICT if not isinstance(d, EntropyAware)]
+BOUNDED = [
+    divergence
+    for divergence in STRICT
+    if not isinstance(divergence, EntropyAware)
+    and not (isinstance(divergence, RenyiDivergence) and divergence.alpha > 1)
+]
 
 
 @pytest.mark.pitfall(27)
@@ -179,6 +187,8 @@ def test_limits_are_the_pure_kls():
         (SkewReverseKL(1e-3), reverse),
         (AlphaDivergence(1 - 1e-3), forward),
         (AlphaDivergence(1e-3), reverse),
+        (RenyiDivergence(1 - 1e-3), forward),
+        (RenyiDivergence(1 + 1e-3), forward),
     ):
         values, gradient = value_and_grad(divergence, student, teacher, targets)
         np.testing.assert_allclose(values, limit[0], rtol=1e-2)
@@ -192,6 +202,111 @@ def test_skew_divergences_mirror_each_other(alpha):
     other, _ = value_and_grad(SkewReverseKL(alpha), teacher, student, targets)
     np.testing.assert_allclose(one, other, rtol=2e-6)
     assert np.all(one <= -math.log(alpha))
+
+
+def test_renyi_divergence_of_a_hand_computed_pair():
+    student, teacher = np.log(np.float32([[1 / 4, 3 / 4]])), np.log(np.float32([[1 / 2, 1 / 2]]))
+    for alpha, expected in (
+        (2.0, math.log(4 / 3)),  # log(1 + chi squared)
+        (0.5, -2 * math.log((1 + math.sqrt(3)) / math.sqrt(8))),  # Bhattacharyya, twice
+    ):
+        value, gradient = value_and_grad(
+            RenyiDivergence(alpha), student, teacher, np.zeros(1, np.int32)
+        )
+        np.testing.assert_allclose(value, [expected], rtol=1e-6)
+        first = 0.5**alpha * 0.25 ** (1 - alpha)
+        share = first / (first + 0.5**alpha * 0.75 ** (1 - alpha))
+        np.testing.assert_allclose(gradient, [[0.25 - share, share - 0.25]], rtol=1e-6)
+
+
+def test_renyi_divergence_rises_with_its_order_and_mirrors_itself():
+    student, teacher, targets = random_case(6)
+    orders = (0.1, 0.3, 0.7, 1.5, 4.0, 20.0)
+    values = [value_and_grad(RenyiDivergence(a), student, teacher, targets)[0] for a in orders]
+    assert np.all(np.diff(values, axis=0) > 0)
+    highest = np.log(np.max(np_softmax(teacher) / np_softmax(student), axis=-1))
+    assert np.all(values[-1] < highest)
+    # D_a(P || Q) = a / (1 - a) D_(1-a)(Q || P)
+    other, _ = value_and_grad(RenyiDivergence(0.7), teacher, student, targets)
+    np.testing.assert_allclose(values[1], 0.3 / 0.7 * other, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 2.0])
+def test_renyi_divergence_keeps_its_digits_near_equality(alpha):
+    """The logarithm of a sum near 1 would lose them; D is near alpha / 2 sum of q d^2."""
+    student, _, targets = random_case(10, vocab=1000)
+    teacher = (student + 0.02 * random_case(11, vocab=1000)[0]).astype(np.float32)
+    divergence = RenyiDivergence(alpha)
+    values, gradient = value_and_grad(divergence, student, teacher, targets)
+    expected = np_divergence(divergence, student, teacher, targets)
+    assert np.max(expected) < 2e-3 * max(1.0, alpha)
+    np.testing.assert_allclose(values, expected, rtol=1e-3)
+    q, p = np_softmax(student), np_softmax(teacher)
+    product = p**alpha * q ** (1 - alpha)
+    expected = q - product / product.sum(-1, keepdims=True)
+    assert np.all(np.abs(gradient - expected) <= 2e-6 * q + 1e-9)
+
+
+@pytest.mark.pitfall(27)
+def test_renyi_divergence_is_infinite_where_it_should_be():
+    """The student excludes what the teacher says, and disjoint supports; the last two entries,
+    which both exclude, change nothing of it."""
+    with np.errstate(divide="ignore"):
+        student = np.log(np.float32([[0.4, 0.6, 0.0, 0, 0], [0.4, 0.6, 0.0, 0, 0]]))
+        teacher = np.log(np.float32([[0.2, 0.3, 0.5, 0, 0], [0.0, 0.0, 1.0, 0, 0]]))
+    targets = np.zeros(2, np.int32)
+    low, gradient = value_and_grad(RenyiDivergence(0.5), student, teacher, targets)
+    np.testing.assert_allclose(low, [-math.log(0.5), np.inf], rtol=1e-6)
+    np.testing.assert_allclose(gradient[0], np.zeros(5), atol=1e-7)
+    high, _ = value_and_grad(RenyiDivergence(2.0), student, teacher, targets)
+    np.testing.assert_array_equal(high, [np.inf, np.inf])
+
+
+@dataclasses.dataclass(frozen=True)
+class UsersRenyi(Divergence):
+    """As a user would add it: a term that reads its whole row, and no slope."""
+
+    alpha: float
+
+    def term(self, entries: VocabularyEntries):
+        student, teacher = entries.student_probs, entries.teacher_probs
+        products = jnp.where(
+            (student > 0) & (teacher > 0),
+            student * jnp.exp(self.alpha * jnp.where(teacher > 0, entries.log_ratio, 0.0)),
+            0.0,
+        )
+        value = jnp.log(jnp.sum(products, axis=-1, keepdims=True)) / (self.alpha - 1)
+        return jnp.where(entries.is_target, value, 0.0)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 2.0])
+def test_default_slope_of_a_term_that_reads_its_whole_row(alpha):
+    """And its value all on one entry; also with entries that one side or both exclude."""
+    student, teacher, targets = random_case(21)
+    targets[:] = 0
+    student[..., 3] = teacher[..., 3] = -np.inf
+    teacher[0, :, 5] = -np.inf
+    expected = value_and_grad(RenyiDivergence(alpha), student, teacher, targets)
+    values, gradient = value_and_grad(UsersRenyi(alpha), student, teacher, targets)
+    np.testing.assert_allclose(values, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected[1], rtol=1e-4, atol=1e-6)
+    assert np.abs(gradient).max(axis=-1).min() > 1e-2
+
+
+@pytest.mark.pitfall(27)
+def test_default_slope_with_entries_that_one_side_excludes():
+    """`times_log` and `mix` do not let the infinite logarithm of a probability of 0 through."""
+    with np.errstate(divide="ignore"):
+        full, cut = np.log(np.float32([[0.2, 0.3, 0.5]])), np.log(np.float32([[0.4, 0.6, 0.0]]))
+    for student, teacher in ((full, cut), (cut, full)):
+        entries = VocabularyEntries(student, teacher, jnp.zeros((1, 3), bool))
+        for divergence in (ForwardKL(), ReverseKL(), GeneralizedJSD(0.3), SkewForwardKL(0.1)):
+            if np.isinf(divergence.term(entries)).any():
+                continue
+            slopes = [kind.slope(divergence, entries) for kind in (Divergence, type(divergence))]
+            multiple = (slopes[0] - slopes[1])[0, :2] / np.exp(student[0, :2])
+            assert np.all(np.isfinite(slopes))
+            np.testing.assert_allclose(multiple[0], multiple[1], rtol=1e-5, atol=1e-6)
 
 
 def test_a_weighted_sum_is_the_sum():
@@ -235,6 +350,10 @@ def test_sampled_reverse_kl_is_unbiased():
         (lambda: SkewForwardKL(0.0), r"SkewForwardKL\.alpha .* got 0\.0.*ForwardKL"),
         (lambda: SkewReverseKL(1.0), r"SkewReverseKL\.alpha .* got 1\.0.*ReverseKL"),
         (lambda: AlphaDivergence(math.nan), r"AlphaDivergence\.alpha .* got nan"),
+        (lambda: RenyiDivergence(1.0), r"RenyiDivergence\.alpha .* got 1\.0.*ForwardKL"),
+        (lambda: RenyiDivergence(0.0), r"RenyiDivergence\.alpha must be above 0.* got 0\.0"),
+        (lambda: RenyiDivergence(math.inf), r"RenyiDivergence\.alpha .*finite.* got inf"),
+        (lambda: RenyiDivergence("2"), r"RenyiDivergence\.alpha .* got '2'"),
         (lambda: ClippedForwardKL(0.0), r"ClippedForwardKL\.limit must be above 0; got 0\.0"),
         (lambda: EntropyAware(-1.0), r"EntropyAware\.threshold must be not negative; got -1\.0"),
         (lambda: EntropyAware(1.0, 0.0), r"EntropyAware\.forward_weight must be above 0; got 0\.0"),
