@@ -1,4 +1,8 @@
-"""What several tests of objectives share: one of every divergence, float64 definitions, cases."""
+"""Shared by several tests of objectives: one of every divergence, float64 definitions, cases.
+
+A new divergence needs two entries here: an instance in `STRICT_OTHERS` (or `OTHERS`), and its
+definition in `_np_value`. All tests then run over it.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +51,7 @@ STRICT_OTHERS = [
 MIXED = WeightedSum((ForwardKL(), NegativeLogLikelihood()), (0.3, 0.7))
 OTHERS = [*STRICT_OTHERS, ClippedForwardKL(0.05), MIXED]
 EVERY = [*PAPERS, *OTHERS, SampledReverseKL()]
+EVERY_WITH_TEACHER = [divergence for divergence in EVERY if divergence.needs_teacher]
 # One objective that sees whatever any of them does, at the price of one compilation.
 ALL_IN_ONE = WeightedSum(tuple(EVERY), tuple(0.5 + 0.1 * i for i in range(len(EVERY))))
 
@@ -85,24 +90,39 @@ def np_kl(p, q):
     return np_terms(p, q).sum(-1)
 
 
-def np_at_target(probs, targets):
-    return np.take_along_axis(probs, targets[..., None], -1)[..., 0]
+def np_products(p, q, alpha):
+    """p^alpha q^(1 - alpha), 0 where both are."""
+    return np.where(p > 0, p**alpha * q ** (1 - alpha), 0.0)
 
 
-def np_divergence(
-    divergence: Divergence, student, teacher, targets, temperatures=(1.0, 1.0)
-) -> np.ndarray:
-    """Textbook definitions in float64, of logits."""
+def np_at_target(probs, is_target):
+    return probs[is_target].reshape(probs.shape[:-1])
+
+
+def np_value(divergence: Divergence, q, p, is_target, held=None) -> np.ndarray:
+    """Textbook definitions in float64, of the probabilities of one row per token.
+
+    Args:
+      divergence: any in `EVERY`.
+      q: the student's probabilities.
+      p: the teacher's; None if the divergence needs no teacher.
+      is_target: True on the entry of the output token.
+      held: student's probabilities that the gradient does not see, if it is not that of the value:
+        returns a function of q that has the gradient instead.
+    """
     if isinstance(divergence, WeightedSum):
         return sum(
-            weight * np_divergence(one, student, teacher, targets, temperatures)
+            weight * np_value(one, q, p, is_target, held)
             for one, weight in zip(divergence.divergences, divergence.weights, strict=True)
         )
-    q = np_softmax(student, temperatures[0])
-    if isinstance(divergence, NegativeLogLikelihood):
-        return -np.log(np_at_target(q, targets))
-    p = np_softmax(teacher, temperatures[1])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _np_value(divergence, q, p, is_target, held)
+
+
+def _np_value(divergence, q, p, is_target, held):
     match divergence:
+        case NegativeLogLikelihood():
+            return -np.log(np_at_target(q, is_target))
         case ForwardKL():
             return np_kl(p, q)
         case ReverseKL():
@@ -118,42 +138,52 @@ def np_divergence(
         case SkewReverseKL(alpha):
             return np_kl(q, alpha * q + (1 - alpha) * p)
         case AlphaDivergence(alpha):
-            return (1 - (p**alpha * q ** (1 - alpha)).sum(-1)) / (alpha * (1 - alpha))
+            return (1 - np_products(p, q, alpha).sum(-1)) / (alpha * (1 - alpha))
         case RenyiDivergence(alpha):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                products = np.where(p > 0, p**alpha * q ** (1 - alpha), 0.0)
-                return np.log(products.sum(-1)) / (alpha - 1)
+            return np.log(np_products(p, q, alpha).sum(-1)) / (alpha - 1)
         case ClippedForwardKL(limit):
             return np.minimum(np_terms(p, q), limit).sum(-1)
         case EntropyAware(threshold, weight):
             entropy = -np_kl(p, np.ones_like(p))
             return np_kl(q, p) + np.where(entropy >= threshold, weight * np_kl(p, q), 0.0)
         case SampledReverseKL():
-            return np.log(np_at_target(q, targets) / np_at_target(p, targets))
-    raise AssertionError(divergence)
+            student, teacher = np_at_target(q, is_target), np_at_target(p, is_target)
+            if held is None:
+                return np.log(student / teacher)
+            # -A log q with the advantage A = log p - log q held fixed.
+            return np.log(np_at_target(held, is_target) / teacher) * np.log(student)
+    raise AssertionError(f"no float64 definition of {divergence}; add a case for its class here")
+
+
+def np_divergence(
+    divergence: Divergence, student, teacher, targets, temperatures=(1.0, 1.0)
+) -> np.ndarray:
+    """The same of logits."""
+    probs = np_softmax(student, temperatures[0])
+    return np_value(divergence, probs, *_constants(probs, teacher, targets, temperatures))
 
 
 def np_gradient(
     divergence: Divergence, student, teacher, targets, temperatures=(1.0, 1.0), step=1e-5
 ) -> np.ndarray:
-    """The gradient in the student's logits: of a value by central differences."""
-    arguments = (teacher, targets, temperatures)
-    if isinstance(divergence, WeightedSum):
-        return sum(
-            weight * np_gradient(one, student, *arguments, step)
-            for one, weight in zip(divergence.divergences, divergence.weights, strict=True)
-        )
-    student = np.asarray(student, np.float64)
-    if isinstance(divergence, SampledReverseKL):
-        # No derivative of its value: the advantage is held fixed.
-        advantage = -np_divergence(divergence, student, *arguments)
-        score = np.eye(student.shape[-1])[targets] - np_softmax(student, temperatures[0])
-        return -advantage[..., None] * score / temperatures[0]
-    gradient = np.zeros_like(student)
-    for v in range(student.shape[-1]):
-        shift = np.zeros(student.shape[-1])
-        shift[v] = step
-        above = np_divergence(divergence, student + shift, *arguments)
-        below = np_divergence(divergence, student - shift, *arguments)
-        gradient[..., v] = (above - below) / (2 * step)
-    return gradient
+    """The gradient in the student's logits, by central differences."""
+    probs = np_softmax(student, temperatures[0])
+    constants = (*_constants(probs, teacher, targets, temperatures), probs)
+    return np_central_differences(
+        lambda logits: np_value(divergence, np_softmax(logits, temperatures[0]), *constants),
+        student,
+        step,
+    )
+
+
+def _constants(probs, teacher, targets, temperatures):
+    is_target = targets[..., None] == np.arange(probs.shape[-1])
+    return None if teacher is None else np_softmax(teacher, temperatures[1]), is_target
+
+
+def np_central_differences(function, logits, step):
+    """The gradient in each row of logits of a function of rows."""
+    logits = np.asarray(logits, np.float64)
+    shifts = step * np.eye(logits.shape[-1])
+    columns = [(function(logits + s) - function(logits - s)) / (2 * step) for s in shifts]
+    return np.stack(columns, axis=-1)

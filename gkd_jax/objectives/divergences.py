@@ -138,7 +138,10 @@ class Divergence(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class NegativeLogLikelihood(Divergence):
-    """-log q of the output token: supervised fine-tuning, or SeqKD on a teacher's outputs."""
+    """-log q of the output token: supervised fine-tuning, or SeqKD on a teacher's outputs.
+
+    SeqKD is "Sequence-Level Knowledge Distillation" (arXiv 1606.07947).
+    """
 
     needs_teacher: ClassVar[bool] = False
     is_linear_in_teacher: ClassVar[bool] = True
@@ -175,6 +178,9 @@ class ForwardKL(Divergence):
 class ReverseKL(Divergence):
     """KL(Q || P) = sum of q_v (log q_v - log p_v), from the student: seeks a mode.
 
+    The divergence of "MiniLLM: Knowledge Distillation of Large Language Models"
+    (arXiv 2306.08543).
+
     +inf where the student gives probability to an entry that the teacher excludes; the gradient
     of such a token does not exist.
     """
@@ -193,7 +199,8 @@ class ReverseKL(Divergence):
 class GeneralizedJSD(Divergence):
     """JSD_beta(P || Q) = beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q.
 
-    Generalized Jensen-Shannon divergence of GKD (arXiv 2306.13649, section 2). With
+    The generalized Jensen-Shannon divergence of "On-Policy Distillation of Language Models:
+    Learning from Self-Generated Mistakes" (GKD, arXiv 2306.13649, section 2). With
     d = log p - log q and r = log m - log q = log1p(beta expm1(d)) the term is
     beta p (d - r) - (1 - beta) q r. In d/d log q the derivatives of the logarithm of m cancel,
     which leaves the slope -(1 - beta) q r. All are exactly 0 where p = q.

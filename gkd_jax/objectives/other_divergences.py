@@ -31,9 +31,10 @@ def _check_between(setting: str, value: float, remedy: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TotalVariation(Divergence):
-    """TV(P, Q) = 1/2 sum of |p_v - q_v|, from 0 to 1: f-distill (arXiv 2307.15190, GKD table 1).
+    """TV(P, Q) = 1/2 sum of |p_v - q_v|, from 0 to 1.
 
-    Its slope jumps where p_v = q_v, and is 0 there.
+    "f-Divergence Minimization for Sequence-Level Knowledge Distillation" (f-distill,
+    arXiv 2307.15190). Its slope jumps where p_v = q_v, and is 0 there.
     """
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
@@ -55,8 +56,9 @@ def _teacher_minus_student(entries: VocabularyEntries) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class SkewForwardKL(Divergence):
-    """KL(P || alpha P + (1 - alpha) Q): DistiLLM's skew KL (arXiv 2402.03898).
+    """KL(P || alpha P + (1 - alpha) Q): the skew KL divergence.
 
+    "DistiLLM: Towards Streamlined Distillation for Large Language Models" (arXiv 2402.03898).
     Finite, at most -log(alpha), also where the student excludes an entry; its gradient is smaller
     than that of the forward KL where q is far below p.
 
@@ -86,8 +88,9 @@ class SkewForwardKL(Divergence):
 
 @dataclasses.dataclass(frozen=True)
 class SkewReverseKL(Divergence):
-    """KL(Q || alpha Q + (1 - alpha) P): DistiLLM's skew reverse KL (arXiv 2402.03898).
+    """KL(Q || alpha Q + (1 - alpha) P): the skew reverse KL divergence.
 
+    "DistiLLM: Towards Streamlined Distillation for Large Language Models" (arXiv 2402.03898).
     Finite, at most -log(alpha), also where the teacher excludes an entry.
 
     Attributes:
@@ -230,7 +233,8 @@ class RenyiDivergence(Divergence):
 class ClippedForwardKL(Divergence):
     """Sum of min(p_v log(p_v / q_v), limit): the forward KL with each entry clipped from above.
 
-    OPSD's (arXiv 2601.18734): a few entries, often of style, would otherwise make up the gradient.
+    "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models" (OPSD,
+    arXiv 2601.18734): without the clipping a few entries, often of style, make up the gradient.
     Not a divergence in the strict sense, since it may be negative.
 
     Attributes:
@@ -264,7 +268,8 @@ class ClippedForwardKL(Divergence):
 class EntropyAware(Divergence):
     """Reverse KL, and forward KL besides where the teacher's entropy is high.
 
-    Seeks a mode where the teacher is sure, and keeps to its alternatives where it is not.
+    "Entropy-Aware On-Policy Distillation of Language Models" (arXiv 2603.07079). Seeks a mode where
+    the teacher is sure, and keeps to its alternatives where it is not.
 
     Attributes:
       threshold: teacher's entropy in nats from which the forward KL is added; not negative.

@@ -7,22 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from divergence_references import (
+    EVERY_WITH_TEACHER,
+    MIXED,
+    np_central_differences,
+    np_softmax,
+    np_value,
+    unembed,
+)
 
 from gkd_jax.batch import TeacherDistributions
 from gkd_jax.objectives import (
-    AlphaDivergence,
-    ClippedForwardKL,
-    EntropyAware,
     ForwardKL,
     GeneralizedJSD,
-    NegativeLogLikelihood,
     Objective,
     Predictions,
     ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    TotalVariation,
-    WeightedSum,
     fused,
     fused_weighted_loss,
     token_divergence,
@@ -30,20 +30,6 @@ from gkd_jax.objectives import (
 )
 from gkd_jax.partitioning import Partitioner
 
-KL_AND_CROSS_ENTROPY = WeightedSum((ForwardKL(), NegativeLogLikelihood()), (0.3, 0.7))
-DIVERGENCES = [
-    ForwardKL(),
-    ReverseKL(),
-    GeneralizedJSD(0.1),
-    GeneralizedJSD(0.9),
-    TotalVariation(),
-    SkewForwardKL(0.1),
-    SkewReverseKL(0.1),
-    AlphaDivergence(0.5),
-    ClippedForwardKL(),
-    EntropyAware(1.0),
-    KL_AND_CROSS_ENTROPY,
-]
 B, T, D, V, K = 8, 3, 5, 40, 6
 
 
@@ -74,43 +60,6 @@ def to_float32(tree):
     return jax.tree.map(lambda x: x if x.dtype == np.int32 else x.astype(np.float32), tree)
 
 
-def np_divergence(divergence, q, p, is_target):
-    """The written formulas in float64, over the last axis; 0 log 0 is 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return _np_divergence(divergence, q, p, is_target)
-
-
-def _np_divergence(divergence, q, p, is_target):
-    def kl(a, b):
-        return np.where(a > 0, a * (np.log(a) - np.log(b)), 0.0)
-
-    match divergence:
-        case ForwardKL():
-            return kl(p, q).sum(-1)
-        case ReverseKL():
-            return kl(q, p).sum(-1)
-        case GeneralizedJSD(beta=beta):
-            m = beta * p + (1 - beta) * q
-            return (beta * kl(p, m) + (1 - beta) * kl(q, m)).sum(-1)
-        case TotalVariation():
-            return 0.5 * np.abs(p - q).sum(-1)
-        case SkewForwardKL(alpha=alpha):
-            return kl(p, alpha * p + (1 - alpha) * q).sum(-1)
-        case SkewReverseKL(alpha=alpha):
-            return kl(q, alpha * q + (1 - alpha) * p).sum(-1)
-        case AlphaDivergence(alpha=alpha):
-            return (1 - (p**alpha * q ** (1 - alpha)).sum(-1)) / (alpha * (1 - alpha))
-        case ClippedForwardKL(limit=limit):
-            return np.minimum(kl(p, q), limit).sum(-1)
-        case EntropyAware(threshold=threshold):
-            entropy = -np.where(p > 0, p * np.log(p), 0.0).sum(-1)
-            return kl(q, p).sum(-1) + np.where(entropy >= threshold, kl(p, q).sum(-1), 0.0)
-        case WeightedSum():
-            cross_entropy = -np.log(q[is_target]).reshape(q.shape[:-1])
-            return 0.3 * kl(p, q).sum(-1) + 0.7 * cross_entropy
-    raise AssertionError(divergence)
-
-
 def make_logits(seed=0, shape=(B * T,), size=V, scale=2.0):
     rng = np.random.default_rng(seed)
     student, teacher = scale * rng.normal(size=(2, *shape, size))
@@ -133,7 +82,7 @@ def values_and_gradients(divergence, student, teacher, targets, temperature=1.0)
 @pytest.mark.pitfall(8)
 @pytest.mark.pitfall(10)
 @pytest.mark.pitfall(11)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("divergence", EVERY_WITH_TEACHER, ids=str)
 def test_value_and_gradient_match_float64_numpy(divergence):
     """The divergence of the bucketed distributions, the student's of its whole softmax.
 
@@ -147,21 +96,20 @@ def test_value_and_gradient_match_float64_numpy(divergence):
     targets = stored.ids[:, 2]
     is_target = np.eye(K + 1, dtype=bool)[np.full(len(targets), 2)]
 
-    def reference(student):
-        q = bucketed(np.exp(log_softmax(student / temperature)), stored.ids)
-        return np_divergence(divergence, q, p, is_target)
+    def bucketed_student(logits):
+        return bucketed(np_softmax(logits, temperature), stored.ids)
+
+    q = bucketed_student(student)
 
     values, gradient = values_and_gradients(
         divergence, np.float32(student), to_float32(stored), targets, temperature
     )
-    np.testing.assert_allclose(values, reference(student), rtol=2e-5, atol=1e-6)
-    step = 1e-6
-    expected = np.stack(
-        [
-            (reference(student + step * one) - reference(student - step * one)) / (2 * step)
-            for one in np.eye(V)
-        ],
-        axis=-1,
+    expected = np_value(divergence, q, p, is_target)
+    np.testing.assert_allclose(values, expected, rtol=2e-5, atol=1e-6)
+    expected = np_central_differences(
+        lambda logits: np_value(divergence, bucketed_student(logits), p, is_target, held=q),
+        student,
+        step=1e-6,
     )
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=2e-6)
     assert np.abs(expected).max(axis=-1).min() > 1e-3
@@ -178,7 +126,7 @@ def test_a_lower_bound_that_rises_to_the_full_divergence(divergence):
     student, teacher = 2.0 * teacher + 1.15 * noise, 2.0 * teacher
     targets = np.zeros(16, np.int32)
     log_p = log_softmax(teacher)
-    full = np_divergence(divergence, np.exp(log_softmax(student)), np.exp(log_p), None)
+    full = np_value(divergence, np_softmax(student), np.exp(log_p), None)
     found = []
     for k in (8, 64, 256, 999, 1000):
         stored = to_float32(top_k(log_p, k, places=1000))
@@ -195,7 +143,7 @@ def test_a_lower_bound_that_rises_to_the_full_divergence(divergence):
 
 
 @pytest.mark.pitfall(27)
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("divergence", EVERY_WITH_TEACHER, ids=str)
 def test_zero_probabilities_give_no_nan(divergence):
     """No tail, empty places, an entry of probability 0 for one side or for both."""
     student, teacher = make_logits(3)
@@ -215,9 +163,9 @@ def test_zero_probabilities_give_no_nan(divergence):
     stored = TeacherDistributions(logs[:, :-1], ids, logs[:, -1])
     values, gradient = values_and_gradients(divergence, np.float32(student), stored, ids[:, 2], 1.5)
     assert not np.any(np.isnan(values))
-    q = bucketed(np.exp(log_softmax(student / 1.5)), ids)
+    q = bucketed(np_softmax(student, 1.5), ids)
     is_target = np.eye(K + 1, dtype=bool)[np.full(len(ids), 2)]
-    expected = np_divergence(divergence, q, p, is_target)
+    expected = np_value(divergence, q, p, is_target)
     np.testing.assert_allclose(values, expected, rtol=2e-5, atol=1e-6)
     # The gradient of an infinite divergence does not exist; every other is finite.
     assert np.all(np.isfinite(gradient[np.isfinite(values)]))
@@ -267,17 +215,12 @@ def test_the_mean_gradient_to_drawn_tokens_is_that_of_the_full_forward_kl():
     assert not GeneralizedJSD(0.5).is_linear_in_teacher
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("divergence", EVERY_WITH_TEACHER, ids=str)
 def test_what_is_linear_says_so(divergence):
-    expected = divergence in (ForwardKL(), KL_AND_CROSS_ENTROPY)
-    assert divergence.is_linear_in_teacher == expected
+    assert divergence.is_linear_in_teacher == (divergence in (ForwardKL(), MIXED))
 
 
 # The loss of hidden states, in its plain form and in chunks.
-
-
-def unembed(kernel, hidden):
-    return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def make_case(seed=0, dtype=np.float32):
@@ -326,7 +269,7 @@ def assert_close(one, other, rtol=1e-6):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_chunks_equal_the_plain_form(dtype, small_chunks):
     case = make_case(dtype=dtype)
-    objective = Objective(KL_AND_CROSS_ENTROPY, student_temperature=2.0, z_loss=1e-3)
+    objective = Objective(MIXED, student_temperature=2.0, z_loss=1e-3)
     plain, chunks = (
         make_loss(form, objective)(case) for form in (weighted_loss, fused_weighted_loss)
     )

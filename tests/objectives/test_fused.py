@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from divergence_references import ALL_IN_ONE, EVERY, unembed
+from float32_rounding import assert_within_rounding
 from jax.sharding import PartitionSpec as P
 
 from gkd_jax.objectives import (
@@ -99,7 +100,12 @@ def test_a_mesh_changes_nothing_of_each_divergence(divergence, shape, small_chun
 
 
 def check_on_mesh(divergence, shape):
-    """Rows over 'data', the vocabulary over 'model'; and no device ever has all of it."""
+    """Rows over 'data', the vocabulary over 'model'; and no device ever has all of it.
+
+    Two orders of the same sums: each is within `loss_bounds` of the exact value, by float32's
+    rounding of the numbers that are added, whatever the machine. A part that is left out, or added
+    twice, is off by far more.
+    """
     arrays = make_arrays()
     objective = Objective(divergence, z_loss=1e-3)
     expected = jax.jit(make_loss(weighted_loss, objective))(arrays)
@@ -115,7 +121,8 @@ def check_on_mesh(divergence, shape):
     step = jax.jit(
         partitioner.annotate(make_loss(fused_weighted_loss, objective)), out_shardings=outputs
     )
-    assert_close(jax.device_get(step(sharded)), jax.device_get(expected))
+    found = jax.device_get((step(sharded), expected))
+    assert_within_rounding(*found, objective, arrays)
     program = step.lower(sharded).compile().as_text()
     gathered = re.findall(r"= (.*) all-gather", program)
     assert not [text for text in gathered if re.search(rf"[\[,]{V}[\],]", text)]
@@ -278,7 +285,7 @@ def test_groups_that_do_not_divide_a_chunk(small_chunks, monkeypatch):
     plain, chunks = (
         jax.jit(make_loss(form, objective))(arrays) for form in (weighted_loss, fused_weighted_loss)
     )
-    assert_close(chunks, plain)
+    assert_within_rounding(*jax.device_get((chunks, plain)), objective, arrays)
 
 
 def test_evaluation_without_gradients_is_the_same():
