@@ -39,7 +39,6 @@ _LISTED = sorted(set(_ALL) - {PolicyGradient.__name__})
 def test_each_is_exported():
     missing = [name for name, kind in _ALL.items() if getattr(objectives, name, None) is not kind]
     assert missing == [], "export it in objectives/__init__.py"
-    assert set(_ALL) <= set(objectives.__all__)
 
 
 @pytest.mark.parametrize("name", _LISTED)
