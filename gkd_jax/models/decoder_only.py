@@ -9,7 +9,6 @@ is padded on the right (or anywhere), and no row is shifted.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -61,18 +60,9 @@ class Places:
     rotation: dict[str, tuple[Array, Array]]
     bias: dict[str, Array]
 
-    def at(self, config: DecoderConfig, number: Index) -> tuple[tuple[Array, Array], Array]:
-        """Rotation and bias of the layer of that number."""
-        if isinstance(number, int):
-            kind = config.layer_kinds[number]
-            return self.rotation[kind], self.bias[kind]
-        first, *others = sorted(set(config.layer_kinds))
-        chosen = self.rotation[first], self.bias[first]
-        for kind in others:
-            is_kind = jnp.asarray([one == kind for one in config.layer_kinds])[number]
-            of_kind = self.rotation[kind], self.bias[kind]
-            chosen = jax.tree.map(functools.partial(jnp.where, is_kind), of_kind, chosen)
-        return chosen
+    def at(self, kind: str) -> tuple[tuple[Array, Array], Array]:
+        """Rotation and bias of the layers of a kind."""
+        return self.rotation[kind], self.bias[kind]
 
 
 def make_places(
@@ -281,8 +271,8 @@ class Decoder(nn.Module):
     def _at(self, places: Places, tokens: Array, *, with_cache: bool) -> tuple[Array, PyTree]:
         config = self.config
 
-        def body(layer: DecoderLayer, x: Array, number: Index) -> tuple[Array, PyTree]:
-            x, keys_values = layer(x, *places.at(config, number))
+        def body(layer: DecoderLayer, x: Array, number: Index, kind: str) -> tuple[Array, PyTree]:
+            x, keys_values = layer(x, *places.at(kind))
             return x, keys_values if with_cache else None
 
         # A cache is not made for a backward pass.
@@ -290,9 +280,7 @@ class Decoder(nn.Module):
         return self._run(body, self._embed(tokens), remat_policy=policy)
 
     def _run(self, body: Any, carry: Any, **options: Any) -> tuple[Any, Any]:
-        return run_layers(
-            self.layers, body, carry, num_layers=len(self.config.layer_kinds), **options
-        )
+        return run_layers(self.layers, body, carry, kinds=self.config.layer_kinds, **options)
 
     def hidden_states(self, inputs: Array, inputs_mask: Array, targets: Array) -> Array:
         fed = targets[:, :-1]
@@ -352,10 +340,13 @@ class Decoder(nn.Module):
         places = make_places(self.config, lengths + index, key_positions, is_key)
         slot = num_inputs + index
 
-        def body(layer: DecoderLayer, carry: tuple, number: Index) -> tuple[tuple, None]:
+        def body(layer: DecoderLayer, carry: tuple, number: Index, kind: str) -> tuple[tuple, None]:
             x, cache = carry
-            at = places.at(self.config, number)
-            return layer(x, *at, lambda new: extend_cache(cache, new, number, slot)), None
+
+            def keep(new: KeysValues) -> tuple[KeysValues, PyTree]:
+                return extend_cache(cache, new, number, slot)
+
+            return layer(x, *places.at(kind), keep), None
 
         (x, cache), _ = self._run(body, (self._embed(tokens[:, None]), state.cache))
         return self.decoder_norm(x)[:, 0], dataclasses.replace(state, cache=cache)

@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import contextvars
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
@@ -21,7 +22,8 @@ Layers = Sequence[nn.Module] | nn.Module
 Index = int | Int[Array, ""]
 """Number of a layer; traced where layers are stacked."""
 
-Body = Callable[[Any, Any, Index], tuple[Any, Any]]
+Body = Callable[[Any, Any, Index, Any], tuple[Any, Any]]
+"""`(layer, carry, number of the layer, kind of the layer)` to the new carry and an output."""
 
 # Which activations of a layer the backward pass finds, rather than computes again; by T5X's names.
 _REMAT_POLICIES = {
@@ -29,79 +31,168 @@ _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-_layer: contextvars.ContextVar[Index | None] = contextvars.ContextVar("layer", default=None)
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """The layer that is being traced within a loop over stacked layers.
+
+    Attributes:
+      number: of the layer; traced.
+      body: number of the first layer that runs through this body of the loop; static.
+    """
+
+    number: Index
+    body: int
+
+
+_loop: contextvars.ContextVar[_Loop | None] = contextvars.ContextVar("loop", default=None)
 
 
 def make_layers(make: Callable[[], nn.Module], number: int, *, stacked: bool) -> Layers:
-    """The layers of a network, as `run_layers` takes them."""
+    """Returns the layers of a network in the form that `run_layers` takes."""
     return make() if stacked else [make() for _ in range(number)]
 
 
 def run_layers(
-    layers: Layers, body: Body, carry: Any, *, num_layers: int, remat_policy: str = "none"
+    layers: Layers, body: Body, carry: Any, *, kinds: Sequence[Any], remat_policy: str = "none"
 ) -> tuple[Any, Any]:
-    """Runs through layers: one after the other, or as one loop where they are stacked.
+    """Runs all layers: one after the other, or in loops if their parameters are stacked.
+
+    Kinds of stacked layers that repeat, such as five sliding windows and one full attention, are
+    looped over period by period: a turn runs one body for each layer of the period. So each body
+    has one static kind, and computes nothing for any other.
 
     Args:
-      layers: in order, or the one that stands for all.
-      body: `(layer, carry, number of the layer)` to the new carry and an output.
-      carry: the first layer's.
-      num_layers: how many there are.
-      remat_policy: of each layer, as the configurations have it.
+      layers: in order, or the one module that stands for all.
+      body: computes one layer, see `Body`.
+      carry: input of the first layer.
+      kinds: the kind of each layer, equal where layers compute the same function of their
+        parameters; its length is the depth.
+      remat_policy: applied to each layer; see the configurations.
 
     Returns:
-      The last carry; and the outputs, in a tuple, or stacked along a new second axis.
+      The last carry; and the outputs of all layers, in a tuple, or stacked along a new second axis.
     """
-
-    def rematerialised(fn: Callable[..., Any]) -> Callable[..., Any]:
-        if remat_policy == "none":
-            return fn
-        # Within a loop the compiler cannot undo it, and need not be kept from it.
-        is_loop = isinstance(layers, nn.Module)
-        return nn.remat(fn, policy=_REMAT_POLICIES[remat_policy], prevent_cse=not is_loop)
-
     if isinstance(layers, nn.Module):
-
-        def one(layer: nn.Module, carry: Any, number: Index) -> tuple[Any, Any]:
-            with _at_layer(number):
-                return body(layer, carry, number)
-
-        loop = nn.scan(
-            rematerialised(one),
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            length=num_layers,
-            out_axes=1,
-        )
-        return loop(layers, carry, jnp.arange(num_layers))
+        sections = stacking.sections(kinds)
+        outputs = []
+        for section in sections:
+            loop = _make_loop(body, section, remat_policy, is_all=section.num_layers == len(kinds))
+            numbers = section.start + section.period * jnp.arange(section.turns)
+            carry, output = loop(layers, carry, numbers)
+            outputs.append(output)
+        # [B, turns, period, ...] of each section to [B, layers, ...].
+        flat = [
+            jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1, *leaf.shape[3:]), output)
+            for output in outputs
+        ]
+        return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *flat)
     outputs = []
-    for number, layer in enumerate(layers):
-        numbered = rematerialised(lambda layer, carry, n=number: body(layer, carry, n))
-        carry, output = numbered(layer, carry)
+    for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+        own = functools.partial(_call_body, body, number=number, kind=kind)
+        carry, output = _rematerialised(own, remat_policy)(layer, carry)
         outputs.append(output)
     return carry, tuple(outputs)
 
 
+def _call_body(
+    body: Body, layer: nn.Module, carry: Any, *, number: Index, kind: Any
+) -> tuple[Any, Any]:
+    return body(layer, carry, number, kind)
+
+
+def _rematerialised(
+    fn: Callable[..., Any], remat_policy: str, *, prevent_cse: bool = True
+) -> Callable[..., Any]:
+    if remat_policy == "none":
+        return fn
+    return nn.remat(fn, policy=_REMAT_POLICIES[remat_policy], prevent_cse=prevent_cse)
+
+
+def _make_loop(
+    body: Body, section: stacking.Section, remat_policy: str, *, is_all: bool
+) -> Callable[..., Any]:
+    """Returns `(stacked layers, carry, number of each turn's first layer)` to carry and outputs."""
+    # A layer a turn: the loop itself cuts the stack. Otherwise each body reads its layer where it
+    # is stored, since cutting out sections or periods beforehand would copy the parameters.
+    is_cut = is_all and section.period == 1
+
+    def turn(stack: nn.Module, carry: Any, first: Index) -> tuple[Any, Any]:
+        outputs = []
+        for offset, kind in enumerate(section.kinds):
+
+            def one(
+                layer: nn.Module, carry: Any, number: Index, offset: int = offset, kind: Any = kind
+            ) -> tuple[Any, Any]:
+                with _within(_Loop(number, section.start + offset)):
+                    return body(layer, carry, number, kind)
+
+            # Reading is within what is computed again: layers that were read would be stored.
+            # A loop's own backward pass needs no protection; one turn is compiled without a loop.
+            own = _rematerialised(
+                one if is_cut else _reading_own_layer(one), remat_policy,
+                prevent_cse=section.turns == 1,
+            )  # fmt: skip
+            carry, output = own(stack, carry, first + offset)
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *outputs)
+
+    how: dict[str, Any] = (
+        {"variable_axes": {"params": 0}} if is_cut else {"variable_broadcast": "params"}
+    )
+    return nn.scan(
+        turn,
+        split_rngs={"params": True, "dropout": True},
+        length=section.turns,
+        out_axes=1,
+        **how,
+    )
+
+
+def _reading_own_layer(one: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives `one` the parameters of its own layer in the place of the stack of all."""
+
+    def read(stack: nn.Module, carry: Any, number: Index) -> tuple[Any, Any]:
+        def take(params: PyTree) -> PyTree:
+            return jax.tree.map(
+                lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), params
+            )
+
+        return nn.map_variables(one, "params", trans_in_fn=take)(stack, carry, number)
+
+    return read
+
+
 @contextlib.contextmanager
-def _at_layer(number: Index) -> Iterator[None]:
-    token = _layer.set(number)
+def _within(loop: _Loop) -> Iterator[None]:
+    token = _loop.set(loop)
     try:
         yield
     finally:
-        _layer.reset(token)
+        _loop.reset(token)
 
 
 def of_this_layer(leaf: Array, ndim: int) -> Array:
-    """Within a loop over stacked layers, this layer's part of an array that is not scanned.
+    """Returns the current layer's part of an array that a loop over stacked layers does not cut.
 
     Args:
-      leaf: with a first axis for layers, or without it, and then it is returned.
-      ndim: axes of a layer's part.
+      leaf: with a first axis for layers; or without it, and then it is returned unchanged.
+      ndim: number of axes of one layer's part.
     """
-    number = _layer.get()
-    if leaf.ndim == ndim or number is None:
+    loop = _loop.get()
+    if leaf.ndim == ndim or loop is None:
         return leaf
-    return lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+    return lax.dynamic_index_in_dim(leaf, loop.number, keepdims=False)
+
+
+def key_of_this_layer(key: Key[Array, ""]) -> Key[Array, ""]:
+    """Makes a layer's random key its own within a loop over stacked layers.
+
+    Turns of a loop have different keys, but the bodies of one turn, and loops one after the other,
+    have the same.
+    """
+    loop = _loop.get()
+    return key if loop is None or loop.body == 0 else jax.random.fold_in(key, loop.body)
 
 
 def take_layer(outputs: Any, number: Index) -> Any:

@@ -5,8 +5,10 @@ has their parameters stacked along a first axis. Checkpoints for others have eac
 checkpoint of either form serves a network of the other.
 """
 
+import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +21,62 @@ STACKED = "layers"
 """The name of stacked layers, and the logical axis along which they lie."""
 
 _LAYER = re.compile(rf"{STACKED}_(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Successive layers whose kinds repeat with a period.
+
+    Attributes:
+      start: number of the first layer.
+      kinds: the kinds of the layers of one period.
+      turns: how often the period occurs.
+    """
+
+    start: int
+    kinds: tuple[Any, ...]
+    turns: int
+
+    @property
+    def period(self) -> int:
+        """Layers of one turn."""
+        return len(self.kinds)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all turns."""
+        return self.period * self.turns
+
+
+def sections(kinds: Sequence[Any]) -> tuple[Section, ...]:
+    """Divides layers into sections that are few and compile to few bodies.
+
+    A body is compiled for each layer of each section's period. 26 layers of Gemma 3, of which
+    every sixth is another kind, are four turns of six and then two turns of one.
+
+    Args:
+      kinds: the kind of each layer; hashable.
+    """
+    return _sections(tuple(kinds))
+
+
+@functools.lru_cache(maxsize=64)
+def _sections(kinds: tuple[Any, ...]) -> tuple[Section, ...]:
+    # The best division of the first n layers: its cost, its bodies, its sections.
+    best: list[tuple[int, int, tuple[Section, ...]]] = [(0, 0, ())]
+    for end in range(1, len(kinds) + 1):
+        candidates = []
+        for period in range(1, end + 1):
+            start = end - period
+            pattern = kinds[start:end]
+            while start >= 0 and kinds[start : start + period] == pattern:
+                cost, bodies, before = best[start]
+                section = Section(start, pattern, (end - start) // period)
+                # A loop counts as two bodies more: one of a period comes before several of parts.
+                candidates.append((cost + period + 2, bodies + period, (*before, section)))
+                start -= period
+        best.append(min(candidates, key=lambda candidate: candidate[:2]))
+    return best[-1][2]
 
 
 def are_stacked(names: Iterable[str]) -> bool:

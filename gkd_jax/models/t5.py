@@ -126,13 +126,13 @@ class Encoder(nn.Module):
             mask &= layers.same_segment(segments, segments)
         relpos = self.relpos_bias(length, length)
 
-        def body(layer: EncoderLayer, x: Array, number: Index) -> tuple[Array, None]:
+        def body(layer: EncoderLayer, x: Array, number: Index, kind: Any) -> tuple[Array, None]:
             return layer(x, relpos, mask), None
 
         config = self.config
         x, _ = run_layers(
             self.layers, body, self.dropout(x),
-            num_layers=config.num_encoder_layers, remat_policy=config.remat_policy,
+            kinds=("encoder",) * config.num_encoder_layers, remat_policy=config.remat_policy,
         )  # fmt: skip
         return self.final_dropout(self.encoder_norm(x))
 
@@ -214,21 +214,22 @@ class Decoder(nn.Module):
             seen &= layers.same_segment(targets_segments, inputs_segments)
         cross_bias = layers.mask_to_bias(seen)
 
-        def body(layer: DecoderLayer, x: Array, number: Index) -> tuple[Array, None]:
+        def body(layer: DecoderLayer, x: Array, number: Index, kind: Any) -> tuple[Array, None]:
             return layer(x, layer.cross_keys_values(encoded), self_biases, cross_bias)
 
         x, _ = self._run(body, self.dropout(x), remat_policy=self.config.remat_policy)
         return self.dropout(self.decoder_norm(x))
 
     def _run(self, body: Any, carry: Any, **options: Any) -> tuple[Any, Any]:
-        return run_layers(
-            self.layers, body, carry, num_layers=self.config.num_decoder_layers, **options
-        )
+        kinds = ("decoder",) * self.config.num_decoder_layers
+        return run_layers(self.layers, body, carry, kinds=kinds, **options)
 
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> PyTree:
         """Keys and values of all layers, in a tuple or stacked along a second axis."""
 
-        def body(layer: DecoderLayer, carry: tuple, number: Index) -> tuple[tuple, KeysValues]:
+        def body(
+            layer: DecoderLayer, carry: tuple, number: Index, kind: Any
+        ) -> tuple[tuple, KeysValues]:
             return carry, layer.cross_keys_values(encoded)
 
         return self._run(body, ())[1]
@@ -253,7 +254,7 @@ class Decoder(nn.Module):
         self_biases = (self.relpos_bias.row(slot, num_slots) + layers.mask_to_bias(seen),)
         cross_bias = layers.mask_to_bias(state.inputs_mask[:, None, None, :])
 
-        def body(layer: DecoderLayer, carry: tuple, number: Index) -> tuple[tuple, None]:
+        def body(layer: DecoderLayer, carry: tuple, number: Index, kind: Any) -> tuple[tuple, None]:
             x, cache = carry
             cross = take_layer(state.cross_attention, number)
 

@@ -168,6 +168,141 @@ def deep(depth, **changes):
     )
 
 
+def of_kinds(kinds, **changes):
+    """A Gemma 3 with these kinds of layers, 's' for a sliding window, 'f' for full attention."""
+    names = {"s": "sliding", "f": "full"}
+    model = family("gemma3")
+    config = dataclasses.replace(model.config, layer_kinds=[names[kind] for kind in kinds])
+    return dataclasses.replace(model, config=dataclasses.replace(config, **changes))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "wanted"),
+    [
+        ("f" * 12, [(0, "f", 12)]),
+        ("sf" * 6, [(0, "sf", 6)]),
+        ("sssssf" * 4 + "ss", [(0, "sssssf", 4), (24, "s", 2)]),
+        ("f" * 28 + "s" * 20, [(0, "f", 28), (28, "s", 20)]),
+        ("rrrn" * 9, [(0, "rrrn", 9)]),
+        ("sfsfs", [(0, "sf", 2), (4, "s", 1)]),
+        ("sssssf" * 2 + "s", [(0, "sssssf", 2), (12, "s", 1)]),
+        ("s", [(0, "s", 1)]),
+    ],
+)
+def test_sections_are_periods_and_remainders(kinds, wanted):
+    sections = stacking.sections(kinds)
+    assert [(one.start, "".join(one.kinds), one.turns) for one in sections] == wanted
+    assert sum(one.num_layers for one in sections) == len(kinds)
+    assert "".join("".join(one.kinds) * one.turns for one in sections) == kinds
+
+
+@pytest.mark.parametrize("kinds", ["sssf" * 2 + "s", "ff" + "ss" * 2 + "f"])
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_remainder_computes_the_same(kinds, policy):
+    """Loss and gradients, prefill and decode steps, of layers that fill no last period."""
+    model, batch = of_kinds(kinds, remat_policy=policy), hf_models.random_batch()
+    loop = scanned(model)
+    assert len(stacking.sections(kinds)) > 1
+    params = random_params(model)
+    stacked = stacking.stack(params)
+    chex.assert_trees_all_equal_shapes(loop.abstract_params(), stacked)
+    loss, grads = value_and_grad(model, params, batch)
+    loop_loss, loop_grads = value_and_grad(loop, stacked, batch)
+    np.testing.assert_allclose(loss, loop_loss, rtol=1e-6)
+    assert_close(grads, stacking.unstack(loop_grads), 2e-5)
+
+    def read(model, params):
+        hidden, state = model.prefill(params, batch.inputs, batch.inputs_mask, max_length=4)
+        for index in range(3):
+            step, state = model.decode_step(params, state, batch.targets[:, index], index)
+            hidden = jnp.concatenate([hidden, step], axis=-1)
+        return hidden, state.cache
+
+    hidden, cache = jax.jit(read, static_argnums=0)(model, params)
+    loop_hidden, loop_cache = jax.jit(read, static_argnums=0)(loop, stacked)
+    np.testing.assert_allclose(hidden, loop_hidden, atol=2e-5)
+    for number, layer in enumerate(cache):
+        own = jax.tree.map(lambda leaf, n=number: leaf[:, n], loop_cache)
+        chex.assert_trees_all_close(layer, own, atol=2e-5)
+
+
+def loops_of(jaxpr):
+    """The bodies of all loops in a program."""
+    for eqn in jaxpr.eqns:
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                if eqn.primitive.name == "scan":
+                    yield inner
+                yield from loops_of(inner)
+
+
+def equations(jaxpr, name):
+    """The equations of that name in a program, within remat and calls as well."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == name:
+            yield eqn
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner, name)
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_loop_does_not_choose_between_kinds(policy):
+    """Five sliding layers and a full one: a body for each, with the mask of its kind alone."""
+    model = scanned(of_kinds("sssssf" * 2 + "s"), remat_policy=policy)
+    batch = hf_models.random_batch()
+    length = batch.inputs.shape[1] + batch.targets.shape[1] - 1
+
+    def step(params):
+        _, state = model.prefill(params, batch.inputs, batch.inputs_mask, max_length=9)
+        return model.decode_step(params, state, batch.targets[:, 0], 0)
+
+    def forward(params):
+        return model.hidden_states(params, batch)
+
+    for program in (forward, step):
+        loops = list(loops_of(jax.make_jaxpr(program)(model.abstract_params()).jaxpr))
+        softmaxes = [sum(1 for _ in equations(loop, "exp")) for loop in loops]
+        # Prefill and step have two loops each.
+        assert softmaxes == [6, 1] * (1 if program is forward else 2)
+        for loop in loops:
+            assert not list(equations(loop, "cond"))
+            for eqn in equations(loop, "select_n"):
+                # The index of a layer alone is selected: counted from the end if it is negative.
+                assert eqn.outvars[0].aval.shape == (), eqn
+    bias = (len(batch.inputs), 1, length, length)
+    whole, rest = loops_of(jax.make_jaxpr(forward)(model.abstract_params()).jaxpr)
+    counts = [sum(one.aval.shape == bias for one in loop.invars) for loop in (whole, rest)]
+    assert counts == [2, 1], counts
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_layers_of_a_loop_drop_by_keys_of_their_own(policy, monkeypatch):
+    """Bodies of one turn, and loops one after the other, would otherwise drop alike."""
+    kinds = "sssf" * 2 + "s"
+    model = scanned(of_kinds(kinds, dropout_rate=0.1, remat_policy=policy))
+    seen = []
+    bernoulli = jax.random.bernoulli
+
+    def spy(key, *args):
+        jax.debug.callback(
+            lambda data: seen.append(tuple(map(int, data))), jax.random.key_data(key)
+        )
+        return bernoulli(key, *args)
+
+    monkeypatch.setattr(jax.random, "bernoulli", spy)
+    batch, params = hf_models.random_batch(), random_params(model)
+    jax.block_until_ready(model.hidden_states(params, batch, dropout_key=jax.random.key(3)))
+    jax.effects_barrier()
+    # Two of each layer, and those of embeddings and of the last norm.
+    assert len(seen) == 2 * len(kinds) + 2
+    assert len(set(seen)) == len(seen)
+
+
 def test_policies_save_memory_in_their_order():
     sizes = {
         policy: compiled_gradient(deep(8, scan_layers=True, remat_policy=policy))
