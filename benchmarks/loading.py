@@ -59,7 +59,7 @@ def load(folder: str, dtype: str) -> None:
 
     from gkd_jax.checkpoints import hf
     from gkd_jax.checkpoints.load import load_params
-    from gkd_jax.partitioning import Partitioner
+    from gkd_jax.devices.partitioning import Partitioner
 
     model = hf.hf_model(folder)
     shardings = Partitioner(model_parallelism=2, rules="fsdp").param_shardings(model)

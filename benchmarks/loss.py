@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import timing
 
-from gkd_jax.array_types import Array
+from gkd_jax.common.array_types import Array
 from gkd_jax.objectives import (
     GeneralizedJSD,
     Objective,

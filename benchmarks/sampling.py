@@ -13,7 +13,7 @@ import timing
 from step import Work
 from work import SMALLEST, Sizes
 
-from gkd_jax.rollout import Rollout
+from gkd_jax.distillation.rollout import Rollout
 from gkd_jax.sampling.beam_search import BeamSearch
 from gkd_jax.sampling.decode import DecodingMethod
 from gkd_jax.sampling.methods import Greedy, Sample

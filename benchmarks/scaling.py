@@ -125,8 +125,8 @@ class Results:
 
     def report(self, cell: Cell) -> Any:
         """What was found of a cell; None where it was not compiled yet."""
-        from gkd_jax import hlo
-        from gkd_jax.compile_report import Part, Report
+        from gkd_jax.devices import hlo
+        from gkd_jax.run_modes.compile_report import Part, Report
 
         found = self._found.get(cell.key)
         if found is None:
@@ -155,11 +155,12 @@ def compile_cell(
     file: str, settings: dict[str, Any], topology: str, names: list[str]
 ) -> dict[str, Any]:
     """Compiles a recipe for a slice, up to the first part that does not fit."""
-    from gkd_jax import compile_ahead, gin_utils
     from gkd_jax.experiment import Experiment
+    from gkd_jax.experiment.gin_files import configuration
+    from gkd_jax.run_modes import compile_ahead
 
     values = dict.fromkeys(PATHS, "none") | settings
-    config = gin_utils.parse(
+    config = configuration.parse(
         roots=(Experiment,),
         gin_files=[str(ROOT / file)],
         bindings=[f"{name} = {value!r}" for name, value in values.items()],
@@ -172,7 +173,7 @@ def compile_cell(
 
 def smallest(recipe: Recipe, results: Results, *, may_compile: bool) -> list[tuple[str, Any]]:
     """Reports on the smallest slice that holds the recipe, and before it on the next smaller."""
-    from gkd_jax import chips
+    from gkd_jax.devices import chips
 
     found: list[tuple[str, Any]] = []
     for size in chips.CHIPS[recipe.chip].slices:
@@ -209,7 +210,7 @@ def describe_needed(report: Any) -> str:
 
 def describe_bounds(report: Any) -> tuple[str, str]:
     """Least seconds of a step and of its rollout, and what binds each."""
-    from gkd_jax.compile_report import roofline
+    from gkd_jax.run_modes.compile_report import roofline
 
     parts = {part.name: part for part in report.parts if part.temporaries is not None}
     texts = []
@@ -262,7 +263,7 @@ def recipes_table(results: Results, recipes: Sequence[Recipe], *, may_compile: b
 
 def scaling_table(results: Results, cells: Sequence[Cell]) -> str:
     """Memory and traffic of a step on different slices."""
-    from gkd_jax.compile_report import describe_sent, roofline
+    from gkd_jax.run_modes.compile_report import describe_sent, roofline
 
     rows = []
     for cell in cells:

@@ -20,17 +20,17 @@ import numpy as np
 import timing
 from work import SMALLEST, Llama, Sizes
 
-from gkd_jax import runtime
-from gkd_jax.batch import Batch
-from gkd_jax.models.config import T5Config
+from gkd_jax.common.batch import Batch
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation.optimizers import AdamW, Constant
+from gkd_jax.distillation.rollout import Rollout
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.objectives import GeneralizedJSD, Objective, Predictions, fused_weighted_loss
 from gkd_jax.objectives.objective import final_weights
-from gkd_jax.optimizers import AdamW, Constant
-from gkd_jax.partitioning import Partitioner
-from gkd_jax.rollout import Rollout
 from gkd_jax.sampling.methods import Greedy
-from gkd_jax.trainer import jit_step_functions
+from gkd_jax.training import jitted_functions
+from gkd_jax.training.trainer import jit_step_functions
 
 OBJECTIVE = Objective(GeneralizedJSD(Sizes().beta))
 OPTIMIZER = AdamW(Constant(Sizes().learning_rate))
@@ -93,7 +93,9 @@ class Work:
 
     def make_rollout(self, rollout: Rollout) -> Callable[..., Batch]:
         """No output ends early."""
-        return runtime.jit_rollout(rollout, self.student, Partitioner(), eos_ids=(), pad_id=0)
+        return jitted_functions.jit_rollout(
+            rollout, self.student, Partitioner(), eos_ids=(), pad_id=0
+        )
 
     def _make_batch(self) -> Batch:
         inputs, targets = jnp.array(self.sizes.prompts()), jnp.array(self.sizes.outputs())
@@ -115,7 +117,7 @@ class Work:
         batch = self.batch
         if on_policy:
             batch = self.rollout_fn(self.state.params, batch, self.next_key())
-            batch = runtime.without_log_probs(batch)
+            batch = jitted_functions.without_log_probs(batch)
         self.state, _ = self.step_fn(self.state, self.teacher_params, batch, self.next_key())
         jax.block_until_ready(self.state)
 

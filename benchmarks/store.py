@@ -17,15 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from gkd_jax.array_types import Params
-from gkd_jax.batch import Batch
-from gkd_jax.models.config import T5Config
+from gkd_jax.common.array_types import Params
+from gkd_jax.common.batch import Batch
+from gkd_jax.distillation.optimizers import AdamW, Constant
+from gkd_jax.distillation.stored_distributions import Draws, Full, Support, TopK
+from gkd_jax.distillation.train_step import TrainState, init_train_state, make_train_step
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.objectives import ForwardKL, Objective
-from gkd_jax.optimizers import AdamW, Constant
-from gkd_jax.store_teacher import make_choose
-from gkd_jax.supports import Draws, Full, Support, TopK
-from gkd_jax.train_step import TrainState, init_train_state, make_train_step
+from gkd_jax.run_modes.store_teacher import make_choose
 
 
 def make_model(args: argparse.Namespace, *, width: int, num_heads: int) -> T5:

@@ -10,15 +10,15 @@ import dataclasses
 from gkd_jax.data.pipeline import DatasetConfig
 from gkd_jax.data.recipes import arithmetic
 from gkd_jax.data.vocabularies import ByteVocabulary
+from gkd_jax.distillation.optimizers import AdamW, Constant
+from gkd_jax.distillation.teachers import Teacher
 from gkd_jax.experiment import Evaluation, Experiment, Student
-from gkd_jax.models.config import T5Config
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.objectives.divergences import GeneralizedJSD, NegativeLogLikelihood
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective
-from gkd_jax.optimizers import AdamW, Constant
-from gkd_jax.teachers import Teacher
-from gkd_jax.train import train
+from gkd_jax.run_modes.train import train
 
 
 def t5(width: int) -> T5:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gkd_jax.array_types import Array
+from gkd_jax.common.array_types import Array
 from gkd_jax.objectives import (
     AlphaDivergence,
     ClippedForwardKL,

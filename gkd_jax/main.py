@@ -99,11 +99,11 @@ def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _run(command: str) -> None:
-    from gkd_jax import gin_utils
-    from gkd_jax.experiment import Experiment
-    from gkd_jax.study import Study
+    from gkd_jax.experiment.experiment import Experiment
+    from gkd_jax.experiment.gin_files import configuration
+    from gkd_jax.run_modes.study import Study
 
-    config = gin_utils.parse(
+    config = configuration.parse(
         roots=(Study, Experiment),
         gin_files=_GIN_FILE.value or [_DEFAULT_GIN_FILE],
         bindings=_GIN_BINDINGS.value,
@@ -114,14 +114,14 @@ def _run(command: str) -> None:
     _join_processes()
     experiment = config.build()
     if run_mode in ("train", "study") and not _ALLOW_CHANGED_CONFIG.value:
-        gin_utils.check_config(experiment.model_dir, config)
+        configuration.check_config(experiment.model_dir, config)
     if _DRY_RUN.value and run_mode == "compile_ahead":
         raise ValueError(
             "--run_mode=compile_ahead runs nothing and reads no data, as --dry_run does; got both. "
             "Leave --dry_run out, or the run mode."
         )
     if _DRY_RUN.value:
-        from gkd_jax import dry_run
+        from gkd_jax.run_modes import dry_run
 
         print(dry_run.dry_run(experiment, run_mode="train" if run_mode == "study" else run_mode))
         return
@@ -130,7 +130,7 @@ def _run(command: str) -> None:
         import jax
 
         if jax.process_index() == 0:
-            gin_utils.save_config(experiment.model_dir, config, command=command)
+            configuration.save_config(experiment.model_dir, config, command=command)
 
     _report(_call(run_mode, experiment, before_start=save_config))
 
@@ -172,37 +172,37 @@ def _call(run_mode: str, experiment: Any, *, before_start: Callable[[], None]) -
     one that a corrected one would differ from.
     """
     if run_mode == "study":
-        from gkd_jax import study
+        from gkd_jax.run_modes import study
 
         rows = study.run_study(experiment, before_start=before_start)
         return study.format_table(experiment, rows)
     if run_mode == "eval":
-        from gkd_jax import evaluate
+        from gkd_jax.run_modes import evaluate
 
         scores = evaluate.evaluate(experiment).scores
         return "\n".join(f"{name}: {score}" for name, score in scores.items())
     if run_mode == "generate":
-        from gkd_jax import generate
+        from gkd_jax.run_modes import generate
 
         return f"written: {generate.generate(experiment)}"
     if run_mode == "store_teacher":
-        from gkd_jax import store_teacher
+        from gkd_jax.run_modes import store_teacher
 
         return f"written: {store_teacher.store_teacher(experiment)}"
     if run_mode == "interactive":
-        from gkd_jax import interactive
+        from gkd_jax.run_modes import interactive
 
         interactive.interactive(experiment)
         return ""
     if run_mode == "compile_ahead":
-        from gkd_jax import compile_ahead
+        from gkd_jax.run_modes import compile_ahead
 
         return compile_ahead.compile_ahead(experiment)
     if run_mode == "export":
-        from gkd_jax import export
+        from gkd_jax.run_modes import export
 
         return f"written: {export.export(experiment)}"
-    from gkd_jax import train
+    from gkd_jax.run_modes import train
 
     scores_at_end = train.train(experiment, before_start=before_start).scores
     return "\n".join(f"eval/{name}: {value:.6g}" for name, value in scores_at_end.items())
@@ -234,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         _exit_with(f"unexpected argument {argv[1]!r}. Gin files are given by --gin_file=...")
     arguments = shlex.join(sys.argv[1:])
-    from gkd_jax import interruption
+    from gkd_jax.training import interruption
 
     try:
         _run(f"python -m gkd_jax.main {arguments}".strip())
@@ -298,7 +298,7 @@ def _set_up_logging() -> None:
 def run() -> None:
     """The `gkd_jax` command."""
 
-    from gkd_jax.appended import prefer_gcsfs
+    from gkd_jax.common.growing_files import prefer_gcsfs
 
     prefer_gcsfs()
 

@@ -23,15 +23,15 @@ from jax.sharding import PartitionSpec
 from t5x import decoding, models
 from t5x.examples.t5 import network
 
-from gkd_jax.array_types import Array, Float, Int, Params
-from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.load import load_params
-from gkd_jax.models.config import T5Config
+from gkd_jax.common.array_types import Array, Float, Int, Params
+from gkd_jax.common.batch import Batch
+from gkd_jax.distillation.rollout import Rollout, rollout_metrics, sample_outputs
+from gkd_jax.distillation.train_step import make_loss_fn
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective, final_weights
-from gkd_jax.rollout import Rollout, rollout_metrics, sample_outputs
-from gkd_jax.train_step import make_loss_fn
 
 T5XBatch = Mapping[str, Array]
 """T5X's names of features to arrays, as `seqio.EncDecFeatureConverter` makes them."""
@@ -110,8 +110,8 @@ class GkdModel(models.EncoderDecoderModel):
     """T5X's encoder-decoder, whose loss compares it with a teacher.
 
     Initialisation, decoding and scoring are T5X's, with its network; the loss is that of
-    `gkd_jax.train_step`, of our T5 on the same parameters. The teacher's parameters are an
-    argument of the loss: this class has its network only.
+    `gkd_jax.distillation.train_step`, of our T5 on the same parameters. The teacher's parameters
+    are an argument of the loss: this class has its network only.
     """
 
     def __init__(

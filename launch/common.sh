@@ -7,7 +7,7 @@
 #   wait_for_end  waits for it, and sets STATUS: 0, $SAVED (to be started again), or a fault's
 #   status, logs, cancel
 
-# The exit status of a process that saved and ended: EXIT_STATUS of gkd_jax/interruption.py.
+# The exit status of a process that saved and ended: EXIT_STATUS of gkd_jax/training/interruption.py.
 SAVED=75
 # That of a process that JAX aborts since another one of its run is lost.
 # shellcheck disable=SC2034 # Some launchers ask for it.
@@ -146,7 +146,7 @@ revision() {
 read_progress() {
   local answer steps
   steps="$(text_of TRAIN_STEPS)"
-  answer="$(python3 -m gkd_jax.last_step "$HERE_MODEL_DIR" ${steps:+--train_steps="$steps"})" || exit
+  answer="$(python3 -m gkd_jax.checkpoints.last_step "$HERE_MODEL_DIR" ${steps:+--train_steps="$steps"})" || exit
   [[ $answer =~ \"last_step\":\ ([0-9]+) ]] && LAST="${BASH_REMATCH[1]}"
   DONE=""
   [[ $answer != *'"done": true'* ]] || DONE=1

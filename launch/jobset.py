@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Any
 
-# EXIT_STATUS of gkd_jax/interruption.py: saved, to be started again.
+# EXIT_STATUS of gkd_jax/training/interruption.py: saved, to be started again.
 SAVED = 75
 # That of a process that JAX aborts since another one of its run is lost.
 LEFT_ALONE = 134

@@ -11,7 +11,7 @@ import shlex
 import sys
 from typing import Any
 
-# EXIT_STATUS of gkd_jax/interruption.py: saved, to be started again.
+# EXIT_STATUS of gkd_jax/training/interruption.py: saved, to be started again.
 SAVED = 75
 
 # A host of a TPU slice finds the others by itself. Elsewhere SkyPilot says which node this is, and

@@ -71,7 +71,7 @@ def tiny_teacher(tmp_path_factory) -> pathlib.Path:
     import small_runs
 
     from gkd_jax.experiment import Student
-    from gkd_jax.train import train
+    from gkd_jax.run_modes.train import train
 
     model_dir = tmp_path_factory.mktemp("tiny_teacher") / "run"
     student = Student(small_runs.model(small_runs.TEACHER_WIDTH))

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gkd_jax.objectives import VocabularyEntries
-from gkd_jax.objectives.token_divergence import term_and_slope
+from gkd_jax.objectives.per_token import term_and_slope
 
 UNIT = 2.0**-24
 OPERATIONS = 16

@@ -115,7 +115,7 @@ def save(name: str, folder: pathlib.Path, **options: Any) -> pathlib.Path:
 
 def random_batch(seed: int = 0, rows: int = 5, inputs: int = 12, targets: int = 9) -> Any:
     """Prompts of different length, padded on the right, and outputs."""
-    from gkd_jax.batch import Batch
+    from gkd_jax.common.batch import Batch
 
     generator = np.random.default_rng(seed)
     lengths = np.array([inputs, 1, 7, 4, inputs - 1] * rows)[:rows]

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from gkd_jax.batch import Batch
+from gkd_jax.common.batch import Batch
 
 PAD = 0
 # Prompt and output lengths: one of each is a single token.

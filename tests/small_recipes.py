@@ -19,11 +19,11 @@ from absl import flags
 from absl.testing import flagsaver
 
 from gkd_jax import main
-from gkd_jax.array_types import Params
 from gkd_jax.checkpoints.store import save_params
+from gkd_jax.common.array_types import Params
 from gkd_jax.data.train_vocabulary import train_sentencepiece
-from gkd_jax.models.config import T5Config
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -8,20 +8,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from gkd_jax import train
 from gkd_jax.data.pipeline import DatasetConfig
 from gkd_jax.data.recipes import arithmetic
 from gkd_jax.data.vocabularies import ByteVocabulary
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation.optimizers import AdamW, Constant
+from gkd_jax.distillation.teachers import Teacher
 from gkd_jax.experiment import Checkpoints, Evaluation, Experiment, Student
-from gkd_jax.models.config import T5Config
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.objectives.divergences import GeneralizedJSD, NegativeLogLikelihood
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective
-from gkd_jax.optimizers import AdamW, Constant
-from gkd_jax.partitioning import Partitioner
+from gkd_jax.run_modes import train
 from gkd_jax.sampling.methods import Sample
-from gkd_jax.teachers import Teacher
 
 BATCH_SIZE = 4
 NUM_HELDOUT = 10  # Not a multiple of the batch size: the last batch is completed by fillers.

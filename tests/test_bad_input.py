@@ -13,14 +13,15 @@ import small_recipes
 import small_runs
 from small_recipes import Gin, run_main
 
-from gkd_jax import runtime, train
 from gkd_jax.checkpoints.store import save_params
+from gkd_jax.data import vocabularies
 from gkd_jax.data.train_vocabulary import train_sentencepiece
 from gkd_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
-from gkd_jax.dry_run import dry_run
+from gkd_jax.distillation.teachers import Teacher
 from gkd_jax.experiment import Checkpoints, Evaluation, Student
-from gkd_jax.prepare import ConfigurationError
-from gkd_jax.teachers import Teacher
+from gkd_jax.experiment.prepare import ConfigurationError
+from gkd_jax.run_modes import train
+from gkd_jax.run_modes.dry_run import dry_run
 
 
 @pytest.fixture(scope="module")
@@ -143,16 +144,16 @@ _SETTINGS = {
     ),
     "unknown split": ("wmt_ende", {"EVAL_SPLIT": "dev"}, ("'dev'", "'validation'")),
     "cross-entropy on samples": (
-        "wmt_ende", {"DIVERGENCE": Gin("@divergences.NegativeLogLikelihood()")},
+        "wmt_ende", {"DIVERGENCE": Gin("@objectives.NegativeLogLikelihood()")},
         ("student_data_fraction to 0",),
     ),
     "packed prompts to answer": (
-        "wmt_ende", {"train/pipeline.DatasetConfig.pack": True},
+        "wmt_ende", {"train/data.DatasetConfig.pack": True},
         ("DatasetConfig.pack", "student_data_fraction=1.0", "(STUDENT_DATA_FRACTION) to 0.0"),
     ),
     "packed evaluation": (
-        "wmt_ende", {"pipeline.DatasetConfig.pack": True, "STUDENT_DATA_FRACTION": 0.0},
-        ("DatasetConfig.pack", "Evaluation.data", "train/pipeline.DatasetConfig.pack = True"),
+        "wmt_ende", {"data.DatasetConfig.pack": True, "STUDENT_DATA_FRACTION": 0.0},
+        ("DatasetConfig.pack", "Evaluation.data", "train/data.DatasetConfig.pack = True"),
     ),
     "more data than there is": (
         "wmt_ende", {"DatasetConfig.num_examples": 1000}, ("num_examples is 1000", "at most 64"),
@@ -269,7 +270,7 @@ def test_dry_run_describes_the_plan_and_makes_nothing(recipes, tmp_path, monkeyp
     recipe = recipes["wmt_ende"]
     status, out, err = run_main(
         *recipe.flags(tmp_path / "run", STUDENT_DATA_FRACTION=0.5),
-        "--gin.DIVERGENCE=@divergences.ForwardKL()",
+        "--gin.DIVERGENCE=@objectives.ForwardKL()",
         "--dry_run",
     )
     assert status == 0, err
@@ -362,7 +363,7 @@ def test_a_vocabulary_that_is_not_the_teachers(recipes, tmp_path):
     teachers = tmp_path / "teachers.gin"
     teachers.write_text(
         "from __gin__ import dynamic_registration\n"
-        "from gkd_jax import teachers\n"
+        "from gkd_jax.distillation import teachers\n"
         "from gkd_jax.data import vocabularies\n"
         "teachers.Teacher.vocabulary = @teacher/vocabularies.SentencePieceVocabulary()\n"
         f"teacher/vocabularies.SentencePieceVocabulary.path = {str(other)!r}\n"
@@ -372,7 +373,7 @@ def test_a_vocabulary_that_is_not_the_teachers(recipes, tmp_path):
     vocabulary = SentencePieceVocabulary(str(other))
     trained = tmp_path / "trained_teacher"
     params = small_recipes.init_params(small_recipes.TEACHER_WIDTH, vocab_size)
-    save_params(trained, params, {"vocabulary": runtime.describe_vocabulary(vocabulary)})
+    save_params(trained, params, {"vocabulary": vocabularies.describe_vocabulary(vocabulary)})
     refused(
         recipe.flags(tmp_path / "run", TEACHER_CHECKPOINT_PATH=str(trained)),
         "Teacher.checkpoint", "was trained with another vocabulary", str(other),
@@ -422,7 +423,7 @@ def test_teacher_with_another_output_layer(tmp_path):
     assert "padding" not in plan(264)
     line = "output layers of 264 (student) and 300 (teacher) entries"
     assert line in plan(300, ByteVocabulary())
-    recorded = runtime.describe_vocabulary(ByteVocabulary())
+    recorded = vocabularies.describe_vocabulary(ByteVocabulary())
     assert line in plan(300, recorded=recorded)
     cut = plan(259, ByteVocabulary())
     assert "over the first 259" in cut

@@ -116,8 +116,8 @@ def test_our_step_races(load, kind):
 
 
 def test_scaling_compiles_up_to_the_first_slice_that_fits_and_keeps_it(load, monkeypatch, tmp_path):
-    scaling, hlo = load("scaling"), importlib.import_module("gkd_jax.hlo")
-    report = importlib.import_module("gkd_jax.compile_report")
+    scaling, hlo = load("scaling"), importlib.import_module("gkd_jax.devices.hlo")
+    report = importlib.import_module("gkd_jax.run_modes.compile_report")
     compiled = []
 
     def run(command, **_):

@@ -10,9 +10,10 @@ import pytest
 import small_runs
 import test_kill_and_resume as kills
 
-from gkd_jax import last_step, prepare
-from gkd_jax.appended import AppendedFile
+from gkd_jax.checkpoints import last_step
 from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.common.growing_files import AppendedFile
+from gkd_jax.experiment import prepare
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def flags(model_dir, **settings):
         "Experiment.log_period": 1,
         "recipes.arithmetic.num_train": 200,
         "recipes.arithmetic.num_heldout": 40,
-        "student/config.T5Config.emb_dim": 32,
+        "student/models.T5Config.emb_dim": 32,
     } | settings
     return [
         "--gin_file=gin_configs/sft/arithmetic.gin",
@@ -151,7 +152,7 @@ def test_a_run_in_a_bucket_that_is_killed_is_the_run_in_a_folder(bucket, tmp_pat
     finish(start(flags("gs://runs/run")))
 
     asked = subprocess.run(
-        [sys.executable, "-m", "gkd_jax.last_step", "gs://runs/run"],
+        [sys.executable, "-m", "gkd_jax.checkpoints.last_step", "gs://runs/run"],
         cwd=processes.ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(asked.stdout) == {"last_step": 16, "train_steps": 16, "done": True}

@@ -7,9 +7,11 @@ import shlex
 import pytest
 from absl import flags
 
-from gkd_jax import gin_utils, main
+from gkd_jax import main
 from gkd_jax.experiment import Experiment
-from gkd_jax.study import Study
+from gkd_jax.experiment.gin_files import configuration
+from gkd_jax.experiment.gin_files.reader import MissingValues
+from gkd_jax.run_modes.study import Study
 
 ROOT = pathlib.Path(main.__file__).resolve().parents[1]
 COMMAND = re.compile(r"python3? -m gkd_jax\.main\b")
@@ -62,11 +64,11 @@ def test_flags_and_settings_of_a_command_exist(arguments, monkeypatch):
         assert name in flags.FLAGS, argument
         values.setdefault(name, []).append(value)
     try:
-        gin_utils.parse(
+        configuration.parse(
             roots=(Study, Experiment),
             gin_files=values["gin_file"] or ["gin_configs/quickstart.gin"],
             bindings=values["gin_bindings"],
         )
-    except gin_utils.MissingValues:
+    except MissingValues:
         # What "..." stands for.
         assert not is_whole

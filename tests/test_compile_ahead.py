@@ -11,13 +11,15 @@ import small_runs
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from gkd_jax import chips, collectives, compile_ahead, compile_parts, compile_report, flops, hlo
+from gkd_jax.devices import chips, collectives, flops, hlo
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation.replay import Replay
+from gkd_jax.distillation.teachers import InitialStudent, TeacherMixture
 from gkd_jax.experiment import Evaluation
 from gkd_jax.models.lora import LoRA
 from gkd_jax.objectives.mixing import OutputMix
-from gkd_jax.partitioning import Partitioner
-from gkd_jax.replay import Replay
-from gkd_jax.teachers import InitialStudent, TeacherMixture
+from gkd_jax.run_modes import compile_ahead, compile_report
+from gkd_jax.training import programs
 
 NEEDS_LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -327,7 +329,7 @@ def small_run():
 def arguments_of(experiment):
     """What `compile_ahead` would compile with, on simulated devices."""
     mesh = dataclasses.replace(experiment.partitioner, devices=tuple(jax.devices()[:4]))
-    return compile_parts.Arguments(dataclasses.replace(experiment, partitioner=mesh))
+    return programs.Arguments(dataclasses.replace(experiment, partitioner=mesh))
 
 
 def test_several_teachers_lie_there():
@@ -375,7 +377,7 @@ def test_recomputation_is_told_apart():
         model = small_runs.model(vocab_size=512, remat_policy=policy)
         student = dataclasses.replace(run.student, model=model)
         changed = dataclasses.replace(run, student=student)
-        return next(compile_parts.functions_of(changed, arguments_of(changed)))
+        return next(programs.functions_of(changed, arguments_of(changed)))
 
     plain, full = step_of("none"), step_of("full")
     assert plain.plain is None

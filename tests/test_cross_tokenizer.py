@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax import evaluate, generate, prepare, store_teacher, train
 from gkd_jax.checkpoints.store import save_params
 from gkd_jax.data.train_vocabulary import train_sentencepiece
 from gkd_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
-from gkd_jax.experiment import Evaluation, Generation, Storing
+from gkd_jax.distillation.replay import Replay
+from gkd_jax.distillation.rewards import HostReward, RewardMix
+from gkd_jax.distillation.rollout import Rollout
+from gkd_jax.distillation.teachers import CrossTokenizerTeacher, Teacher, TeacherMixture
+from gkd_jax.experiment import Evaluation, Generation, Storing, prepare
+from gkd_jax.experiment.plan import describe_plan
 from gkd_jax.objectives.divergences import ForwardKL
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective
-from gkd_jax.plan import describe_plan
-from gkd_jax.replay import Replay
-from gkd_jax.rewards import HostReward, RewardMix
-from gkd_jax.rollout import Rollout
+from gkd_jax.run_modes import evaluate, generate, store_teacher, train
 from gkd_jax.sampling.methods import Sample
-from gkd_jax.sampling.policies import TeacherMixed
-from gkd_jax.teacher_tokens import make_reader
-from gkd_jax.teachers import CrossTokenizerTeacher, Teacher, TeacherMixture
+from gkd_jax.sampling.teacher_assisted import TeacherMixed
+from gkd_jax.training.teacher_tokens import make_reader
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax import evaluate, runtime, train
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.recipes import instruction
 from gkd_jax.data.sources import InMemory
-from gkd_jax.evaluate import Evaluator
 from gkd_jax.experiment import Evaluation, Student
-from gkd_jax.prepare import ConfigurationError
+from gkd_jax.experiment.prepare import ConfigurationError
+from gkd_jax.run_modes import evaluate, train
+from gkd_jax.run_modes.evaluate import Evaluator
 from gkd_jax.sampling.beam_search import BeamSearch
 from gkd_jax.sampling.methods import Greedy, Sample
+from gkd_jax.training import parameters
 
 SLOW = pytest.mark.slow
 METHODS = {"greedy": Greedy(), "sample": Sample(), "beam": BeamSearch(num_beams=2)}
@@ -34,7 +35,7 @@ def evaluator_of(model_dir, teacher, *, batch_size=small_runs.BATCH_SIZE, **chan
         evaluation=evaluation,
         num_microbatches=1,
     )
-    params = runtime.init_params(experiment)
+    params = parameters.init_params(experiment)
     # A teacher that differs from it.
     teacher_params = jax.tree.map(lambda leaf: leaf * 1.1, params)
     return Evaluator(experiment, Dataset(data)), params, teacher_params

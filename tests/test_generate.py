@@ -8,14 +8,15 @@ import shutil
 import pytest
 import small_runs
 
-from gkd_jax import generate, runtime, train
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.recipes import instruction
 from gkd_jax.data.sources import InMemory, JsonLines
-from gkd_jax.evaluate import Evaluator
 from gkd_jax.experiment import Evaluation, Generation, Student
-from gkd_jax.prepare import ConfigurationError
+from gkd_jax.experiment.prepare import ConfigurationError
+from gkd_jax.run_modes import generate, train
+from gkd_jax.run_modes.evaluate import Evaluator
 from gkd_jax.sampling.methods import Greedy, Sample
+from gkd_jax.training import parameters
 
 
 def experiment_of(folder, teacher, *, task=None, model="student", student=None, **changes):
@@ -76,7 +77,7 @@ def test_a_stopped_file_is_completed_to_the_same(cut, whole, tiny_teacher, tmp_p
 def test_a_complete_file_is_not_made_again(whole, tiny_teacher, tmp_path, monkeypatch):
     path = copy_of(whole, tmp_path)
     fail = lambda *args, **kwargs: lambda *args: pytest.fail("decoded")  # noqa: E731
-    monkeypatch.setattr(runtime, "jit_rollout", fail)
+    monkeypatch.setattr(jitted_functions, "jit_rollout", fail)
     generate.generate(experiment_of(tmp_path, tiny_teacher))
     assert path.read_bytes() == whole.read_bytes()
 
@@ -103,7 +104,7 @@ def test_greedy_outputs_are_those_of_an_evaluation(tiny_teacher, tmp_path):
     evaluator = Evaluator(
         dataclasses.replace(experiment, evaluation=evaluation), Dataset(evaluation.data)
     )
-    result = evaluator(runtime.init_params(experiment), None)
+    result = evaluator(parameters.init_params(experiment), None)
     assert [row["targets"] for row in small_runs.rows(path)] == result.predictions
 
 

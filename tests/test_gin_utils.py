@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from gkd_jax import gin_utils
-from gkd_jax.gin_reader import GinError, MissingValues
+from gkd_jax.experiment.gin_files import configuration
+from gkd_jax.experiment.gin_files.reader import GinError, MissingValues
 
 _TOY = """
 import dataclasses
@@ -93,7 +93,7 @@ def parse(tmp_path, toy):
         for number, text in enumerate(texts):
             (tmp_path / f"f{number}.gin").write_text(text)
             files.append(str(tmp_path / f"f{number}.gin"))
-        return gin_utils.parse(
+        return configuration.parse(
             roots=(toy.Many, toy.Run),
             gin_files=files,
             bindings=bindings,
@@ -171,7 +171,7 @@ a/gin_toy.double.value = 4
     assert settings["runs[0].teacher"] == "@gin_toy.Model()"
     assert settings["runs[0].teacher.width"] == "3"
     assert settings["runs[0].lengths['inputs'].value"] == "4"
-    again = gin_utils.parse_text(config.text, roots=(toy.Many,), name="again")
+    again = configuration.parse_text(config.text, roots=(toy.Many,), name="again")
     assert again.build() == config.build()
     assert again.text == config.text
 
@@ -348,7 +348,9 @@ def test_an_override_file_may_bind_inner_scopes(parse):
 def test_missing_file_lists_where_it_was_searched(tmp_path, toy):
     (tmp_path / "recipe.gin").write_text(_RUN)
     with pytest.raises(FileNotFoundError) as error:
-        gin_utils.parse(roots=(toy.Run,), gin_files=["recipy.gin"], search_paths=[str(tmp_path)])
+        configuration.parse(
+            roots=(toy.Run,), gin_files=["recipy.gin"], search_paths=[str(tmp_path)]
+        )
     message = str(error.value)
     assert str(tmp_path / "recipy.gin") in message
     assert str(pathlib.Path.cwd() / "recipy.gin") in message
@@ -361,7 +363,9 @@ def test_includes_are_found_beside_the_file_and_on_search_paths(tmp_path, toy, m
     (tmp_path / "deep" / "near.gin").write_text("include 'base.gin'\nWIDTH = 9\n")
     (tmp_path / "far.gin").write_text("include 'deep/near.gin'\n")
     monkeypatch.chdir("/")
-    config = gin_utils.parse(roots=(toy.Run,), gin_files=["far.gin"], search_paths=[str(tmp_path)])
+    config = configuration.parse(
+        roots=(toy.Run,), gin_files=["far.gin"], search_paths=[str(tmp_path)]
+    )
     assert config.build().student.width == 9
 
 
@@ -384,7 +388,7 @@ def test_saved_text_has_defaults_and_gives_the_same_run(parse, toy):
     assert "Run_fallback/gin_toy.Adam.learning_rate = 0.5" in config.text
     assert config.build().fallback == toy.Adam(0.5)
     assert config.build().optimizer == toy.Adam(2.0)
-    again = gin_utils.parse_text(config.text, roots=(toy.Many, toy.Run), name="config.gin")
+    again = configuration.parse_text(config.text, roots=(toy.Many, toy.Run), name="config.gin")
     assert again.text == config.text
     assert again.settings == config.settings
     assert again.build() == config.build()
@@ -416,34 +420,34 @@ def test_a_binding_that_inner_scopes_override_is_refused(parse):
 def test_changed_configuration_is_refused_with_the_difference(parse, tmp_path):
     model_dir = str(tmp_path / "run")
     config = parse(_RUN)
-    gin_utils.check_config(model_dir, config)
-    gin_utils.save_config(model_dir, config, command="first")
-    gin_utils.check_config(model_dir, config)
+    configuration.check_config(model_dir, config)
+    configuration.save_config(model_dir, config, command="first")
+    configuration.check_config(model_dir, config)
 
     changed = parse(_RUN, bindings=["WIDTH = 9", "Run.num_steps = 20", "MODEL_DIR = 'elsewhere'"])
     may_change = ("Run.model_dir", "Run.num_steps")
     with pytest.raises(GinError) as error:
-        gin_utils.check_config(model_dir, changed, may_change=may_change)
+        configuration.check_config(model_dir, changed, may_change=may_change)
     lines = str(error.value).splitlines()
     assert lines[3:5] == ["  -student.width = 8", "  +student.width = 9"]
     assert not any("num_steps" in line or "model_dir" in line for line in lines)
     assert "--allow_changed_config" in lines[-1]
 
     longer = parse(_RUN, bindings=["Run.num_steps = 20", "MODEL_DIR = 'elsewhere'"])
-    gin_utils.check_config(model_dir, longer, may_change=may_change)
+    configuration.check_config(model_dir, longer, may_change=may_change)
 
 
 def test_save_keeps_the_old_configuration(parse, tmp_path, toy):
     model_dir = tmp_path / "run"
     first, second = parse(_RUN), parse(_RUN, bindings=["WIDTH = 9"])
-    gin_utils.save_config(str(model_dir), first, command="python -m first")
-    gin_utils.save_config(str(model_dir), first, command="python -m again")
+    configuration.save_config(str(model_dir), first, command="python -m first")
+    configuration.save_config(str(model_dir), first, command="python -m again")
     assert [path.name for path in model_dir.iterdir()] == ["config.gin"]
     assert "# python -m first" in (model_dir / "config.gin").read_text()
-    gin_utils.save_config(str(model_dir), second, command="python -m second")
+    configuration.save_config(str(model_dir), second, command="python -m second")
     assert sorted(path.name for path in model_dir.iterdir()) == ["config.1.gin", "config.gin"]
     rebuilt = [
-        gin_utils.parse(roots=(toy.Run,), gin_files=[str(model_dir / name)]).build()
+        configuration.parse(roots=(toy.Run,), gin_files=[str(model_dir / name)]).build()
         for name in ("config.1.gin", "config.gin")
     ]
     assert [run.student.width for run in rebuilt] == [8, 9]
@@ -452,13 +456,13 @@ def test_save_keeps_the_old_configuration(parse, tmp_path, toy):
 def test_folder_that_cannot_be_written(parse, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="model_dir must be a folder that can be written"):
-        gin_utils.save_config(str(tmp_path / "file" / "run"), parse(_RUN), command="")
+        configuration.save_config(str(tmp_path / "file" / "run"), parse(_RUN), command="")
 
 
 def test_a_saved_file_that_is_broken_is_refused(parse, tmp_path):
     (tmp_path / "config.gin").write_text("from __gin__ import dynamic_registration\nimport gine\n")
     with pytest.raises(GinError, match="cannot be read any more"):
-        gin_utils.check_config(str(tmp_path), parse(_RUN))
+        configuration.check_config(str(tmp_path), parse(_RUN))
 
 
 def test_large_configurations_are_read_quickly(parse):

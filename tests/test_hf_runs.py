@@ -13,12 +13,11 @@ import pytest
 import small_runs
 from small_recipes import run_main
 
-from gkd_jax import prepare, runtime
-from gkd_jax.checkpoints import hf
+from gkd_jax.checkpoints import hf, load
 from gkd_jax.checkpoints.store import save_params
 from gkd_jax.data.hf_tokenizer import HFTokenizer
-from gkd_jax.experiment import Student
-from gkd_jax.teachers import Teacher
+from gkd_jax.distillation.teachers import Teacher
+from gkd_jax.experiment import Student, prepare
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +83,8 @@ def test_a_run_from_checkpoints_and_back(checkpoints, tmp_path, teacher):
     assert not unexpected
     model = hf.hf_model(str(output), dtype="float32")
     abstract = model.abstract_params()
-    trained = runtime.load.load_params(run, abstract)
-    start = runtime.load.load_params(checkpoints / "llama3", abstract)
+    trained = load.load.load_params(run, abstract)
+    start = load.load.load_params(checkpoints / "llama3", abstract)
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (trained, start)), strict=True))
     batch = hf_models.random_batch()
     ours = jax.jit(lambda p, b: model.unembed(p, model.hidden_states(p, b)))(trained, batch)
@@ -148,7 +147,7 @@ def test_checkpoints_of_other_tokenizers_are_refused(checkpoints, tmp_path):
 
 def test_loading_on_a_mesh_in_another_dtype(checkpoints):
     """Each device holds its part only, in the dtype wanted."""
-    from gkd_jax.partitioning import Partitioner
+    from gkd_jax.devices.partitioning import Partitioner
 
     partitioner = Partitioner(model_parallelism=4, rules="fsdp")
     model = hf.hf_model(str(checkpoints / "llama3"))
@@ -157,8 +156,8 @@ def test_loading_on_a_mesh_in_another_dtype(checkpoints):
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=sharding),
         model.abstract_params(), shardings,
     )  # fmt: skip
-    params = runtime.load.load_params(checkpoints / "llama3", abstract)
-    whole = runtime.load.load_params(checkpoints / "llama3", model.abstract_params())
+    params = load.load.load_params(checkpoints / "llama3", abstract)
+    whole = load.load.load_params(checkpoints / "llama3", model.abstract_params())
     kernel = params["layers_0"]["mlp"]["wi_0"]["kernel"]
     assert kernel.dtype == jnp.bfloat16
     assert kernel.addressable_shards[0].data.size == kernel.size // 8
@@ -192,8 +191,8 @@ def test_an_export_that_cannot_be_is_refused_before_it_begins(checkpoints, tmp_p
 
 def test_a_student_of_our_own_is_exported_with_its_vocabulary(tmp_path):
     """T5 of a run without any Hugging Face checkpoint; bytes have no tokenizer files."""
-    from gkd_jax import export
     from gkd_jax.experiment import Export
+    from gkd_jax.run_modes import export
 
     model = small_runs.model()
     save_params(tmp_path / "params", model.init(jax.random.key(0)))

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from gkd_jax import hub
+from gkd_jax.common import hub
 
 
 def fake(monkeypatch, download):

@@ -6,94 +6,41 @@ import pathlib
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
 
 import pytest
+import structure
 
 _ROOT = pathlib.Path(__file__).parent.parent / "gkd_jax"
 
-# Floor of each module; a package's name stands for all its modules.
-_FLOORS = {
-    "main": 5,
-    "gin_utils": 5,
-    "gin_reader": 5,
-    "gin_walk": 5,
-    "gin_text": 5,
-    "t5x_trainer": 5,
-    "train": 4,
-    "evaluate": 4,
-    "generate": 4,
-    "store_teacher": 4,
-    "export": 4,
-    "interruption": 4,
-    "trainer": 4,
-    "watchdog": 4,
-    "non_finite": 4,
-    "metrics_log": 4,
-    "profiling": 4,
-    "compile_ahead": 4,
-    "compile_parts": 4,
-    "compile_report": 4,
-    "interactive": 4,
-    "export_checks": 4,
-    "hf_checks": 4,
-    "study": 4,
-    "dry_run": 4,
-    "experiment": 4,
-    "adapters": 4,
-    "prepare": 4,
-    "plan": 4,
-    "output_checks": 4,
-    "vocabulary_checks": 4,
-    "store_checks": 4,
-    "runtime": 4,
-    "reward_scorer": 4,
-    "teacher_tokens": 4,
-    "plots": 4,
-    "train_step": 3,
-    "rewards": 3,
-    "rollout": 3,
-    "replay": 3,
-    "supports": 3,
-    "teachers": 3,
-    # Tasks bring data and metrics together; data.task imports them by name when one is wanted.
-    "data.recipes": 3,
-    "objectives": 2,
-    "sampling": 2,
-    "checkpoints": 2,
-    "data": 2,
-    "metrics": 2,
-    "models": 1,
-    "partitioning": 1,
-    "meshes": 0,
-    "rules": 0,
-    "optimizers": 1,
-    "writers": 1,
-    "pretrained": 1,
-    # Contracts and words that others share.
-    "metrics.score": 1,
-    "models.base": 0,
-    "models.config": 0,
-    "models.decoder_config": 0,
-    "models.stacking": 0,
-    "hub": 0,
-    "appended": 0,
-    "chips": 0,
-    "flops": 0,
-    "hlo": 0,
-    "last_step": 0,
-    "hlo_loops": 0,
-    "hlo_text": 0,
-    "collectives": 0,
-    "batch": 0,
-    "array_types": 0,
-}
-
-_MODULES = sorted(
-    str(path.relative_to(_ROOT).with_suffix("")).replace(os.sep, ".").removesuffix(".__init__")
-    for path in _ROOT.rglob("*.py")
-    if path != _ROOT / "__init__.py"
+# The rooms from the bottom up: each imports only what is on a lower floor.
+_FLOORS = (
+    ("common",),
+    (
+        "data",
+        "models",
+        "objectives",
+    ),
+    (
+        "devices",
+        "sampling",
+    ),
+    (
+        "checkpoints",
+        "distillation",
+    ),
+    (
+        "experiment",
+        "t5x_trainer",
+    ),
+    ("training",),
+    ("run_modes",),
+    ("main",),
 )
+_FLOOR = {room: floor for floor, rooms in enumerate(_FLOORS) for room in rooms}
+_GRAPH = structure.graph_of(_ROOT)
+_GIN_FILES = "experiment.gin_files"
+
+_MODULES = sorted(filter(None, _GRAPH))
 
 _LAZY = {
     "tensorflow",
@@ -115,12 +62,6 @@ _LAZY = {
 # T5X starts it, so T5X is there: what it and T5X's own libraries define, it is made of.
 _OF_T5X = "t5x_trainer"
 _T5X = {"t5x", "clu"}
-
-
-def _floor(module: str) -> int:
-    while module and module not in _FLOORS:
-        module = module.rpartition(".")[0]
-    return _FLOORS.get(module, -1)
 
 
 def _tree(module: str) -> ast.Module:
@@ -153,80 +94,67 @@ def _top_level(tree: ast.Module) -> list[ast.AST]:
     return found
 
 
-def _own_imports(module: str, nodes: Iterable[ast.AST]) -> set[str]:
-    """Modules of this package that are imported by some of `module`'s statements."""
-    own = set()
-    for node in nodes:
-        for name in _imported(node):
-            if name.startswith("gkd_jax."):
-                inner = name.removeprefix("gkd_jax.")
-                while inner and inner not in _MODULES:
-                    inner = inner.rpartition(".")[0]
-                assert inner, f"{module} imports {name}, which is not a module"
-                own.add(inner)
-    return own
+def test_every_room_has_a_floor():
+    assert set(map(structure.room_of, _MODULES)) == set(_FLOOR)
+    assert len(_FLOOR) <= 14
 
 
-def test_every_module_has_a_floor():
-    assert [module for module in _MODULES if _floor(module) < 0] == []
-    named = {name for module in _MODULES for name in (module, module.split(".")[0])}
-    assert set(_FLOORS) <= named, "a floor is given to a module that does not exist"
+@pytest.mark.parametrize("room", sorted(_FLOOR))
+def test_imports_between_rooms_go_down(room):
+    above = [
+        f"{module} imports {imported}"
+        for module in _MODULES
+        if structure.room_of(module) == room
+        for imported in _GRAPH[module]
+        if imported
+        and structure.room_of(imported) != room
+        and _FLOOR[structure.room_of(imported)] >= _FLOOR[room]
+    ]
+    assert above == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert structure.circles_of(_GRAPH) == []
 
 
 @pytest.mark.parametrize("module", _MODULES)
-def test_imports_go_down(module):
-    """To lower floors, or within a package; so packages of floor 2 do not know each other.
-
-    Words, run modes and gin's modules may use others of their floor (without a circle: below).
-    """
-    floor = _floor(module)
-    for imported in sorted(_own_imports(module, ast.walk(_tree(module)))):
-        other = _floor(imported)
-        is_same_package = imported.split(".")[0] == module.split(".")[0]
-        if is_same_package or (floor == other and floor in (0, 4, 5)):
-            continue
-        assert other < floor, f"{module} (floor {floor}) imports {imported} (floor {other})"
+def test_what_is_imported_exists(module):
+    names = [name for node in ast.walk(_tree(module)) for name in _imported(node)]
+    own = [name.removeprefix("gkd_jax.") for name in names if name.startswith("gkd_jax.")]
+    rooms = {structure.room_of(name) for name in own}
+    assert rooms <= set(_FLOOR), "a former name"
 
 
-def test_imports_have_no_circle():
-    graph = {module: _own_imports(module, _top_level(_tree(module))) for module in _MODULES}
-    while graph:
-        imported_by_some = set().union(*graph.values())
-        ends = [
-            module
-            for module, imported in graph.items()
-            if module not in imported_by_some or not imported & set(graph)
-        ]
-        assert ends, f"these import each other in a circle: {sorted(graph)}"
-        for module in ends:
-            del graph[module]
+def test_every_room_says_what_it_is_for():
+    for path in _ROOT.glob("*/__init__.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert len(docstring.splitlines()) >= 3, path
 
 
 @pytest.mark.parametrize("module", _MODULES)
 def test_who_may_import_what(module):
     tree = _tree(module)
     packages = {name.split(".")[0] for node in ast.walk(tree) for name in _imported(node)}
-    package = module.split(".")[0]
-    if _floor(module) < 5:
-        assert "gin" not in packages, "only floor 5 imports gin"
+    package = structure.room_of(module)
+    if not module.startswith(_GIN_FILES):
+        assert "gin" not in packages, f"only {_GIN_FILES} imports gin"
     if package != "checkpoints":
         assert "orbax" not in packages, "only checkpoints/ imports Orbax"
         assert "tensorstore" not in packages, "only checkpoints/ imports TensorStore"
-    if package not in ("data", "metrics"):
+    if package != "data":
         assert not packages & {"tensorflow", "seqio", "tensorflow_datasets"}
     top = {name.split(".")[0] for node in _top_level(tree) for name in _imported(node)}
     if module == _OF_T5X:
-        assert "gin" not in packages, "T5X reads its gin files"
         top -= _T5X
     else:
         assert not packages & _T5X, f"only {_OF_T5X} imports T5X and what comes with it"
-        assert _OF_T5X not in _own_imports(module, ast.walk(tree)), f"T5X alone uses {_OF_T5X}"
+        assert _OF_T5X not in _GRAPH[module], f"T5X alone uses {_OF_T5X}"
     assert not top & _LAZY, "to be imported within the function that needs it"
 
 
 @pytest.mark.parametrize("module", _MODULES)
 def test_meshes_and_shardings_are_built_in_their_modules_only(module):
-    if module in ("meshes", "partitioning"):
+    if module in ("devices.mesh", "devices.partitioning"):
         return
     built = [
         f"{module}:{node.lineno}"
@@ -242,7 +170,7 @@ def _run(program: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-_CORE = [module for module in _MODULES if _floor(module) < 5]
+_CORE = [m for m in _MODULES if m not in ("main", _OF_T5X) and not m.startswith(_GIN_FILES)]
 
 
 def test_the_core_imports_no_heavy_package():
@@ -262,7 +190,22 @@ import time
 import jax
 start = time.process_time()
 import gkd_jax
-from gkd_jax import experiment, train
+from gkd_jax import experiment
+from gkd_jax.run_modes import train
 print(time.process_time() - start)
 """
     assert statistics.median(float(_run(program)) for _ in range(3)) < 2.0
+
+
+def test_no_room_exports_a_name_that_one_of_its_modules_has():
+    """Importing the module would put it in the place of what is exported."""
+    for path in _ROOT.rglob("__init__.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_EXPORTS":
+                exports = ast.literal_eval(node.value)
+                names = {name for several in exports.values() for name in several}
+                assert names.isdisjoint(other.stem for other in path.parent.iterdir()), path
+                for module, several in exports.items():
+                    text = path.with_name(f"{module}.py").read_text()
+                    defined = set(structure.names_defined(ast.parse(text)))
+                    assert set(several) <= defined, (path, module)

@@ -11,10 +11,12 @@ import small_runs
 import test_kill_and_resume
 import test_two_processes
 
-from gkd_jax import interruption, last_step, study, train
+from gkd_jax.checkpoints import last_step
 from gkd_jax.checkpoints.store import CheckpointStore
-from gkd_jax.evaluate import Evaluator
 from gkd_jax.experiment import Evaluation
+from gkd_jax.run_modes import study, train
+from gkd_jax.run_modes.evaluate import Evaluator
+from gkd_jax.training import interruption
 
 
 def terminate_at(monkeypatch, wanted):

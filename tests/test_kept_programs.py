@@ -9,8 +9,9 @@ import pytest
 import small_runs
 from jax.experimental.compilation_cache import compilation_cache
 
-from gkd_jax import compile_ahead, compile_parts, train
-from gkd_jax.partitioning import Partitioner
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.run_modes import compile_ahead, train
+from gkd_jax.training import programs
 
 OF_A_RUN = ("jit_train_step", "jit_roll_out", "jit_eval_step")
 
@@ -45,8 +46,8 @@ def test_a_run_finds_what_was_compiled_ahead(shape, cache, tmp_path, tiny_teache
     experiment = small_runs.gkd(
         tmp_path / "run", tiny_teacher, num_steps=6, partitioner=partitioner
     )
-    arguments = compile_parts.Arguments(experiment)
-    for one in compile_parts.functions_of(experiment, arguments):
+    arguments = programs.Arguments(experiment)
+    for one in programs.functions_of(experiment, arguments):
         one.function.lower(*one.arguments).compile()
     ahead = kept(cache)
     assert {name.rpartition("-")[0].rpartition("-")[0] for name in ahead} == set(OF_A_RUN)

@@ -13,10 +13,12 @@ import sys
 
 import pytest
 
-from gkd_jax import gin_utils, interruption, last_step
+from gkd_jax.checkpoints import last_step
 from gkd_jax.checkpoints.store import CheckpointStore
 from gkd_jax.experiment import Experiment
-from gkd_jax.study import Study
+from gkd_jax.experiment.gin_files import configuration
+from gkd_jax.run_modes.study import Study
+from gkd_jax.training import interruption
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -512,12 +514,12 @@ def test_a_run_that_owes_an_evaluation_is_not_done(tmp_path):
 
 def test_steps_are_those_of_the_saved_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = gin_utils.parse(
+    config = configuration.parse(
         roots=(Study, Experiment),
         gin_files=["gin_configs/arithmetic.gin"],
         bindings=["MODEL_DIR='none'", "INITIAL_CHECKPOINT_PATH='none'", "TRAIN_STEPS=123"],
     )
-    gin_utils.save_config(str(tmp_path), config, command="a command")
+    configuration.save_config(str(tmp_path), config, command="a command")
     assert last_step.read_progress(tmp_path) == last_step.Progress(0, 123, False)
     checkpoint(tmp_path, 123)
     assert last_step.read_progress(tmp_path) == last_step.Progress(123, 123, True)
@@ -525,8 +527,10 @@ def test_steps_are_those_of_the_saved_configuration(tmp_path, monkeypatch):
 
 def test_a_study_is_as_far_as_its_runs_together(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = gin_utils.parse(roots=(Study, Experiment), gin_files=["gin_configs/quickstart.gin"])
-    gin_utils.save_config(str(tmp_path), config, command="a command")
+    config = configuration.parse(
+        roots=(Study, Experiment), gin_files=["gin_configs/quickstart.gin"]
+    )
+    configuration.save_config(str(tmp_path), config, command="a command")
     checkpoint(tmp_path / "sft", 600)
     checkpoint(tmp_path / "distilled", 200)
     assert last_step.read_progress(tmp_path) == last_step.Progress(800, None, False)
@@ -535,7 +539,7 @@ def test_a_study_is_as_far_as_its_runs_together(tmp_path, monkeypatch):
 def test_last_step_needs_python_alone(tmp_path):
     """Without the packages of the environment (-S)."""
     checkpoint(tmp_path, 7)
-    command = [sys.executable, "-S", "-m", "gkd_jax.last_step"]
+    command = [sys.executable, "-S", "-m", "gkd_jax.checkpoints.last_step"]
 
     def ask(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)

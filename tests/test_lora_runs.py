@@ -14,15 +14,16 @@ import pytest
 import small_runs
 from small_recipes import run_main
 
-from gkd_jax import evaluate, export, generate, prepare, runtime, train
 from gkd_jax.checkpoints import hf, layout, load
 from gkd_jax.checkpoints.store import save_params
 from gkd_jax.data.hf_tokenizer import HFTokenizer
-from gkd_jax.experiment import Export, Generation, Student
+from gkd_jax.distillation.teachers import AverageStudent, InitialStudent, Teacher
+from gkd_jax.experiment import Export, Generation, Student, prepare
+from gkd_jax.experiment.plan import describe_plan
 from gkd_jax.models import lora
 from gkd_jax.models.lora import LoRA
-from gkd_jax.plan import describe_plan
-from gkd_jax.teachers import AverageStudent, InitialStudent, Teacher
+from gkd_jax.run_modes import evaluate, export, generate, train
+from gkd_jax.training import parameters
 
 RANK = 4
 
@@ -63,7 +64,7 @@ def test_a_run_trains_and_keeps_adapters_alone(saved, finished):
     largest = max(leaf.size for leaf in jax.tree.leaves(small))
     assert all(np.prod(shape) <= 32 * RANK < largest for shape, _ in header.shapes.values())
     assert {"params", "opt_state", "step"} == {name.split("/")[0] for name in header.shapes}
-    start = runtime.init_params(experiment(saved, folder))
+    start = parameters.init_params(experiment(saved, folder))
     for old, new in zip(*map(jax.tree.leaves, (start, result.state.params)), strict=True):
         assert new.dtype == jnp.float32
         assert np.any(np.asarray(old) != np.asarray(new))
@@ -91,7 +92,7 @@ def test_evaluation_and_generation_use_both(saved, finished, tmp_path):
         name: value for name, value in result.scores.items() if "loss" in name
     }
     model = run.student.model
-    student = runtime.student_to_use(run)
+    student = parameters.student_to_use(run)
     save_params(tmp_path / "merged", model.merge(student.params))
     alone = dataclasses.replace(
         run, model_dir=str(tmp_path), student=Student(model.model, str(tmp_path / "merged"))
@@ -129,7 +130,7 @@ def test_an_average_of_adapters_teaches(saved, tmp_path):
     run = experiment(saved, tmp_path, teacher=AverageStudent(0.9), num_steps=3)
     result = train.train(run)
     assert jax.tree.structure(result.state.average) == jax.tree.structure(result.state.params)
-    found = runtime.teacher_to_use(run).params
+    found = parameters.teacher_to_use(run).params
     small_runs.assert_equal_bits(lora.split(run.student.model, found)[0], result.state.average)
 
 
@@ -189,7 +190,7 @@ def test_another_base_is_refused(saved, finished, tmp_path):
     run = dataclasses.replace(run, student=Student(run.student.model, str(tmp_path / "other")))
     message = r"Student\.initial_checkpoint .*other holds other weights than those"
     with pytest.raises(ValueError, match=message):
-        runtime.student_to_use(run)
+        parameters.student_to_use(run)
     with pytest.raises(ValueError, match=message):
         train.train(run)
 
@@ -266,14 +267,14 @@ def test_peft_loads_adapters_with_equal_logits(
 
 def with_random_adapters(run, monkeypatch):
     """Stands for training: the run's student has adapters that are not zero."""
-    student = runtime.student_to_use(run)
+    student = parameters.student_to_use(run)
     adapters, frozen = lora.split(run.student.model, student.params)
     generator = np.random.default_rng(3)
     adapters = jax.tree.map(
         lambda leaf: jnp.float32(generator.normal(0, 0.3, leaf.shape)), adapters
     )
     student = dataclasses.replace(student, params=lora.join(adapters, frozen))
-    monkeypatch.setattr(runtime, "student_to_use", lambda experiment: student)
+    monkeypatch.setattr(parameters, "student_to_use", lambda experiment: student)
     return student
 
 

@@ -12,16 +12,17 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from gkd_jax import dry_run, evaluate, generate, main, study, train
-from gkd_jax.evaluate import EvalResult
+from gkd_jax import main
+from gkd_jax.data.metrics.score import Score
 from gkd_jax.experiment import Experiment
-from gkd_jax.metrics.score import Score
-from gkd_jax.train import TrainResult
+from gkd_jax.run_modes import dry_run, evaluate, generate, study, train
+from gkd_jax.run_modes.evaluate import EvalResult
+from gkd_jax.run_modes.train import TrainResult
 
 _EXPERIMENT = """
 from __gin__ import dynamic_registration
 from gkd_jax import experiment
-from gkd_jax import optimizers
+from gkd_jax.distillation import optimizers
 from gkd_jax.data import pipeline
 from gkd_jax.data import vocabularies
 from gkd_jax.models import config
@@ -34,13 +35,13 @@ BETA = 0.5
 experiment.Experiment:
   model_dir = %MODEL_DIR
   student = @experiment.Student()
-  objective = @objective.Objective()
-  train_data = @train/pipeline.DatasetConfig()
+  objective = @objectives.Objective()
+  train_data = @train/data.DatasetConfig()
   optimizer = @optimizers.AdamW()
   num_steps = 3
-experiment.Student.model = @t5.T5()
-t5.T5.config = @config.T5Config()
-config.T5Config:
+experiment.Student.model = @models.T5()
+models.T5.config = @models.T5Config()
+models.T5Config:
   vocab_size = 260
   emb_dim = 8
   num_heads = 2
@@ -48,9 +49,9 @@ config.T5Config:
   mlp_dim = 16
   num_encoder_layers = 1
   num_decoder_layers = 1
-objective.Objective.divergence = @divergences.GeneralizedJSD()
-divergences.GeneralizedJSD.beta = %BETA
-train/pipeline.DatasetConfig:
+objectives.Objective.divergence = @objectives.GeneralizedJSD()
+objectives.GeneralizedJSD.beta = %BETA
+train/data.DatasetConfig:
   task = 'none'
   split = 'train'
   feature_lengths = {'inputs': 8, 'targets': 8}
@@ -169,14 +170,14 @@ def test_dry_run_runs_nothing(run, tmp_path):
 
 def test_a_study_is_run_as_one(run, tmp_path):
     text = _EXPERIMENT + (
-        "from gkd_jax import study\n"
+        "from gkd_jax.run_modes import study\n"
         "study.Study.cells = (@sft/study.Cell(),)\n"
         "study.Study.model_dir = %MODEL_DIR\n"
         "study.Study.test = @experiment.Evaluation()\n"
         "study.Study.metric = 'bleu'\n"
         "sft/study.Cell.name = 'sft'\n"
         "sft/study.Cell.experiment = @experiment.Experiment()\n"
-        "experiment.Evaluation.data = @train/pipeline.DatasetConfig()\n"
+        "experiment.Evaluation.data = @train/data.DatasetConfig()\n"
     )
     (tmp_path / "study.gin").write_text(text)
     files = [str(tmp_path / "study.gin")]
@@ -261,8 +262,9 @@ def test_exit_status_of_the_module():
 _PROCESS = """
 import sys
 import jax
-from gkd_jax import main, train
-from gkd_jax.train import TrainResult
+from gkd_jax import main
+from gkd_jax.run_modes import train
+from gkd_jax.run_modes.train import TrainResult
 
 def report(experiment, before_start):
     before_start()

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax import train, train_step
 from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.distillation import train_step
 from gkd_jax.experiment import Checkpoints, NonFinite
-from gkd_jax.non_finite import STEPS_UNDER_WAY
+from gkd_jax.run_modes import train
+from gkd_jax.training.non_finite import STEPS_UNDER_WAY
 
 BAD_STEP = 2
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gkd_jax import optimizers
+from gkd_jax.distillation import optimizers
 
 
 def at(schedule, *steps):

@@ -8,17 +8,18 @@ import pytest
 import small_recipes
 import small_runs
 
-from gkd_jax import prepare, store_teacher, train, train_step
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.teacher_store import TeacherStore
-from gkd_jax.experiment import Checkpoints, Evaluation, Generation, Storing, Student
+from gkd_jax.distillation import train_step
+from gkd_jax.distillation.stored_distributions import Full, TopK
+from gkd_jax.distillation.teachers import StoredTeacher
+from gkd_jax.experiment import Checkpoints, Evaluation, Generation, Storing, Student, prepare
+from gkd_jax.experiment.plan import describe_plan
+from gkd_jax.experiment.prepare import ConfigurationError
 from gkd_jax.objectives.divergences import GeneralizedJSD
 from gkd_jax.objectives.mixing import OutputMix, RisingFraction
 from gkd_jax.objectives.objective import Objective, final_weights
-from gkd_jax.plan import describe_plan
-from gkd_jax.prepare import ConfigurationError
-from gkd_jax.supports import Full, TopK
-from gkd_jax.teachers import StoredTeacher
+from gkd_jax.run_modes import store_teacher, train
 
 OBJECTIVE = Objective(GeneralizedJSD(beta=0.3), teacher_temperature=0.8)
 
@@ -138,7 +139,7 @@ def test_a_recipe_packs_by_one_setting(tmp_path):
     """From the command line; the evaluation stays as it is."""
     recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "recipe")
     changes = {
-        "train/pipeline.DatasetConfig.pack": True, "STUDENT_DATA_FRACTION": 0.0,
+        "train/data.DatasetConfig.pack": True, "STUDENT_DATA_FRACTION": 0.0,
         "TASK_FEATURE_LENGTHS": {"inputs": 96, "targets": 96}, "TRAIN_STEPS": 2,
         "Experiment.log_period": 1,
     }  # fmt: skip

@@ -9,7 +9,9 @@ import numpy as np
 import packed
 import pytest
 
-from gkd_jax import train_step
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation import train_step
+from gkd_jax.distillation.rollout import Rollout, sample_outputs
 from gkd_jax.models.combined import RoutedModel
 from gkd_jax.models.families import model_from_hf
 from gkd_jax.objectives.divergences import GeneralizedJSD, NegativeLogLikelihood
@@ -20,8 +22,6 @@ from gkd_jax.objectives.objective import (
     final_weights,
     weighted_loss,
 )
-from gkd_jax.partitioning import Partitioner
-from gkd_jax.rollout import Rollout, sample_outputs
 
 pytestmark = pytest.mark.usefixtures("fully_compiled")
 

@@ -11,18 +11,18 @@ import small_runs
 from divergence_references import ALL_IN_ONE, np_divergence, np_gradient, np_softmax
 from jax.sharding import PartitionSpec as P
 
-from gkd_jax import train
 from gkd_jax.checkpoints.store import save_params
 from gkd_jax.data.vocabularies import ByteVocabulary
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation.teachers import Teacher, TeacherMixture
 from gkd_jax.experiment import Generation, Student
-from gkd_jax.generate import generate
 from gkd_jax.models.narrowed import narrowed
 from gkd_jax.objectives import Objective, Predictions, fused, fused_weighted_loss, weighted_loss
 from gkd_jax.objectives.mixing import OutputMix
-from gkd_jax.partitioning import Partitioner
+from gkd_jax.run_modes import train
+from gkd_jax.run_modes.generate import generate
 from gkd_jax.sampling.methods import Sample
-from gkd_jax.sampling.policies import TeacherMixed
-from gkd_jax.teachers import Teacher, TeacherMixture
+from gkd_jax.sampling.teacher_assisted import TeacherMixed
 
 # Of the mesh's eight devices no two have the same entries of both models.
 COMMON, STUDENT, TEACHER = 64, 72, 80

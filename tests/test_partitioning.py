@@ -11,10 +11,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from gkd_jax import optimizers
-from gkd_jax.batch import Batch
-from gkd_jax.partitioning import DataLayout, Partitioner, fetch_to_host
-from gkd_jax.rules import FSDP_RULES, STANDARD_RULES
+from gkd_jax.common.batch import Batch
+from gkd_jax.devices.partitioning import DataLayout, Partitioner, fetch_to_host
+from gkd_jax.devices.rules import FSDP_RULES, STANDARD_RULES
+from gkd_jax.distillation import optimizers
 
 MESHES = [(8, 1), (4, 2), (2, 4)]
 

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax import prepare, runtime, train
 from gkd_jax.data.pipeline import Dataset
-from gkd_jax.experiment import Student
+from gkd_jax.distillation.rollout import Rollout
+from gkd_jax.distillation.teachers import AverageStudent, Teacher
+from gkd_jax.experiment import Student, prepare
+from gkd_jax.experiment.prepare import ConfigurationError
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.objectives.other_divergences import SampledReverseKL
-from gkd_jax.prepare import ConfigurationError
-from gkd_jax.rollout import Rollout
-from gkd_jax.sampling.policies import Corrected, TeacherMixed
-from gkd_jax.teachers import AverageStudent, Teacher
+from gkd_jax.run_modes import train
+from gkd_jax.sampling.teacher_assisted import Corrected, TeacherMixed
+from gkd_jax.training import jitted_functions, keys
 
 POLICIES = {"mixed": TeacherMixed(0.3), "corrected": Corrected(top_k=60)}
 
@@ -113,7 +114,7 @@ def test_a_teacher_of_the_training_state_helps_too(tiny_teacher, tmp_path):
     trainer, batch, _ = make_trainer(experiment)
     state = trainer.init_state()
     state = state.replace(average=jax.tree.map(lambda leaf: 3 * leaf, state.average))
-    key = runtime.make_key(experiment.seed, runtime.Purpose.ROLLOUT, 0)
+    key = keys.make_key(experiment.seed, keys.Purpose.ROLLOUT, 0)
     expected = trainer.rollout_metrics_fn(
         trainer.rollout_fn((state.params, state.average), batch, key)
     )
@@ -143,7 +144,7 @@ def test_the_teachers_parameters_are_an_argument(tiny_teacher, tmp_path):
     )
     second = trainer.rollout_fn((params, trainer.teacher_params), batch, jax.random.key(0))
     vocabulary = experiment.train_data.vocabulary
-    jitted = runtime.jit_rollout(
+    jitted = jitted_functions.jit_rollout(
         experiment.rollout,
         experiment.rollout.policy.combine(experiment.student.model, bfloat16.model),
         experiment.partitioner,

@@ -10,9 +10,10 @@ import processes
 import pytest
 import small_runs
 
-from gkd_jax import chips, train
+from gkd_jax.devices import chips
 from gkd_jax.objectives.mixing import OutputMix
-from gkd_jax.profiling import PhaseTimes
+from gkd_jax.run_modes import train
+from gkd_jax.training.profiling import PhaseTimes
 
 
 def test_each_line_has_the_times_of_each_kind_of_step(tmp_path, tiny_teacher):
@@ -89,7 +90,7 @@ def test_phases_wait_for_their_values_on_timed_steps_alone():
 
 TRACED = """
 import pathlib, sys, small_runs
-from gkd_jax import train
+from gkd_jax.run_modes import train
 from gkd_jax.objectives.mixing import OutputMix
 folder, teacher = map(pathlib.Path, sys.argv[1:])
 train.train(

@@ -8,11 +8,11 @@ import sys
 import pytest
 import small_runs
 
-from gkd_jax import generate, interactive
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.prompts import with_prompts
 from gkd_jax.experiment import Generation, Student
-from gkd_jax.prepare import ConfigurationError
+from gkd_jax.experiment.prepare import ConfigurationError
+from gkd_jax.run_modes import generate, interactive
 from gkd_jax.sampling.methods import Sample
 
 PROMPTS = ["Ann has 3 figs.", "Bob has 4 pears, gives 1.\nHow many?", ""]

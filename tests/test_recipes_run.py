@@ -140,7 +140,7 @@ def test_a_store_of_the_teacher_trains_a_student(support, tmp_path):
     flags = [
         *recipe.flags(tmp_path / "none"),
         *("--gin_file=gin_configs/store_teacher.gin", store, "--run_mode=store_teacher"),
-        f"--gin.STORE_SUPPORT='@supports.{support}()'".replace("'", ""),
+        f"--gin.STORE_SUPPORT='@stored_distributions.{support}()'".replace("'", ""),
     ]
     status, out, err = run_main(*flags)
     assert status == 0, err

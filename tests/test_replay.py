@@ -10,17 +10,20 @@ import pytest
 import small_runs
 from small_runs import Stopped, stop_at
 
-from gkd_jax import prepare, replay, runtime, train
-from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.common.batch import Batch
 from gkd_jax.data.pipeline import Dataset
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation import replay
+from gkd_jax.distillation.replay import FallingRefresh, Replay, ReplayBuffer
+from gkd_jax.distillation.rollout import Rollout
+from gkd_jax.experiment import prepare
+from gkd_jax.experiment.prepare import ConfigurationError
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.objectives.other_divergences import SampledReverseKL
-from gkd_jax.partitioning import Partitioner
-from gkd_jax.prepare import ConfigurationError
-from gkd_jax.replay import FallingRefresh, Replay, ReplayBuffer
-from gkd_jax.rollout import Rollout
+from gkd_jax.run_modes import train
+from gkd_jax.training import parameters
 
 ROWS = 4
 
@@ -184,7 +187,7 @@ def test_steps_sample_until_the_buffer_is_full_and_by_the_coin_then(replay_run):
 
 def test_parameters_of_a_run_with_replay_load_as_those_of_any(replay_run, tiny_teacher):
     model_dir, result = replay_run
-    student = runtime.student_to_use(gkd(model_dir, tiny_teacher))
+    student = parameters.student_to_use(gkd(model_dir, tiny_teacher))
     small_runs.assert_equal_bits(student.params, result.state.params)
 
 

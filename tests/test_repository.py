@@ -10,13 +10,13 @@ import tomllib
 
 import pytest
 
-from gkd_jax import gin_utils
 from gkd_jax.experiment import Experiment
-from gkd_jax.gin_reader import MissingValues
+from gkd_jax.experiment.gin_files import configuration
+from gkd_jax.experiment.gin_files.reader import MissingValues
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.decoder_only import DecoderOnly
 from gkd_jax.models.families import model_to_hf
-from gkd_jax.study import Study
+from gkd_jax.run_modes.study import Study
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _GIN_FOLDERS = ("gin_configs", "examples")
@@ -82,14 +82,14 @@ def _placeholder(name: str) -> str:
 
 def _parse_with_placeholders(
     names: list[str], bindings: tuple[str, ...] = ()
-) -> gin_utils.GinConfig:
+) -> configuration.GinConfig:
     roots = (Study, Experiment)
     files = [str(_ROOT / name) for name in names]
     try:
-        return gin_utils.parse(roots=roots, gin_files=files, bindings=bindings)
+        return configuration.parse(roots=roots, gin_files=files, bindings=bindings)
     except MissingValues as error:
         missing = [f"{name} = {_placeholder(name)}" for name in error.names]
-        return gin_utils.parse(roots=roots, gin_files=files, bindings=[*bindings, *missing])
+        return configuration.parse(roots=roots, gin_files=files, bindings=[*bindings, *missing])
 
 
 def _checkpoints_for(names: list[str], folder: pathlib.Path) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def test_gin_file_builds_all_that_it_names(name, monkeypatch, tmp_path):
     config = _parse_with_placeholders([before, name], _checkpoints_for([before, name], tmp_path))
     experiment = config.build()
     assert isinstance(experiment, Study | Experiment)
-    again = gin_utils.parse_text(config.text, roots=(config.root,), name="config.gin")
+    again = configuration.parse_text(config.text, roots=(config.root,), name="config.gin")
     assert again.settings == config.settings
     assert again.build() == experiment
 
@@ -133,7 +133,7 @@ def test_methods_that_are_compared_need_no_more_than_the_recipe(monkeypatch):
         arguments = compare.method_flags(flags, method, seed=0)[3:]
         files = [one.partition("=")[2] for one in arguments if one.startswith("--gin_file=")]
         settings = [one.removeprefix("--gin.") for one in arguments if one.startswith("--gin.")]
-        gin_utils.parse(
+        configuration.parse(
             roots=(Experiment,), gin_files=files, bindings=[*settings, "MODEL_DIR='none'"]
         ).build()
 

@@ -11,22 +11,10 @@ import pytest
 import small_runs
 
 from examples.entailment_reward import supported_words
-from gkd_jax import train
-from gkd_jax.batch import Batch
-from gkd_jax.objectives.divergences import ForwardKL, NegativeLogLikelihood, ReverseKL
-from gkd_jax.objectives.mixing import OutputMix
-from gkd_jax.objectives.objective import Objective, final_weights
-from gkd_jax.objectives.policy_gradient import (
-    PolicyGradient,
-    token_advantages,
-    with_policy_gradient,
-)
-from gkd_jax.output_checks import check_reward
-from gkd_jax.partitioning import Partitioner
-from gkd_jax.prepare import ConfigurationError
-from gkd_jax.replay import Replay
-from gkd_jax.reward_scorer import ReturnScorer, RewardScorer, make_scorer, on_policy_objective
-from gkd_jax.rewards import (
+from gkd_jax.common.batch import Batch
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation.replay import Replay
+from gkd_jax.distillation.rewards import (
     HostReward,
     JittedReward,
     RewardMix,
@@ -36,10 +24,23 @@ from gkd_jax.rewards import (
     subtract_baseline,
     unigram_f1,
 )
-from gkd_jax.rollout import Rollout
+from gkd_jax.distillation.rollout import Rollout
+from gkd_jax.distillation.train_step import init_train_state, make_gradient_fn, make_train_step
+from gkd_jax.experiment.checks.outputs import check_reward
+from gkd_jax.experiment.prepare import ConfigurationError
+from gkd_jax.experiment.step_objectives import on_policy_objective
+from gkd_jax.objectives.divergences import ForwardKL, NegativeLogLikelihood, ReverseKL
+from gkd_jax.objectives.mixing import OutputMix
+from gkd_jax.objectives.objective import Objective, final_weights
+from gkd_jax.objectives.policy_gradient import (
+    PolicyGradient,
+    token_advantages,
+    with_policy_gradient,
+)
+from gkd_jax.run_modes import train
 from gkd_jax.sampling.methods import Greedy, Sample
-from gkd_jax.sampling.policies import Corrected, TeacherMixed
-from gkd_jax.train_step import init_train_state, make_gradient_fn, make_train_step
+from gkd_jax.sampling.teacher_assisted import Corrected, TeacherMixed
+from gkd_jax.training.rollout_scoring import ReturnScorer, RewardScorer, make_scorer
 
 
 def length_reward(prompts, references, samples):

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax import runtime
-from gkd_jax.batch import Batch
-from gkd_jax.models.config import T5Config
+from gkd_jax.common.batch import Batch
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation.rollout import Rollout, mix_outputs, rollout_metrics, sample_outputs
 from gkd_jax.models.t5 import T5
-from gkd_jax.partitioning import Partitioner
-from gkd_jax.rollout import Rollout, mix_outputs, rollout_metrics, sample_outputs
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.sampling.methods import Greedy, Sample
+from gkd_jax.training import jitted_functions
 
 VOCAB_SIZE = 40
 EOS_IDS = (1, 11, 19)
@@ -208,7 +208,7 @@ def test_parameters_are_gathered_once_not_at_every_token(policy):
     """Where the rules split them over the devices of the batch: before the loop, not within it."""
     model, params = policy
     partitioner = Partitioner(data_parallelism=4, model_parallelism=2, rules="fsdp")
-    fn = runtime.jit_rollout(Rollout(), model, partitioner, eos_ids=EOS_IDS, pad_id=0)
+    fn = jitted_functions.jit_rollout(Rollout(), model, partitioner, eos_ids=EOS_IDS, pad_id=0)
     sharded = jax.device_put(params, partitioner.param_shardings(model))
     batch = partitioner.shard_batch(make_batch())
     program = fn.lower(sharded, batch, jax.random.key(0)).compile().as_text()

@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax import evaluate, train, train_step
-from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.store import save_params
+from gkd_jax.common.batch import Batch
 from gkd_jax.data.mixtures import Mixture
 from gkd_jax.data.recipes import arithmetic
+from gkd_jax.distillation import train_step
+from gkd_jax.distillation.replay import Replay
+from gkd_jax.distillation.teachers import RoutedTeachers, Teacher
 from gkd_jax.experiment import Evaluation, Generation
+from gkd_jax.experiment.prepare import ConfigurationError, prepare
 from gkd_jax.objectives.divergences import GeneralizedJSD
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective, final_weights
-from gkd_jax.prepare import ConfigurationError, prepare
-from gkd_jax.replay import Replay
+from gkd_jax.run_modes import evaluate, train
 from gkd_jax.sampling.methods import Sample
-from gkd_jax.sampling.policies import TeacherMixed
-from gkd_jax.teachers import RoutedTeachers, Teacher
+from gkd_jax.sampling.teacher_assisted import TeacherMixed
 
 OBJECTIVE = Objective(GeneralizedJSD(beta=0.3), teacher_temperature=0.7)
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax import gin_utils
 from gkd_jax.checkpoints import load
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.devices.rules import STANDARD_RULES
 from gkd_jax.experiment import Experiment, Student
+from gkd_jax.experiment.gin_files import configuration
 from gkd_jax.objectives.mixing import OutputMix
-from gkd_jax.partitioning import Partitioner
-from gkd_jax.rules import STANDARD_RULES
-from gkd_jax.train import train
+from gkd_jax.run_modes.train import train
 
 STEPS, LEARNING_RATE = 5, 1e-2
 # Teachers split along their feed-forward blocks' width, and replicated otherwise.
@@ -65,7 +65,7 @@ def test_a_run_does_not_depend_on_where_things_lie(tmp_path, tiny_teacher, equal
 
 def built(*bindings):
     names = ("MODEL_DIR", "VOCABULARY_PATH", "INITIAL_CHECKPOINT_PATH", "TEACHER_CHECKPOINT_PATH")
-    config = gin_utils.parse(
+    config = configuration.parse(
         roots=(Experiment,),
         gin_files=["gin_configs/wmt_ende.gin"],
         bindings=[*(f"{name} = '/none'" for name in names), *bindings],

@@ -12,14 +12,14 @@ import small_runs
 
 from gkd_jax.checkpoints import hf, load
 from gkd_jax.checkpoints.store import CheckpointStore, save_params
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation.teachers import Teacher
 from gkd_jax.experiment import Evaluation, Export, Student
-from gkd_jax.export import export
 from gkd_jax.models import lora, stacking
 from gkd_jax.models.lora import LoRA
 from gkd_jax.objectives.mixing import OutputMix
-from gkd_jax.partitioning import Partitioner
-from gkd_jax.teachers import Teacher
-from gkd_jax.train import train
+from gkd_jax.run_modes.export import export
+from gkd_jax.run_modes.train import train
 
 DEEP = dict(num_encoder_layers=3, num_decoder_layers=2)
 

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax import evaluate, generate, prepare, runtime, store_teacher, train
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.teacher_store import StoreWriter, TeacherStore
 from gkd_jax.data.vocabularies import ByteVocabulary
-from gkd_jax.experiment import Evaluation, Generation, Storing, Student
+from gkd_jax.distillation.replay import Replay
+from gkd_jax.distillation.rollout import Rollout
+from gkd_jax.distillation.stored_distributions import Draws, Full, TopK
+from gkd_jax.distillation.teachers import StoredTeacher
+from gkd_jax.experiment import Evaluation, Generation, Storing, Student, prepare
+from gkd_jax.experiment.prepare import ConfigurationError
 from gkd_jax.objectives import (
     ForwardKL,
     GeneralizedJSD,
@@ -22,12 +26,9 @@ from gkd_jax.objectives import (
     WeightedSum,
 )
 from gkd_jax.objectives.mixing import OutputMix
-from gkd_jax.prepare import ConfigurationError
-from gkd_jax.replay import Replay
-from gkd_jax.rollout import Rollout
-from gkd_jax.sampling.policies import TeacherMixed
-from gkd_jax.supports import Draws, Full, TopK
-from gkd_jax.teachers import StoredTeacher
+from gkd_jax.run_modes import evaluate, generate, store_teacher, train
+from gkd_jax.sampling.teacher_assisted import TeacherMixed
+from gkd_jax.training import parameters
 
 SUPPORTS = {"full": Full(), "top_k": TopK(5), "draws": Draws(20)}
 ENTRY_BYTES = 24  # Of an example in the index.
@@ -76,7 +77,7 @@ def stores(tiny_teacher, tmp_path_factory):
 def teacher_log_probs(tiny_teacher, tmp_path_factory):
     """log p of every output token of every example, by the network itself; and the outputs."""
     experiment = experiment_of(tmp_path_factory.mktemp("log_probs"), tiny_teacher)
-    model, params = experiment.teacher_model, runtime.load_teacher(experiment)
+    model, params = experiment.teacher_model, parameters.load_teacher(experiment)
 
     @jax.jit
     def log_probs(batch):

@@ -8,12 +8,14 @@ import runpy
 import pytest
 import small_runs
 
-from gkd_jax import dry_run, runtime, study, train
+from gkd_jax.checkpoints import store
+from gkd_jax.distillation.teachers import Teacher
 from gkd_jax.experiment import Evaluation, Student
-from gkd_jax.prepare import ConfigurationError
+from gkd_jax.experiment.prepare import ConfigurationError
+from gkd_jax.run_modes import dry_run, study, train
+from gkd_jax.run_modes.study import Cell, Study
 from gkd_jax.sampling.methods import Sample
-from gkd_jax.study import Cell, Study
-from gkd_jax.teachers import Teacher
+from gkd_jax.training import parameters
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -90,8 +92,8 @@ def test_cells_build_on_earlier_ones(finished):
     assert experiment.teacher == Teacher(
         small_runs.model(small_runs.TEACHER_WIDTH), str(folder / "big")
     )
-    start = runtime.init_params(experiment)
-    sft = runtime.student_to_use(made.experiment_of(made.cells[1], seed=0))
+    start = parameters.init_params(experiment)
+    sft = parameters.student_to_use(made.experiment_of(made.cells[1], seed=0))
     small_runs.assert_equal_bits(start, sft.params)
     log = small_runs.metrics(folder / "gkd")
     assert {"train/on_policy/loss", "train/data/loss"} & set(log[1])
@@ -165,7 +167,7 @@ def test_seeds_and_a_given_teacher(tiny_teacher, tmp_path):
         assert (experiment.seed, experiment.train_data.seed) == (seed, seed)
         assert experiment.model_dir == str(tmp_path / f"gkd_seed{seed}")
         assert experiment.student.initial_checkpoint == str(tmp_path / f"sft_seed{seed}")
-        assert runtime.newest_step(experiment.model_dir) == 5
+        assert store.newest_step(experiment.model_dir) == 5
 
 
 @pytest.mark.slow

@@ -16,18 +16,18 @@ import pytest
 import small_runs
 from flax import traverse_util
 
-from gkd_jax import export
-from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.load import describe_checkpoint, load_params
-from gkd_jax.models.config import T5Config
+from gkd_jax.common.batch import Batch
+from gkd_jax.distillation.rollout import Rollout
+from gkd_jax.distillation.train_step import make_gradient_fn, make_loss_fn
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.objectives.divergences import ForwardKL, GeneralizedJSD, NegativeLogLikelihood
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective, final_weights
-from gkd_jax.rollout import Rollout
+from gkd_jax.run_modes import export
 from gkd_jax.sampling.methods import Sample
-from gkd_jax.sampling.policies import TeacherMixed
-from gkd_jax.train_step import make_gradient_fn, make_loss_fn
+from gkd_jax.sampling.teacher_assisted import TeacherMixed
 
 pytest.importorskip(
     "t5x.trainer", reason="T5X is not installed: docs/t5x.md says how", exc_type=ImportError
@@ -456,7 +456,7 @@ def test_t5x_reads_what_we_export(tmp_path):
     )  # fmt: skip
     # The check of the vocabulary's size is none of the test: T5X's network is tiny.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gkd_jax.prepare.check_vocab_size", lambda *_, **__: None)
+        patch.setattr("gkd_jax.experiment.prepare.check_vocab_size", lambda *_, **__: None)
         folder = os.path.join(export.export(experiment), "checkpoint_0")
 
     model = make_model(SIZES)

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax import evaluate, generate, prepare, store_teacher, train, train_step
 from gkd_jax.data.chat import ChatTemplate
-from gkd_jax.experiment import Evaluation, Generation, Storing
+from gkd_jax.distillation import train_step
+from gkd_jax.distillation.replay import Replay
+from gkd_jax.distillation.rollout import Rollout
+from gkd_jax.distillation.teachers import StoredTeacher
+from gkd_jax.experiment import Evaluation, Generation, Storing, prepare
 from gkd_jax.objectives.divergences import GeneralizedJSD
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective, final_weights
-from gkd_jax.replay import Replay
-from gkd_jax.rollout import Rollout
-from gkd_jax.sampling.policies import TeacherMixed
-from gkd_jax.teachers import StoredTeacher
+from gkd_jax.run_modes import evaluate, generate, store_teacher, train
+from gkd_jax.sampling.teacher_assisted import TeacherMixed
 
 LENGTHS = {"inputs": 48, "targets": 24, "teacher_inputs": 56}
 
@@ -107,7 +108,7 @@ def test_a_whole_run_with_replay_and_what_the_teacher_writes(
 def test_a_store_holds_what_the_teacher_says_of_its_own_prompts(template, tiny_teacher, tmp_path):
     live = run_with(template, tmp_path / "live", tiny_teacher, outputs=OutputMix(0.0))
     live = dataclasses.replace(live, evaluation=None)
-    from gkd_jax.supports import Full
+    from gkd_jax.distillation.stored_distributions import Full
 
     storing = Storing(live.train_data, str(tmp_path / "store"), Full())
     store_teacher.store_teacher(dataclasses.replace(live, storing=storing))

@@ -10,27 +10,29 @@ import optax
 import pytest
 import small_runs
 
-from gkd_jax import evaluate, generate, prepare, runtime, study, train, train_step
-from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.store import save_params
-from gkd_jax.experiment import Checkpoints, Evaluation, Generation, Student
-from gkd_jax.models.combined import MixtureModel
-from gkd_jax.objectives.divergences import ForwardKL, GeneralizedJSD
-from gkd_jax.objectives.objective import Objective, Predictions, final_weights, weighted_loss
-from gkd_jax.optimizers import AdamW, Constant
-from gkd_jax.partitioning import Partitioner
-from gkd_jax.plan import describe_plan, num_params
-from gkd_jax.prepare import ConfigurationError
-from gkd_jax.sampling.methods import Sample
-from gkd_jax.study import Cell, Study
-from gkd_jax.teachers import (
+from gkd_jax.common.batch import Batch
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation import train_step
+from gkd_jax.distillation.optimizers import AdamW, Constant
+from gkd_jax.distillation.teachers import (
     AverageStudent,
     InitialStudent,
     LiveStudent,
     Teacher,
     TeacherMixture,
 )
-from gkd_jax.trainer import jit_step_functions
+from gkd_jax.experiment import Checkpoints, Evaluation, Generation, Student, prepare
+from gkd_jax.experiment.plan import describe_plan, num_params
+from gkd_jax.experiment.prepare import ConfigurationError
+from gkd_jax.models.combined import MixtureModel
+from gkd_jax.objectives.divergences import ForwardKL, GeneralizedJSD
+from gkd_jax.objectives.objective import Objective, Predictions, final_weights, weighted_loss
+from gkd_jax.run_modes import evaluate, generate, study, train
+from gkd_jax.run_modes.study import Cell, Study
+from gkd_jax.sampling.methods import Sample
+from gkd_jax.training import parameters
+from gkd_jax.training.trainer import jit_step_functions
 
 OBJECTIVE = Objective(GeneralizedJSD(beta=0.3), teacher_temperature=0.7)
 WIDTH = small_runs.TEACHER_WIDTH
@@ -130,7 +132,7 @@ def test_a_mixture_trains_evaluates_and_generates(tiny_teacher, tmp_path):
         evaluation=Evaluation(heldout, method=Sample(), num_divergence_examples=4),
         generation=Generation(heldout, output, model="teacher", method=Sample()),
     )  # fmt: skip
-    restored = runtime.load_teacher(experiment)
+    restored = parameters.load_teacher(experiment)
     assert [{leaf.dtype.name for leaf in jax.tree.leaves(one)} for one in restored] == [
         {"float32"}, {"bfloat16"},
     ]  # fmt: skip
@@ -181,8 +183,8 @@ def test_the_initial_student_of_a_seed(tmp_path):
     """Without a checkpoint it is drawn again, whatever the run has become; in its own dtype."""
     model = small_runs.model(16, dtype="bfloat16")
     experiment = self_taught(tmp_path, InitialStudent(), None, student=Student(model), seed=5)
-    wanted = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), runtime.init_params(experiment))
-    small_runs.assert_equal_bits(runtime.load_teacher(experiment), wanted)
+    wanted = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), parameters.init_params(experiment))
+    small_runs.assert_equal_bits(parameters.load_teacher(experiment), wanted)
     assert "from random parameters of seed 5, as the student starts" in describe_plan(
         experiment, prepare.Prepared()
     )
@@ -221,7 +223,7 @@ def test_the_average_follows_the_student_and_resumes(tiny_teacher, tmp_path, mon
     small_runs.assert_equal_bits(train.train(stopped).state, result.state)
 
     # What teaches outside training is the average in the newest checkpoint.
-    teacher = runtime.teacher_to_use(whole)
+    teacher = parameters.teacher_to_use(whole)
     small_runs.assert_equal_bits(teacher.params, result.state.average)
     assert teacher.source.endswith("from " + str(tmp_path / "whole" / "checkpoint_4"))
     scores = evaluate.evaluate(whole).values()
@@ -239,8 +241,8 @@ def test_the_average_follows_the_student_and_resumes(tiny_teacher, tmp_path, mon
 def test_the_average_outside_training(tiny_teacher, tmp_path):
     """Until a run has a checkpoint it is the initial student; a run without one is refused."""
     experiment = self_taught(tmp_path, AverageStudent(0.9), tiny_teacher)
-    initial = runtime.init_params(experiment)
-    small_runs.assert_equal_bits(runtime.teacher_to_use(experiment).params, initial)
+    initial = parameters.init_params(experiment)
+    small_runs.assert_equal_bits(parameters.teacher_to_use(experiment).params, initial)
     run_without = dataclasses.replace(
         experiment,
         model_dir=str(tiny_teacher),

@@ -13,22 +13,25 @@ import pytest
 import small_runs
 from small_runs import Stopped, stop_at
 
-from gkd_jax import prepare, runtime, train, train_step
+from gkd_jax.checkpoints import store
 from gkd_jax.checkpoints.store import CheckpointStore, save_params
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.recipes import arithmetic
-from gkd_jax.experiment import Alarms, Checkpoints, Evaluation, Student
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation import train_step
+from gkd_jax.distillation.optimizers import Adafactor, AdamW, Constant
+from gkd_jax.distillation.rollout import Rollout
+from gkd_jax.distillation.teachers import Teacher
+from gkd_jax.experiment import Alarms, Checkpoints, Evaluation, Student, prepare
+from gkd_jax.experiment.prepare import ConfigurationError
 from gkd_jax.objectives.divergences import ForwardKL, NegativeLogLikelihood, ReverseKL
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective, final_weights
 from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
-from gkd_jax.optimizers import Adafactor, AdamW, Constant
-from gkd_jax.partitioning import Partitioner
-from gkd_jax.prepare import ConfigurationError
-from gkd_jax.rollout import Rollout
+from gkd_jax.run_modes import train
 from gkd_jax.sampling.methods import Greedy, Sample
-from gkd_jax.teachers import Teacher
-from gkd_jax.trainer import jit_step_functions
+from gkd_jax.training import jitted_functions, parameters
+from gkd_jax.training.trainer import jit_step_functions
 
 
 def host_part(model_dir, step: int) -> dict:
@@ -66,7 +69,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         stop_at(patch, 8)
         with pytest.raises(Stopped):
             train.train(experiment)
-    assert runtime.newest_step(experiment.model_dir) == 5
+    assert store.newest_step(experiment.model_dir) == 5
     resumed = train.train(experiment)
 
     assert int(resumed.state.step) == 12
@@ -140,9 +143,9 @@ def test_each_jitted_function_compiles_once(tiny_teacher, tmp_path, caplog):
     """Over steps on data and on samples, two evaluations, and a last batch with fillers."""
     for cached in (
         jit_step_functions,
-        runtime.jit_rollout,
-        runtime.jit_rollout_metrics,
-        runtime.jit_eval_step,
+        jitted_functions.jit_rollout,
+        jitted_functions.jit_rollout_metrics,
+        jitted_functions.jit_eval_step,
     ):
         cached.cache_clear()
     experiment = small_runs.gkd(tmp_path, tiny_teacher)
@@ -167,14 +170,14 @@ def test_a_failing_rollout_stops_the_run(tiny_teacher, tmp_path, monkeypatch):
         calls.append(args)
         raise RuntimeError("no sampler today")
 
-    runtime.jit_rollout.cache_clear()
-    monkeypatch.setattr(runtime, "sample_outputs", fail)
+    jitted_functions.jit_rollout.cache_clear()
+    monkeypatch.setattr(jitted_functions, "sample_outputs", fail)
     experiment = small_runs.gkd(tmp_path, tiny_teacher, evaluation=None, outputs=OutputMix(1.0))
     with pytest.raises(RuntimeError, match="no sampler today"):
         train.train(experiment)
     assert len(calls) == 1
-    assert runtime.newest_step(str(tmp_path)) is None
-    runtime.jit_rollout.cache_clear()
+    assert store.newest_step(str(tmp_path)) is None
+    jitted_functions.jit_rollout.cache_clear()
 
 
 @pytest.mark.pitfall(7)
@@ -206,12 +209,12 @@ def test_the_configured_objective_is_what_a_run_minimises(tiny_teacher, tmp_path
     (row,) = small_runs.metrics(tmp_path)
 
     student, teacher = experiment.student.model, experiment.teacher.model
-    params = runtime.init_params(experiment)
+    params = parameters.init_params(experiment)
     batch = next(Dataset(experiment.train_data).train_iterator())
     weights = final_weights(jnp.asarray(batch.loss_weights), reduction="per_token")
     loss_fn = train_step.make_loss_fn(student, teacher, objective)
     (_, per_token), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
-        params, runtime.load_teacher(experiment), batch, weights
+        params, parameters.load_teacher(experiment), batch, weights
     )
     assert row["train/data/loss"] == pytest.approx(float(jnp.sum(weights * per_token)), rel=1e-5)
     assert row["train/data/grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
@@ -437,7 +440,7 @@ def test_coins_of_examples_need_one_sample_of_full_length(tiny_teacher, tmp_path
 
 def test_fine_tuning_reads_no_teacher(tiny_teacher, tmp_path, monkeypatch):
     """One that is configured is not loaded, and the plan says so."""
-    monkeypatch.setattr(runtime, "load_teacher", lambda experiment: pytest.fail("loaded"))
+    monkeypatch.setattr(parameters, "load_teacher", lambda experiment: pytest.fail("loaded"))
     teacher = Teacher(small_runs.model(small_runs.TEACHER_WIDTH), str(tiny_teacher))
     train.train(small_runs.sft(tmp_path, teacher=teacher, num_steps=1))
     assert "not used in training" in (tmp_path / "metrics.jsonl").read_text()
@@ -481,7 +484,7 @@ def test_nothing_bad_is_saved(tiny_teacher, tmp_path, monkeypatch, change, wante
     experiment = small_runs.gkd(tmp_path, tiny_teacher, evaluation=None)
     with pytest.raises(FloatingPointError, match=r"training stopped at step \d+: .* not finite"):
         train.train(experiment)
-    assert runtime.newest_step(str(tmp_path)) == kept
+    assert store.newest_step(str(tmp_path)) == kept
 
 
 @pytest.mark.slow
@@ -492,8 +495,8 @@ def test_an_exploding_run_stops_with_its_remedy(tiny_teacher, tmp_path):
     )
     with pytest.raises(FloatingPointError, match="Lower the learning rate"):
         train.train(experiment)
-    assert runtime.newest_step(str(tmp_path)) == 1
-    saved = runtime.student_to_use(experiment).params
+    assert store.newest_step(str(tmp_path)) == 1
+    saved = parameters.student_to_use(experiment).params
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved))
 
 
@@ -536,17 +539,17 @@ def test_a_best_metric_that_is_not_measured_is_refused(tiny_teacher, tmp_path):
     )
     with pytest.raises(ValueError, match=r"got 'blue'\. Set it to one of .*'gsm8k_accuracy'"):
         train.train(small_runs.sft(tmp_path, checkpoints=checkpoints, evaluation=evaluation))
-    assert runtime.newest_step(str(tmp_path)) is None
+    assert store.newest_step(str(tmp_path)) is None
 
 
 def test_what_was_learnt_is_what_is_saved(tiny_teacher, gkd_run):
     """The last checkpoint holds the state that was returned; the student did move."""
     model_dir, result = gkd_run
     experiment = small_runs.gkd(model_dir, tiny_teacher)
-    student = runtime.student_to_use(experiment)
+    student = parameters.student_to_use(experiment)
     assert (student.step, student.source) == (12, str(model_dir / "checkpoint_12"))
     small_runs.assert_equal_bits(student.params, result.state.params)
-    start = runtime.init_params(experiment)
+    start = parameters.init_params(experiment)
     moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), start, student.params)
     assert min(jax.tree.leaves(moved)) > 0
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from gkd_jax import train_step
-from gkd_jax.batch import Batch
+from gkd_jax.common.batch import Batch
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation import train_step
+from gkd_jax.distillation.optimizers import Adafactor, AdamW, Constant
 from gkd_jax.models import stacking
-from gkd_jax.models.config import T5Config
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.objectives.divergences import ForwardKL, GeneralizedJSD, NegativeLogLikelihood
 from gkd_jax.objectives.objective import Objective
-from gkd_jax.optimizers import Adafactor, AdamW, Constant
-from gkd_jax.partitioning import Partitioner
 
 LEARNING_RATE = 1e-2
 OBJECTIVE = Objective(GeneralizedJSD(beta=0.5))

@@ -129,7 +129,8 @@ def test_a_run_over_two_processes(tmp_path):
 FAILS_ALONE = """
 import sys
 from absl import app
-from gkd_jax import main, trainer
+from gkd_jax import main
+from gkd_jax.training import trainer
 
 original = trainer.Trainer._update
 

@@ -9,14 +9,15 @@ import time
 import pytest
 import small_runs
 
-from gkd_jax import interruption, train, watchdog
+from gkd_jax.run_modes import train
+from gkd_jax.training import interruption, watchdog
 
 
 def test_stacks_are_written_and_the_process_ends(tmp_path):
     """In a process of its own, whose main thread waits for ever in a function of a known name."""
     program = """
 import sys, threading
-from gkd_jax import watchdog
+from gkd_jax.training import watchdog
 watchdog._SECONDS_TO_TELL = 0.1
 def waits_for_ever():
     threading.Event().wait()

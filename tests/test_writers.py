@@ -10,7 +10,7 @@ import types
 import pytest
 from absl import logging
 
-from gkd_jax import writers
+from gkd_jax.training import writers
 
 # TensorBoard's reader takes seconds to import TensorFlow, unless this module exists.
 sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
@@ -176,7 +176,7 @@ def test_default_writer_writes_files(tmp_path, capsys):
 def test_writing_needs_neither_tensorflow_nor_tensorboard(tmp_path):
     program = (
         "import sys\n"
-        "from gkd_jax import writers\n"
+        "from gkd_jax.training import writers\n"
         "writer = writers.default_writer(sys.argv[1], start_step=0, num_steps=1)\n"
         "writer.write(1, {'train/loss': 1.0})\n"
         "writer.close()\n"

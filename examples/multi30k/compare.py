@@ -17,11 +17,16 @@ import json
 import numpy as np
 from etils import epath
 
-from gkd_jax import experiment, gin_utils, prepare, runtime, study, teachers
-from gkd_jax.evaluate import Evaluator
-from gkd_jax.metrics import text_metrics
+from gkd_jax import experiment
+from gkd_jax.data.metrics import text_metrics
+from gkd_jax.distillation import teachers
+from gkd_jax.experiment import prepare
+from gkd_jax.experiment.gin_files import configuration
 from gkd_jax.objectives.divergences import GeneralizedJSD
 from gkd_jax.objectives.objective import Objective
+from gkd_jax.run_modes import study
+from gkd_jax.run_modes.evaluate import Evaluator
+from gkd_jax.training import parameters
 
 NUM_RESAMPLED = 1000
 
@@ -78,10 +83,10 @@ def print_divergences(plan: study.Study) -> None:
         for seed in plan.seeds:
             run = jsd_evaluation(plan.experiment_of(cell, seed=seed), teacher)
             data = prepare.prepare(run, run_mode="eval").eval_data
-            student = runtime.student_to_use(run)
+            student = parameters.student_to_use(run)
             evaluator = Evaluator(run, data, folder="compare")
             values = evaluator(
-                student.params, runtime.load_teacher(run), step=student.step
+                student.params, parameters.load_teacher(run), step=student.step
             ).values()
             print(
                 f"| {cell.name} | {seed} | {values['on_data/loss']:.4f} "
@@ -96,7 +101,7 @@ def main() -> None:
     parser.add_argument("--gin_bindings", action="append", default=[], help="as given to the study")
     parser.add_argument("--baseline", default="sft_continued", help="what others are held to")
     flags = parser.parse_args()
-    plan = gin_utils.parse(
+    plan = configuration.parse(
         roots=(study.Study,), gin_files=flags.gin_file, bindings=flags.gin_bindings
     ).build()
     print_differences(plan, flags.baseline)

@@ -14,18 +14,18 @@ import pathlib
 import jax
 import numpy as np
 
-from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import hf, load
+from gkd_jax.common.batch import Batch
 from gkd_jax.data.hf_tokenizer import HFTokenizer
 from gkd_jax.data.pipeline import Dataset, DatasetConfig
 from gkd_jax.data.recipes import instruction
 from gkd_jax.data.sources import JsonLines
+from gkd_jax.distillation.rollout import Rollout, sample_outputs
+from gkd_jax.distillation.train_step import make_loss_fn
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.decoder_only import DecoderOnly
 from gkd_jax.objectives.divergences import ForwardKL, NegativeLogLikelihood, ReverseKL
 from gkd_jax.objectives.objective import Objective
-from gkd_jax.rollout import Rollout, sample_outputs
-from gkd_jax.train_step import make_loss_fn
 
 RUNS = ("sft", "sft_continued", "supervised_kd", "on_policy_gkd")
 NUM_PRINTED = 5

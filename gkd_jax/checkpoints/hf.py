@@ -14,11 +14,11 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from gkd_jax import hub
-from gkd_jax.array_types import Params, PyTree
 from gkd_jax.checkpoints import layout, safetensors_files
 from gkd_jax.checkpoints.leaves import read_leaf
 from gkd_jax.checkpoints.safetensors_files import StoredTensor
+from gkd_jax.common import hub
+from gkd_jax.common.array_types import Params, PyTree
 from gkd_jax.models import families, hf_names, stacking
 from gkd_jax.models.base import LanguageModel
 

@@ -19,13 +19,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gkd_jax.array_types import PyTree
 from gkd_jax.checkpoints.manifest import (
     MANIFEST,
     CorruptCheckpointError,
     write_durably,
     write_manifest,
 )
+from gkd_jax.common.array_types import PyTree
 from gkd_jax.models import stacking
 
 ARRAYS = "arrays"

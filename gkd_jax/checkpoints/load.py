@@ -9,15 +9,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from gkd_jax import hub, partitioning
-from gkd_jax.array_types import Params, PyTree
 from gkd_jax.checkpoints import hf, layout
-from gkd_jax.checkpoints.manifest import (
-    MANIFEST,
-    CorruptCheckpointError,
-    verify_manifest,
-)
+from gkd_jax.checkpoints.manifest import MANIFEST, CorruptCheckpointError, verify_manifest
 from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.common import hub
+from gkd_jax.common.array_types import Params, PyTree
+from gkd_jax.devices import partitioning
 from gkd_jax.models import stacking
 
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from gkd_jax import hub
-from gkd_jax.array_types import Params
 from gkd_jax.checkpoints import hf, safetensors_files
+from gkd_jax.common import hub
+from gkd_jax.common.array_types import Params
 from gkd_jax.models import families, hf_names, lora, stacking
 from gkd_jax.models.lora import LoRA, pairs_of
 

@@ -12,11 +12,11 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from gkd_jax.appended import children, is_in_bucket
-from gkd_jax.array_types import Params, PyTree
 from gkd_jax.checkpoints import layout
 from gkd_jax.checkpoints.manifest import MANIFEST, CorruptCheckpointError, verify_manifest
-from gkd_jax.partitioning import process_zero_decides
+from gkd_jax.common.array_types import Params, PyTree
+from gkd_jax.common.growing_files import children, is_in_bucket
+from gkd_jax.devices.partitioning import process_zero_decides
 
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 
@@ -402,3 +402,15 @@ def save_params(
         layout.finish(folder, header)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_params {folder}")
+
+
+def newest_step(model_dir: str) -> int | None:
+    """The step of the newest complete checkpoint of a run; None if it has none.
+
+    Raises:
+      ValueError: there are checkpoints, but none is complete.
+    """
+    if not is_in_bucket(model_dir) and not epath.Path(model_dir).is_dir():
+        return None
+    with CheckpointStore(model_dir, read_only=True) as store:
+        return store.latest_step()

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from gkd_jax.array_types import Params, PyTree
 from gkd_jax.checkpoints.leaves import DAMAGED, read_leaf
+from gkd_jax.common.array_types import Params, PyTree
 
 NATIVE = "native"
 ORBAX = "orbax"

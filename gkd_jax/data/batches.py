@@ -8,8 +8,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from gkd_jax.array_types import Int
-from gkd_jax.batch import Batch
+from gkd_jax.common.array_types import Int
+from gkd_jax.common.batch import Batch
 from gkd_jax.data import packed_rows
 from gkd_jax.data.encoding import RowReader
 from gkd_jax.data.packed_rows import Piece, Placed

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from gkd_jax import hub
+from gkd_jax.common import hub
 
 Message = Mapping[str, str]
 

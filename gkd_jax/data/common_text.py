@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from gkd_jax.array_types import Int
+from gkd_jax.common.array_types import Int
 from gkd_jax.data.vocabularies import Piece, Vocabulary
 
 _END = "<end of sequence>"

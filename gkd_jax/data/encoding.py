@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gkd_jax.array_types import Int
-from gkd_jax.batch import Batch
+from gkd_jax.common.array_types import Int
+from gkd_jax.common.batch import Batch
 from gkd_jax.data.task import TextExample
 from gkd_jax.data.vocabularies import Vocabulary
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from gkd_jax import hub
+from gkd_jax.common import hub
 from gkd_jax.data.vocabularies import Piece, byte_of, fingerprint_of_pieces, up_to_eos
 
 TOKENIZER = "tokenizer.json"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gkd_jax.array_types import Int
+from gkd_jax.common.array_types import Int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,14 +18,15 @@ from typing import Any
 import grain
 import numpy as np
 
-from gkd_jax.array_types import Int
-from gkd_jax.batch import Batch
+from gkd_jax.common.array_types import Int
+from gkd_jax.common.batch import Batch
 from gkd_jax.data import packed_rows
 from gkd_jax.data.batches import MAX_EXAMPLE_ID, BatchMaker, TrainIterator, in_order, read_ahead
 from gkd_jax.data.chat import ChatTemplate
 from gkd_jax.data.encoding import Encoder, RowReader
 from gkd_jax.data.mixtures import MixedSource
-from gkd_jax.data.task import Task, TextExample, get_task
+from gkd_jax.data.registry import get_task
+from gkd_jax.data.task import Task, TextExample
 from gkd_jax.data.teacher_store import TeacherStore, differences
 from gkd_jax.data.vocabularies import Vocabulary
 

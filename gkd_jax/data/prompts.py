@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from gkd_jax.data.pipeline import DatasetConfig
+from gkd_jax.data.registry import get_task
 from gkd_jax.data.sources import InMemory, JsonLines
-from gkd_jax.data.task import RawExample, SourceConfig, Task, TextExample, get_task
+from gkd_jax.data.task import RawExample, SourceConfig, Task, TextExample
 from gkd_jax.data.text_files import TextLines, as_paths
 
 SPLIT = "prompts"

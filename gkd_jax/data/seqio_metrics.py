@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gkd_jax.metrics.score import Score, check_pairs
+from gkd_jax.data.metrics.score import Score, check_pairs
 
 _JSON_PREFIX = "json:"
 

@@ -5,17 +5,17 @@ example into text. Tokens, lengths, order and batches are the pipeline's, the sa
 """
 
 import dataclasses
-import difflib
 import importlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
+
+from gkd_jax.common.moved import load_moved
 
 RawExample: TypeAlias = Mapping[str, Any]
 """Field name to a str or a list of str, as the source holds them."""
 
 MetricFn: TypeAlias = Callable[[list[list[str]], list[str]], Mapping[str, Any]]
-"""(references of each example, predictions) -> metric name to `gkd_jax.metrics.score.Score`."""
+"""(references of each example, predictions) -> metric name to `data.metrics.score.Score`."""
 
 
 class Source(Protocol):
@@ -127,59 +127,6 @@ class Task:
         return self.sources[split]
 
 
-_registry: dict[str, Task] = {}
-
-
-def register_task(task: Task) -> Task:
-    """Makes a task known to `get_task` under its name; returns it.
-
-    Raises:
-      ValueError: another task has this name.
-    """
-    if _registry.setdefault(task.name, task) != task:
-        raise ValueError(
-            f"Another task is already registered as {task.name!r}. Give one of them another "
-            "Task.name."
-        )
-    return task
-
-
-def get_task(name: str, *, module: str | None = None) -> Task:
-    """Finds a task by name: registered ones first, then gkd_jax's own, then seqio's.
-
-    Args:
-      name: the task's or mixture's name (`MIXTURE_OR_TASK_NAME`).
-      module: a module to import first, which registers tasks with `register_task` or with
-        seqio (`MIXTURE_OR_TASK_MODULE`).
-
-    Returns:
-      The task; a seqio task or mixture comes through `gkd_jax.data.seqio_adapter`.
-
-    Raises:
-      ValueError: no task has this name (names the nearest), or there is no such module.
-    """
-    if module is not None:
-        import_task_module(module)
-    if name not in _registry:
-        importlib.import_module("gkd_jax.data.recipes")  # Registers gkd_jax's own tasks.
-    if name in _registry:
-        return _registry[name]
-    known = set(_registry)
-    # Without seqio imported, nothing can be in its registry: its slow import is not needed.
-    if "seqio" in sys.modules:
-        from gkd_jax.data import seqio_adapter
-
-        if name in seqio_adapter.seqio_names():
-            return seqio_adapter.seqio_task(name)
-        known.update(seqio_adapter.seqio_names())
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-    hint = f"Did you mean {', '.join(map(repr, near))}?" if near else f"Known: {sorted(known)}."
-    raise ValueError(
-        f"MIXTURE_OR_TASK_NAME {name!r} names no task. {hint} A task of your own: name the module "
-        "that registers it in MIXTURE_OR_TASK_MODULE."
-    )
-
-
 def import_task_module(module: str) -> None:
     """Imports the module that registers a user's tasks.
 
@@ -195,3 +142,8 @@ def import_task_module(module: str) -> None:
             f"MIXTURE_OR_TASK_MODULE {module!r} cannot be imported: {error}. Give a module's "
             "dotted name and put its folder on PYTHONPATH."
         ) from error
+
+
+def __getattr__(name: str) -> Any:
+    """What this module used to define."""
+    return load_moved(__name__, name)

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from gkd_jax.array_types import Int
-from gkd_jax.batch import TeacherDistributions
-from gkd_jax.data.packing import Packing, packing_of
+from gkd_jax.common.array_types import Int
+from gkd_jax.common.batch import TeacherDistributions
+from gkd_jax.data.teacher_store_records import Packing, packing_of
 
 _FORMAT = "gkd_jax teacher store 1"
 _META, _DATA, _INDEX = "meta.json", "distributions.bin", "index.bin"

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 
 from absl import app, flags
 
-from gkd_jax.data.task import Task, get_task
+from gkd_jax.data.registry import get_task
+from gkd_jax.data.task import Task
 from gkd_jax.data.text_files import TextLines
 from gkd_jax.data.vocabularies import import_sentencepiece
 

@@ -316,3 +316,12 @@ def _sentinels(extra_ids: int) -> bytes:
         message += b"\x18\x04"
         parts.append(b"\x0a" + bytes([len(message)]) + message)
     return b"".join(parts)
+
+
+def describe_vocabulary(vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a checkpoint tells of the vocabulary that its model was trained with, as JSON."""
+    return {
+        "name": vocabulary.name,
+        "size": vocabulary.size,
+        "fingerprint": vocabulary.fingerprint,
+    }

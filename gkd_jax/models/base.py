@@ -4,8 +4,8 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
-from gkd_jax.batch import Batch
+from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyTree
+from gkd_jax.common.batch import Batch
 
 DecodeState: TypeAlias = PyTree[Any]
 """A model's decoding state. Every leaf has the batch as its first axis, so that samplers may

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
-from gkd_jax.batch import Batch
+from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyTree
+from gkd_jax.common.batch import Batch
 from gkd_jax.models.base import DecodeState, LanguageModel
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gkd_jax.models.config import DTYPES, check_remat_policy
+from gkd_jax.models.t5_config import DTYPES, check_remat_policy
 
 MLP_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 ATTENTION_KINDS = ("full", "sliding")

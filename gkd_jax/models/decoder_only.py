@@ -19,17 +19,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
-from gkd_jax.batch import Batch
+from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyTree
+from gkd_jax.common.batch import Batch
 from gkd_jax.models import layers, rope
 from gkd_jax.models.decoder_config import DecoderConfig
-from gkd_jax.models.linen import (
-    Index,
-    LinenModel,
-    extend_cache,
-    make_layers,
-    run_layers,
-)
+from gkd_jax.models.linen import Index, LinenModel, extend_cache, make_layers, run_layers
 
 KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
 

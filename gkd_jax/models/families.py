@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from gkd_jax.models.base import LanguageModel
-from gkd_jax.models.config import T5Config
 from gkd_jax.models.decoder_config import DecoderConfig, Rope
 from gkd_jax.models.decoder_only import DecoderOnly
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 
 HFConfig = Mapping[str, Any]
 

@@ -3,8 +3,8 @@
 import dataclasses
 import re
 
-from gkd_jax.models.config import T5Config
 from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.models.t5_config import T5Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from gkd_jax.array_types import Array, Bool, Float, Int
+from gkd_jax.common.array_types import Array, Bool, Float, Int
 from gkd_jax.models.linen import key_of_this_layer
 
 MASKED = -1e10

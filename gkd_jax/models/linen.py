@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
+from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyTree
 from gkd_jax.models import stacking
 
 Layers = Sequence[nn.Module] | nn.Module

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from gkd_jax.array_types import Array, Key, Params, PyTree
+from gkd_jax.common.array_types import Array, Key, Params, PyTree
 from gkd_jax.models import layers, stacking
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.linen import of_this_layer

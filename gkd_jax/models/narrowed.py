@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gkd_jax.array_types import Array, Float, Params
+from gkd_jax.common.array_types import Array, Float, Params
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.wrapped import WrappedModel
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from gkd_jax.array_types import Array, Float, Int, Key, Params, PyTree
+from gkd_jax.common.array_types import Array, Float, Int, Key, Params, PyTree
 from gkd_jax.models import layers
 from gkd_jax.models.linen import of_this_layer
 from gkd_jax.models.lora import products

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax.array_types import Array, Float, Int
+from gkd_jax.common.array_types import Array, Float, Int
 from gkd_jax.models.decoder_config import Rope
 
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from gkd_jax.models.config import T5Config
 from gkd_jax.models.decoder_config import DecoderConfig, Rope
+from gkd_jax.models.t5_config import T5Config
 
 T5_VOCAB_SIZE = 32_128
 """T5's 32,000 pieces and 100 sentinels, padded to a multiple of 128."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from gkd_jax.array_types import PyTree
+from gkd_jax.common.array_types import PyTree
 
 STACKED = "layers"
 """The name of stacked layers, and the logical axis along which they lie."""

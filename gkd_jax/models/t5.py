@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
-from gkd_jax.batch import Batch
+from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyTree
+from gkd_jax.common.batch import Batch
 from gkd_jax.models import layers
-from gkd_jax.models.config import T5Config
 from gkd_jax.models.linen import (
     Index,
     LinenModel,
@@ -26,6 +25,7 @@ from gkd_jax.models.linen import (
     run_layers,
     take_layer,
 )
+from gkd_jax.models.t5_config import T5Config
 
 KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
 

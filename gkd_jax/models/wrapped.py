@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params, PyTree
-from gkd_jax.batch import Batch
+from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyTree
+from gkd_jax.common.batch import Batch
 from gkd_jax.models.base import DecodeState, LanguageModel
 from gkd_jax.models.linen import LinenModel
 

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.array_types import Array, Bool, Float, Int
+from gkd_jax.common.array_types import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.array_types import Array, Bool, Float
+from gkd_jax.common.array_types import Array, Bool, Float
 
 _MAX_EXPONENT = 40.0
 

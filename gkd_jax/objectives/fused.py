@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from gkd_jax.array_types import Array, Float, Int, Params
-from gkd_jax.batch import TeacherDistributions
+from gkd_jax.common.array_types import Array, Float, Int, Params
+from gkd_jax.common.batch import TeacherDistributions
 from gkd_jax.objectives.objective import Objective, Predictions, check_predictions
-from gkd_jax.objectives.token_divergence import TokenTeacher, check_advantages
+from gkd_jax.objectives.per_token import TokenTeacher, check_advantages
 
 CHUNK_ENTRIES = 1 << 22
 """Logits that one model makes at a time on a CPU, for its caches: 16 MB in float32."""

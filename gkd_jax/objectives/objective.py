@@ -8,10 +8,10 @@ from typing import Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Params
-from gkd_jax.batch import TeacherDistributions
+from gkd_jax.common.array_types import Array, Bool, Float, Int, Params
+from gkd_jax.common.batch import TeacherDistributions
 from gkd_jax.objectives.divergences import Divergence
-from gkd_jax.objectives.token_divergence import (
+from gkd_jax.objectives.per_token import (
     TokenTeacher,
     divergence_and_gradient,
     token_divergence,

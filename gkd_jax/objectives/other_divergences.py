@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.array_types import Array, Float
+from gkd_jax.common.array_types import Array, Float
 from gkd_jax.objectives.divergences import (
     Divergence,
     ForwardKL,

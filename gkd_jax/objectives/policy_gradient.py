@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.array_types import Array, Float
+from gkd_jax.common.array_types import Array, Float
 from gkd_jax.objectives.divergences import Divergence, VocabularyEntries
 from gkd_jax.objectives.objective import Objective, Reduction, final_weights
 from gkd_jax.objectives.other_divergences import WeightedSum

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.array_types import Array, Float
+from gkd_jax.common.array_types import Array, Float
 
 
 def returns_to_go(

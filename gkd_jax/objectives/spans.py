@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Params
-from gkd_jax.batch import TeacherTokens
+from gkd_jax.common.array_types import Array, Bool, Float, Int, Params
+from gkd_jax.common.batch import TeacherTokens
 from gkd_jax.objectives.divergences import NegativeLogLikelihood, VocabularyEntries
 from gkd_jax.objectives.fused import chunked_loss
 from gkd_jax.objectives.objective import Objective, Predictions
-from gkd_jax.objectives.token_divergence import tempered_log_probs, term_and_slope
+from gkd_jax.objectives.per_token import tempered_log_probs, term_and_slope
 
 _LEAST_REST = -1e-6
 """Largest log-probability of what follows a span's first token: float32 rounds larger ones to 0,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Params, PyTree
+from gkd_jax.common.array_types import Array, Bool, Float, Int, Params, PyTree
 from gkd_jax.models.base import DecodeState, LanguageModel
 from gkd_jax.sampling.outputs import check_output_ids, is_any_of, repeat_rows
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Key, Params
+from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params
 from gkd_jax.models.base import DecodeState, LanguageModel
 from gkd_jax.sampling.beam_search import Beams, BeamSearch, beam_search
 from gkd_jax.sampling.methods import Greedy, Sample, position_keys, row_keys

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gkd_jax.array_types import Array, Bool, Float, Int, Key
+from gkd_jax.common.array_types import Array, Bool, Float, Int, Key
 
 FANOUT = 32
 """Groups a level; its square is the work of a level, in comparisons a row."""

@@ -5,7 +5,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.array_types import Array, Bool, Int, PyTree
+from gkd_jax.common.array_types import Array, Bool, Int, PyTree
 
 Tree = TypeVar("Tree", bound=PyTree)
 

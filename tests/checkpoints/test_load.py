@@ -11,7 +11,7 @@ import pytest
 from gkd_jax.checkpoints import load
 from gkd_jax.checkpoints.manifest import CorruptCheckpointError
 from gkd_jax.checkpoints.store import CheckpointStore, save_params
-from gkd_jax.partitioning import Partitioner
+from gkd_jax.devices.partitioning import Partitioner
 
 
 def make_params(seed=0):

@@ -20,11 +20,11 @@ import pytest
 from absl import logging as absl_logging
 from jax.sharding import PartitionSpec
 
-from gkd_jax import optimizers
 from gkd_jax.checkpoints import layout, manifest
 from gkd_jax.checkpoints.manifest import CorruptCheckpointError
 from gkd_jax.checkpoints.store import CheckpointStore
-from gkd_jax.partitioning import Partitioner
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation import optimizers
 
 TX = optimizers.Adafactor(optimizers.Constant(0.1), min_dim_size_to_factor=8).build()
 
@@ -595,7 +595,7 @@ TWO_PROCESSES = textwrap.dedent(
     from jax.experimental import multihost_utils
     from gkd_jax.checkpoints import layout, load
     from gkd_jax.checkpoints.store import CheckpointStore, save_params
-    from gkd_jax.partitioning import Partitioner, fetch_to_host
+    from gkd_jax.devices.partitioning import Partitioner, fetch_to_host
 
     partitioner = Partitioner(model_parallelism=2)
     ids = np.arange(8).reshape(2, 4)[partitioner.data_layout.shard_id]

@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gkd_jax.checkpoints import t5x
 from gkd_jax.checkpoints.t5x import is_t5x_checkpoint, read_t5x_params
-from gkd_jax.models.config import T5Config
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 
 ARRAYS = {
     "encoder/layers_0/mlp/wo/kernel": np.arange(32, dtype=np.float32).reshape(8, 4) / 3,

@@ -4,8 +4,8 @@ import re
 import pytest
 
 from gkd_jax.data.arithmetic import ArithmeticProblems, solution, split_of
-from gkd_jax.metrics.calculator import apply_calculator
-from gkd_jax.metrics.gsm8k import gsm8k_accuracy, parse_answer
+from gkd_jax.data.metrics.calculator import apply_calculator
+from gkd_jax.data.metrics.gsm8k import gsm8k_accuracy, parse_answer
 
 _EQUATION = re.compile(r"(\d+)([-+*])(\d+)=(\d+)\.")
 _OPERATION_OF_WORDS = {

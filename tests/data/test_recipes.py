@@ -3,13 +3,13 @@ import json
 import pytest
 
 from gkd_jax.data import recipes
+from gkd_jax.data.metrics.gsm8k import gsm8k_accuracy, parse_answer
+from gkd_jax.data.metrics.text_metrics import bleu, exact_match, rouge
 from gkd_jax.data.mixtures import Mixture
 from gkd_jax.data.pipeline import DatasetConfig
+from gkd_jax.data.registry import get_task
 from gkd_jax.data.sources import InMemory, JsonLines, ParallelText, TfdsSource, Tsv
-from gkd_jax.data.task import get_task
 from gkd_jax.data.vocabularies import ByteVocabulary
-from gkd_jax.metrics.gsm8k import gsm8k_accuracy, parse_answer
-from gkd_jax.metrics.text_metrics import bleu, exact_match, rouge
 
 
 def test_recipes_default_to_tfds():

@@ -9,8 +9,8 @@ import pytest
 
 from gkd_jax.data import seqio_adapter
 from gkd_jax.data.pipeline import DatasetConfig
+from gkd_jax.data.registry import get_task
 from gkd_jax.data.seqio_metrics import decode_reference, encode_reference
-from gkd_jax.data.task import get_task
 from gkd_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
 
 _MODULE = "gkd_seqio_test_tasks"

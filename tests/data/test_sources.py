@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from gkd_jax.data import task as task_lib
+from gkd_jax.data import registry as task_lib
+from gkd_jax.data.registry import get_task, register_task
 from gkd_jax.data.sources import InMemory, JsonLines, ParallelText, TfdsSource, Tsv
-from gkd_jax.data.task import Task, TextExample, get_task, register_task
+from gkd_jax.data.task import Task, TextExample
 from gkd_jax.data.text_files import TextLines
 
 

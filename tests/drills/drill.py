@@ -30,9 +30,9 @@ import processes
 import small_runs
 import test_kill_and_resume as kills
 
-from gkd_jax import interruption
 from gkd_jax.checkpoints import layout
 from gkd_jax.objectives.mixing import OutputMix
+from gkd_jax.training import interruption
 
 NUM_STEPS, SAVE_PERIOD, EVAL_PERIOD = 30, 3, 10
 LAMBDA = 0.5
@@ -71,7 +71,7 @@ def make_teacher(model_dir: pathlib.Path) -> None:
         "--gin_file=gin_configs/sft/arithmetic.gin",
         *bindings({"MODEL_DIR": str(model_dir), "TRAIN_STEPS": 2, "WARMUP_STEPS": 1}),
         *bindings({"recipes.arithmetic.num_heldout": 40, "Evaluation.num_divergence_examples": 0}),
-        *bindings(SIZES, "student/config.T5Config."),
+        *bindings(SIZES, "student/models.T5Config."),
     ]
     process = processes.start(flags, devices=2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = process.communicate()[0]
@@ -97,8 +97,8 @@ class Group:
             f"--gin.MODEL_DIR={str(model_dir)!r}",
             f"--gin.TEACHER_CHECKPOINT_PATH={str(model_dir.parent / 'teacher')!r}",
             *bindings(SETTINGS),
-            *bindings(SIZES, "student/config.T5Config."),
-            *bindings(SIZES_OF_TEACHER, "teacher/config.T5Config."),
+            *bindings(SIZES, "student/models.T5Config."),
+            *bindings(SIZES_OF_TEACHER, "teacher/models.T5Config."),
         ]
         self.lines: list[str] = []
         self._processes = [

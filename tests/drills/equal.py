@@ -74,15 +74,15 @@ SETTINGS: dict[str, Any] = {
     "Experiment.log_period": 1,
     "recipes.arithmetic.num_heldout": 64,
     # To be split over four devices.
-    "config.T5Config.vocab_size": 264,
-    "student/config.T5Config.emb_dim": 32,
+    "models.T5Config.vocab_size": 264,
+    "student/models.T5Config.emb_dim": 32,
 }
 TEACHER = {
-    "student/config.T5Config.emb_dim": 128,
-    "student/config.T5Config.num_encoder_layers": 3,
-    "student/config.T5Config.num_decoder_layers": 3,
-    "student/config.T5Config.head_dim": 32,
-    "student/config.T5Config.mlp_dim": 320,
+    "student/models.T5Config.emb_dim": 128,
+    "student/models.T5Config.num_encoder_layers": 3,
+    "student/models.T5Config.num_decoder_layers": 3,
+    "student/models.T5Config.head_dim": 32,
+    "student/models.T5Config.mlp_dim": 320,
     "TRAIN_STEPS": 2,
 }
 
@@ -199,7 +199,7 @@ def table(
                     "TEACHER_CHECKPOINT_PATH": str(teacher),
                     "STUDENT_DATA_FRACTION": float(fraction),
                     "Experiment.optimizer": f"@optimizers.{optimizer}()",
-                    "Evaluation.method": "@methods.Sample()",
+                    "Evaluation.method": "@sampling.Sample()",
                 }
                 model_dir = folder / optimizer / layout.name / f"lambda_{fraction}"
                 run("arithmetic", model_dir, layout, settings)

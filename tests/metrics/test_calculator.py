@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from gkd_jax.metrics.calculator import apply_calculator
+from gkd_jax.data.metrics.calculator import apply_calculator
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from gkd_jax.metrics.calculator import apply_calculator
-from gkd_jax.metrics.gsm8k import gsm8k_accuracy, parse_answer
+from gkd_jax.data.metrics.calculator import apply_calculator
+from gkd_jax.data.metrics.gsm8k import gsm8k_accuracy, parse_answer
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from gkd_jax.metrics.score import Score, check_pairs, mean_score, share_score
+from gkd_jax.data.metrics.score import Score, check_pairs, mean_score, share_score
 
 
 def test_mean_score_is_the_mean_with_the_standard_error_of_the_mean():

@@ -6,7 +6,7 @@ import pytest
 import sacrebleu.metrics
 from rouge_score import rouge_scorer
 
-from gkd_jax.metrics.text_metrics import bleu, exact_match, resampled_bleu, rouge
+from gkd_jax.data.metrics.text_metrics import bleu, exact_match, resampled_bleu, rouge
 
 _REFERENCES = [
     ["the cat sat on a mat ."],

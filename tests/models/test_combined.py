@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax.batch import Batch
+from gkd_jax.common.batch import Batch
 from gkd_jax.models.combined import CorrectedModel, MixtureModel
 from gkd_jax.sampling.decode import decode
 from gkd_jax.sampling.methods import Greedy, Sample

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax import hub
 from gkd_jax.checkpoints import hf, load
+from gkd_jax.common import hub
 from gkd_jax.models import families
 from gkd_jax.models.decoder_config import DecoderConfig, Rope
 from gkd_jax.models.decoder_only import DecoderOnly

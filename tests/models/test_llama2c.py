@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from small_recipes import ROOT
 
-from gkd_jax.batch import Batch
 from gkd_jax.checkpoints import hf, load
+from gkd_jax.common.batch import Batch
 from gkd_jax.data.hf_tokenizer import HFTokenizer
 from gkd_jax.data.vocabularies import SentencePieceVocabulary
 from gkd_jax.sampling.decode import decode

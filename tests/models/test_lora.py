@@ -10,14 +10,14 @@ import optax
 import pytest
 import small_runs
 
-from gkd_jax import train_step
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation import train_step
 from gkd_jax.models import lora
 from gkd_jax.models.families import model_from_hf
 from gkd_jax.models.lora import LoRA
 from gkd_jax.models.narrowed import narrowed
 from gkd_jax.objectives.divergences import GeneralizedJSD
 from gkd_jax.objectives.objective import Objective
-from gkd_jax.partitioning import Partitioner
 
 FAMILIES = ["t5_1_1", "llama3", "gemma2"]
 

@@ -9,22 +9,24 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax import prepare, pretrained, runtime, train
-from gkd_jax.checkpoints import load
+from gkd_jax.checkpoints import load, pretrained
 from gkd_jax.checkpoints.store import save_params
 from gkd_jax.data.pipeline import Dataset, DatasetConfig
 from gkd_jax.data.recipes import arithmetic
 from gkd_jax.data.vocabularies import ByteVocabulary
-from gkd_jax.evaluate import task_scores
-from gkd_jax.models.config import T5Config
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation.rollout import Rollout
+from gkd_jax.distillation.teachers import TeacherMixture
+from gkd_jax.experiment import prepare
 from gkd_jax.models.families import model_from_hf
 from gkd_jax.models.lora import products
 from gkd_jax.models.quantised import Int8, quantise_kernel
 from gkd_jax.models.t5 import T5
-from gkd_jax.partitioning import Partitioner
-from gkd_jax.rollout import Rollout
+from gkd_jax.models.t5_config import T5Config
+from gkd_jax.run_modes import train
+from gkd_jax.run_modes.evaluate import task_scores
 from gkd_jax.sampling.methods import Greedy
-from gkd_jax.teachers import TeacherMixture
+from gkd_jax.training import jitted_functions, parameters
 
 
 def base(name, dtype="float32"):
@@ -145,7 +147,7 @@ def test_how_many_answers_a_trained_teacher_loses():
     vocabulary = dataset.config.vocabulary
     accuracies = []
     for model, params in both():
-        decode = runtime.jit_rollout(
+        decode = jitted_functions.jit_rollout(
             Rollout(method=Greedy()), model, small_runs.one_device(),
             eos_ids=vocabulary.eos_ids, pad_id=vocabulary.pad_id,
         )  # fmt: skip
@@ -175,7 +177,7 @@ def test_a_teacher_is_kept_in_int8(tmp_path):
     run = small_run(tmp_path)
     teacher = run.teacher
     assert teacher.source("").endswith("teacher in int8")
-    held = runtime.load_teacher(run)["weights"]["encoder"]["layers_0"]["mlp"]["wo"]["kernel"]
+    held = parameters.load_teacher(run)["weights"]["encoder"]["layers_0"]["mlp"]["wo"]["kernel"]
     assert held.dtype == jnp.int8
     prepare.prepare(run, run_mode="train")
     mixture = TeacherMixture((teacher, dataclasses.replace(teacher, weights=None)))

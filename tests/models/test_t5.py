@@ -14,10 +14,10 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.sharding import PartitionSpec
 
-from gkd_jax.batch import Batch
+from gkd_jax.common.batch import Batch
 from gkd_jax.models import layers, sizes
-from gkd_jax.models.config import T5Config
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 
 
 def _load_reference():

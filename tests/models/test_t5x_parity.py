@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.t5x import read_t5x_params
-from gkd_jax.models.config import T5Config
+from gkd_jax.common.batch import Batch
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 
 pytestmark = pytest.mark.usefixtures("fully_compiled")
 

@@ -16,7 +16,8 @@ from divergence_references import (
     unembed,
 )
 
-from gkd_jax.batch import TeacherDistributions
+from gkd_jax.common.batch import TeacherDistributions
+from gkd_jax.devices.partitioning import Partitioner
 from gkd_jax.objectives import (
     ForwardKL,
     GeneralizedJSD,
@@ -28,7 +29,6 @@ from gkd_jax.objectives import (
     token_divergence,
     weighted_loss,
 )
-from gkd_jax.partitioning import Partitioner
 
 B, T, D, V, K = 8, 3, 5, 40, 6
 

@@ -10,6 +10,7 @@ from divergence_references import ALL_IN_ONE, EVERY, unembed
 from float32_rounding import assert_within_rounding
 from jax.sharding import PartitionSpec as P
 
+from gkd_jax.devices.partitioning import Partitioner
 from gkd_jax.objectives import (
     ForwardKL,
     GeneralizedJSD,
@@ -23,7 +24,6 @@ from gkd_jax.objectives import (
     fused_weighted_loss,
     weighted_loss,
 )
-from gkd_jax.partitioning import Partitioner
 
 pytestmark = pytest.mark.usefixtures("fully_compiled")
 

@@ -21,10 +21,10 @@ from divergence_references import (
     prefix_weights,
 )
 
-from gkd_jax import non_finite, train_step
-from gkd_jax.batch import Batch
-from gkd_jax.models.config import T5Config
+from gkd_jax.common.batch import Batch
+from gkd_jax.distillation import train_step
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.objectives import (
     ForwardKL,
     Objective,
@@ -35,6 +35,7 @@ from gkd_jax.objectives import (
     fused_weighted_loss,
     weighted_loss,
 )
+from gkd_jax.training import non_finite
 
 B, T, D, V = 4, 5, 8, 12
 EXCLUDED = [7, 11]

@@ -16,9 +16,11 @@ from divergence_references import (
 )
 from toy_vocabularies import STUDENT, TEACHER
 
-from gkd_jax.batch import Batch
+from gkd_jax.common.batch import Batch
 from gkd_jax.data.common_text import CommonText
 from gkd_jax.data.vocabularies import ByteVocabulary
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.experiment.step_objectives import _vocabularies
 from gkd_jax.objectives import (
     ForwardKL,
     GeneralizedJSD,
@@ -33,8 +35,7 @@ from gkd_jax.objectives import (
     spans,
     weighted_loss,
 )
-from gkd_jax.partitioning import Partitioner
-from gkd_jax.teacher_tokens import TeacherReader, _vocabularies
+from gkd_jax.training.teacher_tokens import TeacherReader
 
 # Words that both split in one place, in different ones, and not at all.
 TEXTS = ("abc ca", "ab cab", "ca ca", "aabbcc", "")

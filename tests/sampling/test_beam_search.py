@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy import HistoryModel, ScriptedModel, prompts, random_batch
 
-from gkd_jax.batch import Batch
+from gkd_jax.common.batch import Batch
 from gkd_jax.sampling.beam_search import BeamSearch, _top_few, beam_search
 from gkd_jax.sampling.decode import decode
 from gkd_jax.sampling.methods import Greedy

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from toy import HistoryModel, ScriptedModel, prompts, random_batch, tiny_t5, write_script
 
-from gkd_jax.batch import Batch
+from gkd_jax.common.batch import Batch
 from gkd_jax.sampling.beam_search import BeamSearch
 from gkd_jax.sampling.decode import decode
 from gkd_jax.sampling.methods import Greedy, Sample

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax.batch import Batch
 from gkd_jax.checkpoints.t5x import read_t5x_params
-from gkd_jax.models.config import T5Config
+from gkd_jax.common.batch import Batch
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.sampling.beam_search import BeamSearch, beam_search
 from gkd_jax.sampling.decode import decode
 from gkd_jax.sampling.methods import Greedy, Sample

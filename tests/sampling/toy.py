@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax.batch import Batch
-from gkd_jax.models.config import T5Config
+from gkd_jax.common.batch import Batch
 from gkd_jax.models.t5 import T5
+from gkd_jax.models.t5_config import T5Config
 
 
 @dataclasses.dataclass(frozen=True)

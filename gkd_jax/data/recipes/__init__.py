@@ -8,10 +8,10 @@ from gkd_jax.data.recipes.instructions import final_answer, flan2021, flan_cot_t
 from gkd_jax.data.recipes.reasoning import CHAIN_OF_THOUGHT_EXEMPLARS, arithmetic, gsm8k
 from gkd_jax.data.recipes.summarization import xsum
 from gkd_jax.data.recipes.translation import wmt14_en_de
-from gkd_jax.data.task import register_task
 
 __all__ = [
     "CHAIN_OF_THOUGHT_EXEMPLARS",
+    "NAMED",
     "arithmetic",
     "final_answer",
     "flan2021",
@@ -23,5 +23,4 @@ __all__ = [
 ]
 
 # Known by name, with their default sources, for MIXTURE_OR_TASK_NAME.
-for _recipe in (arithmetic, flan2021, gsm8k, wmt14_en_de, xsum):
-    register_task(_recipe())
+NAMED = (arithmetic, flan2021, gsm8k, wmt14_en_de, xsum)

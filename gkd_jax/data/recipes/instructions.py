@@ -4,11 +4,11 @@ import os
 import re
 from collections.abc import Callable
 
+from gkd_jax.data.metrics.text_metrics import exact_match
 from gkd_jax.data.mixtures import Mixture, Templated
 from gkd_jax.data.recipes.text import FieldsToText
 from gkd_jax.data.sources import TfdsSource, Tsv
 from gkd_jax.data.task import MetricFn, SourceConfig, Task, as_it_is
-from gkd_jax.metrics.text_metrics import exact_match
 
 _ANSWER_PHRASE = re.compile(r"the\s+(?:final\s+)?answer\s+is:?\s*", re.IGNORECASE)
 

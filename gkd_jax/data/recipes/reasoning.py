@@ -5,10 +5,10 @@ import re
 from collections.abc import Mapping
 
 from gkd_jax.data.arithmetic import ArithmeticProblems
+from gkd_jax.data.metrics.gsm8k import gsm8k_accuracy
 from gkd_jax.data.recipes.text import FieldsToText
 from gkd_jax.data.sources import TfdsSource
 from gkd_jax.data.task import MetricFn, RawExample, SourceConfig, Task, TextExample
-from gkd_jax.metrics.gsm8k import gsm8k_accuracy
 
 CHAIN_OF_THOUGHT_EXEMPLARS: tuple[tuple[str, str], ...] = (
     (

@@ -1,9 +1,9 @@
 """Summarization: XSum."""
 
+from gkd_jax.data.metrics.text_metrics import rouge
 from gkd_jax.data.recipes.text import FieldsToText
 from gkd_jax.data.sources import TfdsSource
 from gkd_jax.data.task import MetricFn, SourceConfig, Task
-from gkd_jax.metrics.text_metrics import rouge
 
 
 def xsum(

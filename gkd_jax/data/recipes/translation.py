@@ -1,9 +1,9 @@
 """Translation: WMT14 English to German, and parallel text in any two languages."""
 
+from gkd_jax.data.metrics.text_metrics import bleu
 from gkd_jax.data.recipes.text import FieldsToText
 from gkd_jax.data.sources import TfdsSource
 from gkd_jax.data.task import MetricFn, SourceConfig, Task
-from gkd_jax.metrics.text_metrics import bleu
 
 _WMT14 = "wmt14_translate/de-en"
 

@@ -1,0 +1,122 @@
+"""The last step that is saved in a run's folder, and how many the run is to make.
+
+    python -m gkd_jax.checkpoints.last_step runs/wmt
+
+prints {"last_step": 4000, "train_steps": 20000, "done": false}. The scripts in launch/ ask it on
+machines where nothing is installed, so for a folder it needs Python alone, and reads the few facts
+that it wants from the files themselves.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+from typing import Any
+
+# As checkpoints/ has them, whose modules import JAX; a test compares them.
+_STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
+_MANIFEST = "MANIFEST.json"
+_HOST = "host.json"
+
+_NUM_STEPS = re.compile(r"(?:[\w/]+/)?(?:\w+\.)?Experiment\.num_steps = (?:%(\S+)|(\d+))")
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+      last_step: the step of the last complete checkpoint, 0 if there is none; of a study the sum
+        over its runs, which grows as they do.
+      train_steps: how many steps the run is to make; None if that is not known, as for a study.
+      done: whether the last step is saved, and no evaluation is owed to it.
+    """
+
+    last_step: int
+    train_steps: int | None
+    done: bool
+
+
+def read_progress(model_dir: pathlib.Path, *, train_steps: int | None = None) -> Progress:
+    """Reads how far the run in a folder has come; a folder that is not there holds a new run.
+
+    Args:
+      model_dir: the folder of a run or of a study.
+      train_steps: how many steps the run is to make from now on, where that is not what its saved
+        configuration says.
+    """
+    config = model_dir / "config.gin"
+    text = config.read_text() if config.exists() else ""
+    if re.search(r"^(?:\w+\.)?Study\.cells = ", text, re.MULTILINE):
+        runs = [folder for folder in model_dir.iterdir() if folder.is_dir()]
+        return Progress(sum(_last_step(folder) for folder in runs), None, done=False)
+    wanted = _num_steps(text) if train_steps is None else train_steps
+    last = _last_step(model_dir)
+    done = wanted is not None and last >= max(wanted, 1)
+    return Progress(last, wanted, done and not _owes_evaluation(model_dir, last))
+
+
+def _last_step(folder: pathlib.Path) -> int:
+    """The last step whose checkpoint has its manifest, which is written last."""
+    try:
+        names = [child.name for child in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    matches = map(_STEP_FOLDER.fullmatch, names)
+    steps = (int(match[1]) for match in matches if match)
+    return max((s for s in steps if (folder / f"checkpoint_{s}" / _MANIFEST).exists()), default=0)
+
+
+def _owes_evaluation(folder: pathlib.Path, step: int) -> bool:
+    host = json.loads((folder / f"checkpoint_{step}" / _HOST).read_text())["host"]
+    was_made = (folder / f"evaluated_{step}.json").exists()
+    return bool(host.get("owes_evaluation", False)) and not was_made
+
+
+def _num_steps(text: str) -> int | None:
+    """The number of steps in a saved configuration; None if it has none, or several."""
+    found: set[int | None] = set()
+    for match in filter(None, map(_NUM_STEPS.fullmatch, text.splitlines())):
+        macro, number = match.groups()
+        if macro is not None:
+            value = re.search(rf"^{re.escape(macro)} = (\d+)$", text, re.MULTILINE)
+            number = value[1] if value else None
+        found.add(None if number is None else int(number))
+    return found.pop() if len(found) == 1 else None
+
+
+def main() -> None:
+    """Prints the progress as JSON; exits with status 2 where the folder cannot be read."""
+    parser = argparse.ArgumentParser(description="The last step saved in a run's folder, as JSON.")
+    parser.add_argument(
+        "model_dir", help="the run's MODEL_DIR, a bucket's or as this machine sees it"
+    )
+    parser.add_argument(
+        "--train_steps", type=int, help="instead of the number in the saved configuration"
+    )
+    arguments = parser.parse_args()
+    folder: Any = pathlib.Path(arguments.model_dir)
+    if "://" in arguments.model_dir:
+        try:
+            from etils import epath
+
+            from gkd_jax.common.growing_files import prefer_gcsfs
+        except ImportError:
+            parser.error(
+                f"a bucket such as {arguments.model_dir} is read by etils: install gkd_jax's "
+                "requirements, or give the path that the bucket is mounted at."
+            )
+        prefer_gcsfs()
+        folder = epath.Path(arguments.model_dir)
+    try:
+        progress = read_progress(folder, train_steps=arguments.train_steps)
+    except Exception as error:  # Each library that reaches buckets has its own.
+        print(f"error: {arguments.model_dir} cannot be read: {error!r}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(dataclasses.asdict(progress)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Lazy re-exports of a package (PEP 562): naming a package imports nothing heavy."""
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def load_export(package: str, exports: Mapping[str, Sequence[str]], name: str) -> Any:
+    """Returns a name that a package re-exports, importing the module that defines it.
+
+    A package calls it from its `__getattr__`; the name is then kept in the package's namespace.
+
+    Args:
+      package: `__name__` of the package.
+      exports: for each module of the package, the public names that the package re-exports.
+      name: the attribute that was asked for.
+
+    Raises:
+      AttributeError: the package re-exports no such name.
+    """
+    for module, names in exports.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"{package}.{module}"), name)
+            setattr(sys.modules[package], name, value)
+            return value
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -1,0 +1,397 @@
+"""Learning-rate schedules and optimizers as frozen dataclasses.
+
+Steps count from 0: `schedule(0)` is the rate of the first update, and with a warm-up of W steps
+it is `learning_rate / W`, never 0. T5X's `linear_warmup` is `step / W` and so wastes its first
+update on a rate of 0; ours is `(step + 1) / W`, one step ahead of it while warming up and equal
+to it afterwards.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gkd_jax.common.array_types import Array, Float, Int, Params, PyTree
+from gkd_jax.models import stacking
+
+Schedule: TypeAlias = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+"""Step (from 0) to learning rate, float32; jit-able."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """`learning_rate`, reached by a linear warm-up; GKD fine-tunes with this.
+
+    rate(step) = learning_rate * min(1, (step + 1) / warmup_steps)
+
+    Attributes:
+      learning_rate: rate after the warm-up.
+      warmup_steps: updates until the rate is reached; 0 for none.
+    """
+
+    learning_rate: float
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check_schedule(self)
+
+    def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        return jnp.float32(self.learning_rate) * _warmup(step, self.warmup_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseSquareRoot:
+    """Warm-up, then decay with the inverse square root of the step; T5's pretraining schedule.
+
+    rate(step) = learning_rate * min(1, (step + 1) / W) * sqrt(W / max(step, W)), W = warmup_steps.
+    This is T5X's `constant * linear_warmup * rsqrt_normalized_decay`: `learning_rate` is the
+    peak. (T5X's `rsqrt_decay` has the peak at `learning_rate / sqrt(W)`.)
+
+    Attributes:
+      learning_rate: the peak, at the end of the warm-up.
+      warmup_steps: length of the warm-up, at least 1; also sets the pace of the decay.
+    """
+
+    learning_rate: float
+    warmup_steps: int = 10_000
+
+    def __post_init__(self) -> None:
+        _check_schedule(self)
+        if self.warmup_steps < 1:
+            raise ValueError(
+                f"InverseSquareRoot.warmup_steps must be at least 1; got {self.warmup_steps}. "
+                "The decay is measured in warm-up lengths: set it to 1 for almost no warm-up."
+            )
+
+    def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        past = jnp.maximum(jnp.asarray(step, jnp.float32), self.warmup_steps)
+        peak = jnp.float32(self.learning_rate) * _warmup(step, self.warmup_steps)
+        return peak * jnp.sqrt(self.warmup_steps / past)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """Warm-up to `learning_rate`, then a straight line to `end` at step `decay_steps`.
+
+    rate(step) = end + (learning_rate - end) * (1 - p), p = (step - warmup_steps) /
+    (decay_steps - warmup_steps) clipped to [0, 1]; while warming up, learning_rate *
+    (step + 1) / warmup_steps.
+
+    Attributes:
+      learning_rate: the peak, at the end of the warm-up.
+      decay_steps: the step at which `end` is reached, warm-up included: usually the number of
+        training steps. `end` then holds.
+      warmup_steps: updates until the peak is reached; 0 for none.
+      end: the last rate.
+    """
+
+    learning_rate: float
+    decay_steps: int
+    warmup_steps: int = 0
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_schedule(self)
+        _check_decay(self)
+
+    def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        return _decay(self, step, lambda progress: 1.0 - progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """Warm-up to `learning_rate`, then half a cosine to `end` at step `decay_steps`.
+
+    As `Linear`, with (1 + cos(pi p)) / 2 in place of 1 - p.
+
+    Attributes:
+      learning_rate: the peak, at the end of the warm-up.
+      decay_steps: the step at which `end` is reached, warm-up included: usually the number of
+        training steps. `end` then holds.
+      warmup_steps: updates until the peak is reached; 0 for none.
+      end: the last rate.
+    """
+
+    learning_rate: float
+    decay_steps: int
+    warmup_steps: int = 0
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_schedule(self)
+        _check_decay(self)
+
+    def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        return _decay(self, step, lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+    """Adafactor as T5 fine-tunes with it (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235).
+
+    The defaults are those of T5X's `adafactor.Adafactor` in its T5 configurations: relative
+    step sizes, updates clipped at root mean square 1, the second moment decaying with
+    1 - t^-0.8 and factored over the two largest axes where both have at least 128 entries, no
+    momentum, no weight decay. It agrees with T5X's on parameters of up to two axes, which are
+    all that T5 has; on stacked or fused parameters T5X factors by rules of its own.
+
+    Attributes:
+      schedule: step to learning rate, e.g. `Constant(1e-3)`; multiplied by the size of each
+        parameter where `multiply_by_parameter_scale`.
+      decay_rate: exponent of the second moment's decay, between 0 and 1.
+      clipping_threshold: largest root mean square of one parameter's update before the learning
+        rate, at least 1; None for no clipping.
+      multiply_by_parameter_scale: scale each update by its parameter's root mean square (at
+        least 1e-3).
+      min_dim_size_to_factor: smallest axis that is factored.
+      epsilon: added to squared gradients.
+      momentum: decay of a running mean of updates; None for none, which saves its memory.
+      max_grad_norm: clip the gradient's global norm first; None for no clipping.
+    """
+
+    schedule: Schedule
+    decay_rate: float = 0.8
+    clipping_threshold: float | None = 1.0
+    multiply_by_parameter_scale: bool = True
+    min_dim_size_to_factor: int = 128
+    epsilon: float = 1e-30
+    momentum: float | None = None
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_callable("Adafactor", self.schedule)
+        _check_range("Adafactor.decay_rate", self.decay_rate, above=0.0, below=1.0)
+        if self.clipping_threshold is not None and not self.clipping_threshold >= 1.0:
+            raise ValueError(
+                "Adafactor.clipping_threshold must be at least 1; got "
+                f"{self.clipping_threshold}. Set it to 1.0, or to None for no clipping."
+            )
+        if self.min_dim_size_to_factor < 1:
+            raise ValueError(
+                "Adafactor.min_dim_size_to_factor must be positive; got "
+                f"{self.min_dim_size_to_factor}. T5 uses 128."
+            )
+        _check_range("Adafactor.epsilon", self.epsilon, above=0.0)
+        if self.momentum is not None:
+            _check_range("Adafactor.momentum", self.momentum, above=0.0, below=1.0)
+        if self.max_grad_norm is not None:
+            _check_range("Adafactor.max_grad_norm", self.max_grad_norm, above=0.0)
+
+    def build(self) -> optax.GradientTransformation:
+        """Makes the optax transformation; its state is float32 whatever the parameters are."""
+        adafactor = optax.adafactor(
+            learning_rate=self.schedule,
+            min_dim_size_to_factor=self.min_dim_size_to_factor,
+            decay_rate=self.decay_rate,
+            multiply_by_parameter_scale=self.multiply_by_parameter_scale,
+            clipping_threshold=self.clipping_threshold,
+            momentum=self.momentum,
+            eps=self.epsilon,
+        )
+        return _finish(adafactor, self.max_grad_norm)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101).
+
+    As is usual, the decay is multiplied by the learning rate, and norms, biases and all
+    parameters of fewer than two axes are not decayed: see `decay_mask`.
+
+    Attributes:
+      schedule: step to learning rate, e.g. `Cosine(3e-4, decay_steps=10_000)`.
+      b1: decay of the mean of gradients.
+      b2: decay of the mean of squared gradients.
+      eps: added to the root of the second moment.
+      weight_decay: decay a step, as a multiple of the learning rate.
+      max_grad_norm: clip the gradient's global norm first; None for no clipping.
+    """
+
+    schedule: Schedule
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_callable("AdamW", self.schedule)
+        _check_range("AdamW.b1", self.b1, at_least=0.0, below=1.0)
+        _check_range("AdamW.b2", self.b2, at_least=0.0, below=1.0)
+        _check_range("AdamW.eps", self.eps, above=0.0)
+        _check_range("AdamW.weight_decay", self.weight_decay, at_least=0.0)
+        if self.max_grad_norm is not None:
+            _check_range("AdamW.max_grad_norm", self.max_grad_norm, above=0.0)
+
+    def build(self) -> optax.GradientTransformation:
+        """Makes the optax transformation; its state is float32 whatever the parameters are."""
+        adamw = optax.adamw(
+            self.schedule,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            mask=decay_mask,
+        )
+        return _finish(adamw, self.max_grad_norm)
+
+
+Optimizer: TypeAlias = Adafactor | AdamW
+
+
+def decay_mask(params: Params) -> PyTree[bool]:
+    """Says which parameters weight decay applies to.
+
+    Not to those of fewer than two axes, nor to those whose path names a norm, a scale or a bias
+    (T5's relative position biases and norms stacked over layers have two axes).
+
+    Args:
+      params: parameters, or their shapes.
+
+    Returns:
+      The same tree of booleans.
+    """
+
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").lower().split("/")
+        exempt = any("norm" in name or "bias" in name for name in names) or names[-1] == "scale"
+        return leaf.ndim >= 2 and not exempt
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _finish(
+    optimizer: optax.GradientTransformation, max_grad_norm: float | None
+) -> optax.GradientTransformation:
+    """Puts global-norm clipping before the optimizer, and float32 around both."""
+    clip = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
+    return _in_float32(optax.chain(*clip, _layer_by_layer(optimizer)))
+
+
+def _layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Updates stacked layers as if each were on its own.
+
+    What Adafactor scales and clips by is the root mean square of one layer's parameter, not that of
+    all layers'. Where nothing is stacked, the state is that of `inner`.
+    """
+
+    def init(params: Params) -> Any:
+        stacks, rest = stacking.split(params)
+        if not stacks:
+            return inner.init(params)
+        return [jax.vmap(inner.init)(stack) for stack in stacks], inner.init(rest)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        stacks, rest = stacking.split(updates)
+        if not stacks:
+            return inner.update(updates, state, params)
+        stacks_params, rest_params = stacking.split(params)
+        results = [
+            jax.vmap(inner.update)(*arguments)
+            for arguments in zip(stacks, state[0], stacks_params, strict=True)
+        ]
+        rest, rest_state = inner.update(rest, state[1], rest_params)
+        updates = stacking.merge([stack for stack, _ in results], rest)
+        return updates, ([of_stack for _, of_stack in results], rest_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs a transformation on float32 copies, so that its state never is of lower precision.
+
+    optax takes the state's dtype from the parameters: a second moment in bfloat16 stops
+    moving, because its decay is smaller than half a unit in the last place.
+    """
+
+    def cast(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+
+    def init(params: Params) -> Any:
+        return inner.init(cast(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(cast(updates), state, None if params is None else cast(params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _warmup(step: Int[Array, ""] | int, warmup_steps: int) -> Float[Array, ""]:
+    if warmup_steps == 0:
+        return jnp.float32(1.0)
+    return jnp.minimum(1.0, (jnp.asarray(step, jnp.float32) + 1.0) / warmup_steps)
+
+
+def _decay(
+    schedule: Linear | Cosine,
+    step: Int[Array, ""] | int,
+    shape: Callable[[Float[Array, ""]], Float[Array, ""]],
+) -> Float[Array, ""]:
+    """Warm-up, then `shape` of the progress from 0 (peak) to 1 (`end`)."""
+    warmup_steps, peak = schedule.warmup_steps, jnp.float32(schedule.learning_rate)
+    progress = (jnp.asarray(step, jnp.float32) - warmup_steps) / (
+        schedule.decay_steps - warmup_steps
+    )
+    decayed = schedule.end + (peak - schedule.end) * shape(jnp.clip(progress, 0.0, 1.0))
+    return jnp.where(progress < 0.0, peak * _warmup(step, warmup_steps), decayed)
+
+
+def _check_schedule(schedule: Any) -> None:
+    name = type(schedule).__name__
+    _check_range(f"{name}.learning_rate", schedule.learning_rate, at_least=0.0)
+    if schedule.warmup_steps < 0:
+        raise ValueError(
+            f"{name}.warmup_steps must not be negative; got {schedule.warmup_steps}. "
+            "Set it to 0 for no warm-up."
+        )
+
+
+def _check_decay(schedule: Linear | Cosine) -> None:
+    name = type(schedule).__name__
+    if schedule.decay_steps <= schedule.warmup_steps:
+        raise ValueError(
+            f"{name}.decay_steps counts the warm-up too and must exceed warmup_steps; got "
+            f"{schedule.decay_steps} and {schedule.warmup_steps}. Set decay_steps to the number "
+            "of training steps, or shorten the warm-up."
+        )
+    _check_range(f"{name}.end", schedule.end, at_least=0.0)
+    if schedule.end > schedule.learning_rate:
+        raise ValueError(
+            f"{name}.end must not exceed learning_rate; got {schedule.end} and "
+            f"{schedule.learning_rate}. `end` is a rate, not a fraction of learning_rate."
+        )
+
+
+def _check_callable(name: str, schedule: Any) -> None:
+    if not callable(schedule):
+        raise ValueError(
+            f"{name}.schedule must be a schedule; got {schedule!r}. "
+            "Write Constant(learning_rate=...) for a fixed rate."
+        )
+
+
+def _check_range(
+    name: str,
+    value: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raises unless `value` is finite and within the bounds that are given."""
+    ok = math.isfinite(value)
+    wanted: list[str] = []
+    if above is not None:
+        ok, wanted = ok and value > above, [*wanted, f"above {above:g}"]
+    if at_least is not None:
+        ok, wanted = ok and value >= at_least, [*wanted, f"at least {at_least:g}"]
+    if below is not None:
+        ok, wanted = ok and value < below, [*wanted, f"below {below:g}"]
+    if not ok:
+        raise ValueError(
+            f"{name} must be {' and '.join(wanted)}; got {value}. Set {name} to such a number."
+        )

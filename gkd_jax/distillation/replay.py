@@ -1,0 +1,248 @@
+"""Replay: outputs that the student sampled at earlier steps are trained on again.
+
+Sampling is most of the time of an on-policy step. DistiLLM (arXiv 2402.03898) keeps sampled
+outputs and draws from them, and samples anew the more seldom the longer it trains.
+
+The buffer holds the outputs of the last K rollouts as arrays [B, K, ...], row b of a rollout in
+row b. A drawn batch takes in row b one of the K outputs that row b has had, each row another at
+random. So the rows of a device or of a process never leave it, nothing is copied to the host, and
+what is drawn does not depend on the number of either.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gkd_jax.common.array_types import Array, Int, PyTree
+from gkd_jax.common.batch import Batch
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.objectives.mixing import FractionSchedule, host_generator
+
+# Keeps these draws apart from other uses of the same seed.
+_REPLAY_STREAM = 0x6B64726570
+
+
+@dataclasses.dataclass(frozen=True)
+class FallingRefresh:
+    """1 - step / num_steps: DistiLLM's schedule, from sampling always to sampling never.
+
+    Attributes:
+      num_steps: length of the training.
+
+    Raises:
+      ValueError: the length is not a whole number from 1.
+    """
+
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.num_steps, int) and self.num_steps >= 1):
+            raise ValueError(
+                "FallingRefresh.num_steps must be a whole number from 1 on; got "
+                f"{self.num_steps!r}. Set it to the number of training steps."
+            )
+
+    def __call__(self, step: int) -> float:
+        """1 - step / num_steps, and 0 after the end."""
+        return max(0.0, 1.0 - step / self.num_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """How sampled outputs are kept and used again.
+
+    At an on-policy step (`OutputMix` decides) the student samples with probability `refresh`, and
+    always until the buffer is full; the outputs are trained on and take the place of the oldest.
+    Otherwise the step trains on kept outputs with their own prompts, and the prompts that the data
+    gave are left out.
+
+    Attributes:
+      capacity: outputs that are kept, over all devices; whole rollouts, so it is rounded down to
+        a multiple of a rollout's rows. A kept output takes 5 bytes a token of the longest prompt,
+        8 a token of the longest output and 4, on the devices and in every checkpoint.
+      refresh: a number in [0, 1], or a schedule of the step such as `FallingRefresh`. 1 never
+        uses an output again, 0 only fills the buffer.
+
+    Raises:
+      ValueError: a setting is outside its range.
+    """
+
+    capacity: int = 1000
+    refresh: float | FractionSchedule = 0.5
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.capacity, int) and self.capacity >= 1):
+            raise ValueError(
+                f"Replay.capacity must be a whole number from 1 on; got {self.capacity!r}. Set it "
+                "to the number of outputs to keep, at least a batch."
+            )
+        if not callable(self.refresh) or isinstance(self.refresh, type):
+            _check_probability(self.refresh)
+
+    def num_slots(self, num_rows: int) -> int:
+        """How many rollouts of `num_rows` outputs are kept.
+
+        Raises:
+          ValueError: not even one.
+        """
+        if self.capacity < num_rows:
+            raise ValueError(
+                "Replay.capacity must hold the outputs of one rollout at least; got "
+                f"{self.capacity}, and {num_rows} outputs a rollout (DatasetConfig.batch_size * "
+                f"Rollout.num_samples). Set it to {num_rows} or more."
+            )
+        return self.capacity // num_rows
+
+    def samples_anew(self, step: int, *, seed: int) -> bool:
+        """Tosses the coin of a step, a function of (seed, step): the same on all hosts.
+
+        Raises:
+          ValueError: a schedule gave a value outside [0, 1].
+        """
+        refresh = self.refresh(step) if callable(self.refresh) else self.refresh
+        # In (0, 1]: a probability of 0 is never hit, one of 1 always.
+        coin = 1.0 - host_generator(_REPLAY_STREAM, seed=seed, step=step).random()
+        return bool(coin <= _check_probability(refresh))
+
+
+def _check_probability(value: object) -> float:
+    if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise ValueError(
+            "Replay.refresh must be a probability from 0 (kept outputs only, once the buffer is "
+            f"full) to 1 (new outputs only), or a schedule; got {value!r}. Set Replay.refresh "
+            "inside that range (a schedule in gin: @FallingRefresh() with brackets)."
+        )
+    return float(value)
+
+
+class ReplayBuffer:
+    """The outputs of the last rollouts, on the devices; which is where, on the host.
+
+    Saved with the training state: `attach` gives the arrays, `host_part` the rest. Both are the
+    same for any mesh and any number of processes.
+    """
+
+    def __init__(
+        self,
+        settings: Replay,
+        rollout: PyTree[jax.ShapeDtypeStruct],
+        partitioner: Partitioner,
+        *,
+        seed: int,
+    ):
+        """Makes an empty buffer.
+
+        Args:
+          settings: how many outputs it holds and when they are drawn.
+          rollout: shapes of the batches that are to be kept.
+          partitioner: rows lie on the devices as those of a batch do.
+          seed: the run's seed.
+
+        Raises:
+          ValueError: the capacity is smaller than one rollout.
+        """
+        self.settings = settings
+        self.num_rows = jax.tree.leaves(rollout)[0].shape[0]
+        self.num_slots = settings.num_slots(self.num_rows)
+        self.steps: list[int] = []
+        self.num_written = 0
+        self._seed = seed
+        self._partitioner = partitioner
+        self.abstract: PyTree[jax.ShapeDtypeStruct] = jax.tree.map(self._abstract_leaf, rollout)
+        self._arrays: Any = None
+
+    def _abstract_leaf(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = (leaf.shape[0], self.num_slots, *leaf.shape[1:])
+        sharding = self._partitioner.batch_sharding
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+    @property
+    def arrays(self) -> Batch:
+        """What is kept, [B, K, ...]; zeros where nothing was written yet."""
+        if self._arrays is None:
+            shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(self.abstract)]
+            zeros = _jit_zeros(tuple(shapes), self._partitioner)()
+            self._arrays = jax.tree.unflatten(jax.tree.structure(self.abstract), zeros)
+        return self._arrays
+
+    def add(self, outputs: Batch, step: int) -> None:
+        """Keeps the outputs that the student sampled at a step, in the place of the oldest."""
+        slot = self.num_written % self.num_slots
+        self._arrays = _jit_write(self._partitioner)(self.arrays, outputs, np.int32(slot))
+        self.steps[slot : slot + 1] = [step]
+        self.num_written += 1
+
+    def is_used(self, step: int) -> bool:
+        """Whether an on-policy step trains on kept outputs."""
+        is_full = self.num_written >= self.num_slots
+        return is_full and not self.settings.samples_anew(step, seed=self._seed)
+
+    def draw_slots(self, step: int) -> Int[np.ndarray, " B"]:
+        """Which of the kept rollouts each row of the step's batch is taken from."""
+        generator = host_generator(_REPLAY_STREAM, seed=self._seed, step=step, use=1)
+        return generator.integers(self.num_slots, size=self.num_rows, dtype=np.int32)
+
+    def draw(self, step: int) -> tuple[Batch, tuple[np.float32, np.float32]]:
+        """Draws a batch of kept outputs.
+
+        Returns:
+          The batch, and its staleness, steps between sampling and use, as (sum, weight) over its
+          rows.
+        """
+        slots = self.draw_slots(step)
+        batch = _jit_draw(self._partitioner)(self.arrays, slots)
+        age = step - np.asarray(self.steps)[slots]
+        return batch, (np.float32(age.sum()), np.float32(len(age)))
+
+    def attach(self, state: Any) -> dict[str, PyTree[Any]]:
+        """The fields of a training state, and beside them `replay`, for a checkpoint."""
+        return _fields(state) | {"replay": self.arrays}
+
+    def attach_abstract(self, abstract_state: Any) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
+        """As `attach`, of shapes with their shardings."""
+        return _fields(abstract_state) | {"replay": self.abstract}
+
+    def host_part(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides the arrays, as JSON."""
+        return {"steps": list(self.steps), "num_written": self.num_written}
+
+    def restore(self, arrays: Batch, host: Mapping[str, Any]) -> None:
+        """Goes on with what `attach` and `host_part` gave."""
+        self._arrays = arrays
+        self.steps, self.num_written = list(host["steps"]), host["num_written"]
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+@functools.cache
+def _jit_zeros(
+    shapes: tuple[tuple[tuple[int, ...], Any], ...], partitioner: Partitioner
+) -> Callable[[], Sequence[Array]]:
+    def zeros() -> list[Array]:
+        return [jnp.zeros(shape, dtype) for shape, dtype in shapes]
+
+    return jax.jit(zeros, out_shardings=partitioner.batch_sharding)
+
+
+@functools.cache
+def _jit_write(partitioner: Partitioner) -> Callable[[Batch, Batch, Any], Batch]:
+    def write(kept: Batch, outputs: Batch, slot: Array) -> Batch:
+        return jax.tree.map(lambda old, new: old.at[:, slot].set(new), kept, outputs)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=partitioner.batch_sharding)
+
+
+@functools.cache
+def _jit_draw(partitioner: Partitioner) -> Callable[[Batch, Any], Batch]:
+    def draw(kept: Batch, slots: Array) -> Batch:
+        take = jax.vmap(lambda row, slot: row[slot])
+        return jax.tree.map(lambda leaf: take(leaf, slots), kept)
+
+    return jax.jit(draw, out_shardings=partitioner.batch_sharding)

@@ -1,0 +1,281 @@
+"""Gin files with T5X's habits, read strictly: what is misspelt, unused or missing is an error.
+
+gin itself accepts a binding that nothing uses and a macro that nothing refers to. So statements
+are read first (`gin_reader`), and what the root is built from is followed statically
+(`gin_walk`). The checked configuration is then written as one text, all defaults included
+(`gin_text`), and it is that text which gin evaluates: a saved configuration and the run that
+saved it cannot disagree.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import pathlib
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gin
+from etils import epath
+
+from gkd_jax.experiment.gin_files.reader import (
+    MACRO,
+    Binding,
+    GinError,
+    MissingValues,
+    Reader,
+    Target,
+    canonical_target,
+    did_you_mean,
+)
+from gkd_jax.experiment.gin_files.text import Setting, Text, list_settings, with_defaults
+from gkd_jax.experiment.gin_files.walk import Walk, merge, unused_problem
+
+_PACKAGE = pathlib.Path(__file__).parents[2]
+# In a checkout gin_configs/ lies beside the package, in an installed package within it.
+_PACKAGE_SEARCH_PATHS = (str(_PACKAGE.parent), str(_PACKAGE))
+_CONFIG_FILE = "config.gin"
+
+
+@dataclasses.dataclass(frozen=True)
+class GinConfig:
+    """A checked configuration.
+
+    Attributes:
+      text: a gin file of its own that gives the same configuration, defaults written out.
+      settings: every value of everything that is built.
+      root: the class or function that the configuration builds.
+    """
+
+    text: str
+    settings: tuple[Setting, ...]
+    root: Callable[..., Any]
+
+    def build(self) -> Any:
+        """Calls the root with everything that the configuration binds.
+
+        Raises:
+          GinError: a value is wrong; the message ends with what was being built.
+          OSError: a file that a value names cannot be read.
+        """
+        gin.clear_config()
+        gin.parse_config(self.text)
+        try:
+            return gin.get_configurable(self.root)()
+        except OSError as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            raise kind(_readable(str(error))) from error
+        except (ValueError, TypeError) as error:
+            raise GinError(_readable(str(error))) from error
+
+
+def _readable(message: str) -> str:
+    """Cuts gin's list of the calls that led to an error to the innermost."""
+    pattern = r"\n  In call to configurable '(\w+)' \(.*?\)(?: in scope '(.*?)')?(?=\n|$)"
+    calls = re.findall(pattern, message)
+    message = re.sub(pattern, "", message)
+    if not calls:
+        return message
+    name, scope = calls[0]
+    return f"{message} (in {scope + '/' if scope else ''}{name})"
+
+
+def parse(
+    *,
+    roots: Sequence[Callable[..., Any]],
+    gin_files: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+) -> GinConfig:
+    """Reads gin files, then bindings, and checks everything before anything is built.
+
+    Later statements override earlier ones. Files and what they include are searched in the folder
+    of the including file, `search_paths`, the current folder and the package's own.
+
+    Args:
+      roots: classes of which the files bind one, e.g. `(Study, Experiment)`; the first that is
+        bound is what the configuration builds.
+      gin_files: paths.
+      bindings: `NAME = value` or `scope/module.Class.parameter = value`.
+      search_paths: folders.
+
+    Returns:
+      The checked configuration, of which only what is used is left.
+
+    Raises:
+      GinError: something is misspelt, unused or built from itself; lists all.
+      MissingValues: required values are missing; lists all.
+      FileNotFoundError: a gin file is missing.
+    """
+    reader = Reader((*search_paths, ".", *_PACKAGE_SEARCH_PATHS))
+    for file in gin_files:
+        reader.read_file(file)
+    for binding in bindings:
+        reader.read_flag(binding)
+    _raise_problems(reader.problems)
+    return _check(reader.bindings, roots)
+
+
+def parse_text(text: str, *, roots: Sequence[Callable[..., Any]], name: str) -> GinConfig:
+    """Reads a saved configuration; like `parse` with one file, `name`, whose text is given."""
+    reader = Reader((".", *_PACKAGE_SEARCH_PATHS))
+    reader.read_text(text, file=name)
+    _raise_problems(reader.problems)
+    return _check(reader.bindings, roots)
+
+
+def _raise_problems(problems: Sequence[str]) -> None:
+    if len(problems) == 1:
+        raise GinError(problems[0])
+    if problems:
+        lines = "\n".join(f"  {i}. {text}" for i, text in enumerate(problems, start=1))
+        raise GinError(f"{len(problems)} things are wrong:\n{lines}")
+
+
+def _find_root(statements: Sequence[Binding], roots: Sequence[Callable[..., Any]]) -> Target:
+    targets = [canonical_target(root.__module__, root.__qualname__, root) for root in roots]
+    bound = {statement.key.target for statement in statements}
+    for target in targets:
+        if target in bound:
+            return target
+    raise GinError(
+        f"no gin file binds {' or '.join(map(str, targets))}. Give --gin_file a file that does, "
+        "e.g. gin_configs/quickstart.gin."
+    )
+
+
+def _check(statements: Sequence[Binding], roots: Sequence[Callable[..., Any]]) -> GinConfig:
+    root = _find_root(statements, roots)
+    merged, overridden = merge(statements, root)
+    walk = Walk(merged, root)
+    problems = [
+        f"{origin.location}: %{name} is used by {origin.key} and has no value."
+        f"{did_you_mean(name, (str(key) for key in merged if key.target == MACRO))}"
+        f" Give it one by --gin.{name}=..."
+        for name, origin in walk.undefined.items()
+    ]
+    problems += [f"{name} is built from itself. Change its value." for name in walk.cycles]
+    problems += [
+        unused_problem(binding, walk)
+        for key, binding in merged.items()
+        if key not in walk.used and binding not in overridden
+    ]
+    _raise_problems(problems)
+    if walk.missing:
+        lines = "".join(f"\n  --gin.{name}=...  ({why})" for name, why in walk.missing.items())
+        raise MissingValues(
+            "values are missing. Give them in a gin file or by flags (text within quotes of its "
+            f"own: --gin.NAME='\"text\"'):{lines}",
+            names=tuple(walk.missing),
+        )
+    walk = Walk(with_defaults(merged, root), root)
+    return GinConfig(text=str(Text(walk)), settings=list_settings(walk, root), root=root.function)
+
+
+# What does not change the course of a run: where it lies, how long it goes on, and what is only
+# looked at. `Class.parameter`, with * for any text; all that is built for it may change too.
+MAY_CHANGE = (
+    "Experiment.model_dir",
+    "Experiment.num_steps",
+    "Experiment.partitioner",
+    "Experiment.log_period",
+    "Experiment.hang_seconds",
+    "Experiment.profile_steps",
+    "Experiment.topology",
+    "Experiment.generation",
+    "Evaluation.period",
+    "Checkpoints.period",
+    "Checkpoints.keep",
+    "DatasetConfig.cache_bytes",
+    "DatasetConfig.read_threads",
+    "Alarms.*",
+    "NonFinite.*",
+    "Study.model_dir",
+)
+
+
+def check_config(
+    model_dir: str, config: GinConfig, *, may_change: Sequence[str] = MAY_CHANGE
+) -> None:
+    """Refuses to go on in a folder whose saved configuration is another one.
+
+    Args:
+      model_dir: the run's folder; fine if it is new.
+      config: what is to run now.
+      may_change: patterns `Class.parameter` of settings that may differ.
+
+    Raises:
+      GinError: settings differ; the message shows which and how.
+    """
+    path = epath.Path(model_dir) / _CONFIG_FILE
+    try:
+        text = path.read_text() if path.exists() else None
+    except Exception as error:  # Each library that reaches buckets has its own.
+        raise ValueError(
+            f"Experiment.model_dir cannot be read: {path} ({error!r}). Set MODEL_DIR to a folder "
+            "or a bucket that you may read and write; for a bucket gcsfs must be installed."
+        ) from error
+    if text is None:
+        return
+    remedy = (
+        "Use a new MODEL_DIR, or the old settings, or accept the difference with "
+        "--allow_changed_config (the old file is kept)."
+    )
+    try:
+        saved = parse_text(text, roots=(config.root,), name=str(path))
+    except ValueError as error:
+        raise GinError(
+            f"the configuration saved in {path} cannot be read any more: {error}\n{remedy}"
+        ) from error
+
+    def lines(settings: Sequence[Setting]) -> list[str]:
+        return [
+            str(setting)
+            for setting in settings
+            if not any(fnmatch.fnmatchcase(o, p) for o in setting.owners for p in may_change)
+        ]
+
+    difference = difflib.unified_diff(
+        lines(saved.settings), lines(config.settings), str(path), "now", n=0, lineterm=""
+    )
+    changed = [line for line in difference if not line.startswith("@@")]
+    if changed:
+        shown = "\n".join(f"  {line}" for line in changed)
+        raise GinError(f"{model_dir} holds a run of another configuration:\n{shown}\n{remedy}")
+
+
+def save_config(model_dir: str, config: GinConfig, *, command: str) -> None:
+    """Writes the configuration into `model_dir` as config.gin, whole or not at all.
+
+    An earlier file of another text is kept as config.<n>.gin.
+
+    Args:
+      model_dir: the run's folder, made if it does not exist.
+      config: what runs.
+      command: the command line, noted in the file.
+
+    Raises:
+      ValueError: the folder cannot be written.
+    """
+    folder = epath.Path(model_dir)
+    path = folder / _CONFIG_FILE
+    text = f"# The whole configuration of a run, defaults included. Made by:\n# {command}\n"
+    text += config.text
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            old = path.read_text()
+            if old.endswith(config.text):
+                return
+            names = (folder / f"config.{number}.gin" for number in range(1, 1_000_000))
+            next(name for name in names if not name.exists()).write_text(old)
+        unfinished = folder / f".{_CONFIG_FILE}.{uuid.uuid4().hex}"
+        unfinished.write_text(text)
+        unfinished.replace(path)
+    except Exception as error:  # Each library that reaches buckets has its own.
+        told = error.strerror if isinstance(error, OSError) else None
+        raise ValueError(
+            f"model_dir must be a folder that can be written; got {model_dir} "
+            f"({told or error!r}). Set MODEL_DIR to another folder."
+        ) from error

@@ -1,0 +1,164 @@
+"""Follows what a root is built from, as gin would call it, to find what is unused or missing.
+
+By gin's rules: a call sees the bindings of every prefix of its scope, inner ones first; `@f()`
+inherits the scope of the caller; `@a/f()` replaces it by `a`; and a macro's value is built in a
+scope of the macro's own name.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gkd_jax.experiment.gin_files.reader import (
+    MACRO,
+    REQUIRED,
+    Binding,
+    Bindings,
+    Key,
+    Target,
+    did_you_mean,
+    references,
+)
+
+_Call = tuple[Target, tuple[str, ...]]
+
+
+class Walk:
+    """Everything that a root is built from.
+
+    Attributes:
+      bindings: all bindings.
+      used: the keys of those which some call receives and no inner scope overrides.
+      calls: the calls that gin would make, each a target and its active scope, in order.
+      missing: the keys of values that are missing, and why they are wanted.
+      undefined: macros that have no value, and a binding that refers to each.
+      cycles: what is built from itself.
+    """
+
+    def __init__(self, bindings: Bindings, root: Target):
+        self.bindings = bindings
+        self.used: set[Key] = set()
+        self.calls: dict[_Call, None] = {}
+        self.missing: dict[str, str] = {}
+        self.undefined: dict[str, Binding] = {}
+        self.cycles: list[str] = []
+        self._keys: dict[Target, list[Key]] = {}
+        for key in sorted(bindings, key=lambda key: len(key.scope)):
+            self._keys.setdefault(key.target, []).append(key)
+        self._call(root, (), evaluate=True, path=(), origin=None)
+
+    def effective(self, target: Target, scope: tuple[str, ...]) -> dict[str, Binding]:
+        """The bindings that a call in `scope` receives: inner scopes win."""
+        found = {}
+        for key in self._keys.get(target, ()):
+            if key.scope == scope[: len(key.scope)]:
+                found[key.parameter] = self.bindings[key]
+        self.used.update(binding.key for binding in found.values())
+        return found
+
+    def _call(
+        self,
+        target: Target,
+        scope: tuple[str, ...],
+        *,
+        evaluate: bool,
+        path: tuple[_Call, ...],
+        origin: Binding | None,
+    ) -> None:
+        call = (target, scope)
+        if call in path:
+            self.cycles.append(str(Key(scope, target, "value")))
+            return
+        if call in self.calls:
+            return
+        self.calls[call] = None
+        bound = self.effective(target, scope)
+        if target == MACRO and not bound and origin is not None:
+            self.undefined["/".join(scope)] = origin
+        if target != MACRO and evaluate:
+            self._note_missing_parameters(target, scope, bound)
+        for binding in bound.values():
+            if _contains_required(binding.value):
+                self.missing[str(binding.key)] = f"required by {binding.location}"
+            for reference in references(binding.value):
+                follow = functools.partial(
+                    self._call,
+                    reference.target,
+                    evaluate=reference.evaluate,
+                    path=(*path, call),
+                    origin=binding,
+                )
+                # A reference's own scope replaces that of the caller.
+                follow(reference.scope or scope)
+                if not reference.evaluate and not reference.scope:
+                    # Called later, by whom it was handed to: in no scope.
+                    follow(())
+
+    def _note_missing_parameters(
+        self, target: Target, scope: tuple[str, ...], bound: Mapping[str, Binding]
+    ) -> None:
+        for name, parameter in target.parameters().items():
+            is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if parameter.default is parameter.empty and name not in bound and not is_variadic:
+                self.missing[str(Key(scope, target, name))] = f"{target} has no default for it"
+
+
+def _contains_required(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(map(_contains_required, value))
+    return value is REQUIRED
+
+
+def merge(statements: Sequence[Binding], root: Target) -> tuple[Bindings, set[Binding]]:
+    """Merges statements in order; the last one wins.
+
+    Returns:
+      The merged bindings, and those which had an effect until a later statement took it away: a
+      file that replaces the optimizer of the one it includes need not care that the old one's
+      learning rate is now unused.
+    """
+    merged: Bindings = {}
+    overridden: set[Binding] = set()
+    bound: set[tuple[Target, str, tuple[str, ...]]] = set()
+    for statement in statements:
+        key = statement.key
+        # A binding in an inner scope, too, takes the place of one in an outer scope.
+        name = (key.target, key.parameter, key.scope if key.target == MACRO else ())
+        if name in bound:
+            overridden.update(merged[used] for used in Walk(merged, root).used)
+        bound.add(name)
+        merged[key] = statement
+    return merged, overridden
+
+
+def unused_problem(binding: Binding, walk: Walk) -> str:
+    """Describes why `binding` is not used, and what may have been meant."""
+    key = binding.key
+    if key.target == MACRO:
+        others = ["/".join(scope) for target, scope in walk.calls if target == MACRO]
+        return (
+            f"{binding.location}: the macro {key} is not used: no value in use refers to %{key}."
+            f"{did_you_mean(str(key), others)}"
+        )
+    calls = [Key(scope, target, key.parameter) for target, scope in walk.calls]
+    names = [str(call) for call in calls if call.target == key.target]
+    if any(
+        call.target == key.target and call.scope[: len(key.scope)] == key.scope for call in calls
+    ):
+        return (
+            f"{binding.location}: {key} has no effect: inner scopes override it, in use are "
+            f"{', '.join(names)}. Bind one of those."
+        )
+    if names:
+        return (
+            f"{binding.location}: {key} is not used: in use are {', '.join(names)}."
+            f"{did_you_mean(str(key), names)}"
+        )
+    scoped = "/".join((*key.scope, str(key.target)))
+    others = ["/".join((*call.scope, str(call.target))) for call in calls]
+    return (
+        f"{binding.location}: {key} is not used: no value in use refers to @{scoped}()."
+        f"{did_you_mean(scoped, others)}"
+    )

@@ -1,0 +1,73 @@
+"""Which objective a step of an experiment minimises: on fixed outputs, and on its own."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from gkd_jax.data.common_text import CommonText, Table, common_text
+from gkd_jax.data.vocabularies import Vocabulary
+from gkd_jax.distillation.rewards import RewardMix
+from gkd_jax.experiment.experiment import Experiment
+from gkd_jax.objectives.objective import Objective
+from gkd_jax.objectives.policy_gradient import with_policy_gradient, with_returns
+from gkd_jax.objectives.spans import Classes, SpanObjective, Vocabularies
+
+
+def measured_objective(experiment: Experiment, vocabulary: Vocabulary) -> Objective:
+    """The objective as a step measures it: on spans, where the teacher has its own tokens.
+
+    Args:
+      experiment: whose objective it is.
+      vocabulary: the student's.
+
+    Raises:
+      ValueError: the two vocabularies cannot be compared, or the objective not on spans.
+    """
+    objective = experiment.objective
+    common = common_text_of(experiment, vocabulary)
+    if common is None:
+        return objective
+    names = [field.name for field in dataclasses.fields(Objective)]
+    settings: dict[str, Any] = {name: getattr(objective, name) for name in names}
+    return SpanObjective(**settings, vocabularies=_vocabularies(common))
+
+
+def on_policy_objective(experiment: Experiment) -> Objective:
+    """What a step on the student's own outputs minimises, beside a reward or without one."""
+    objective, reward = experiment.objective, experiment.reward
+    if reward is None:
+        return measured_objective(experiment, experiment.train_data.vocabulary)
+    if isinstance(reward, RewardMix):
+        return with_policy_gradient(objective, reward.alpha)
+    return with_returns(objective)
+
+
+def common_text_of(experiment: Experiment, vocabulary: Vocabulary) -> CommonText | None:
+    teacher, model = experiment.teacher, experiment.teacher_model
+    if teacher is None or model is None or not experiment.objective.divergence.needs_teacher:
+        return None
+    own = teacher.own_tokens
+    if own is None:
+        return None
+    sizes = (experiment.student.model.vocab_size, model.vocab_size)
+    # Vocabularies are frozen dataclasses.
+    both: Any = (vocabulary, own.vocabulary)
+    return common_text(*both, sizes)
+
+
+@functools.lru_cache(maxsize=8)
+def _vocabularies(common: CommonText) -> Vocabularies:
+    """The same object for the same vocabularies: what was compiled serves again."""
+
+    def both(table: Table) -> tuple[Classes, Classes]:
+        rest = len(table.numbers)
+        student, teacher = (
+            Classes(np.where(one == rest, common.num_classes, one), common.num_classes)
+            for one in (table.student, table.teacher)
+        )
+        return student, teacher
+
+    first = None if common.first is common.table else both(common.first)
+    return Vocabularies(*both(common.table), first)

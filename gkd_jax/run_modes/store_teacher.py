@@ -1,0 +1,185 @@
+"""Run mode `store_teacher`: writes the teacher's distributions for a data set's outputs, once.
+
+Training from them runs no teacher (`teachers.StoredTeacher`). Goes on if it was stopped.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax import lax
+
+from gkd_jax.common.array_types import Array, Key, Params
+from gkd_jax.common.batch import Batch
+from gkd_jax.data import vocabularies
+from gkd_jax.data.pipeline import Dataset
+from gkd_jax.data.teacher_store import Block, StoreWriter
+from gkd_jax.devices.partitioning import process_zero_decides
+from gkd_jax.distillation.stored_distributions import Support, token_keys
+from gkd_jax.experiment import prepare
+from gkd_jax.experiment.experiment import Experiment
+from gkd_jax.experiment.settings import Storing
+from gkd_jax.models.base import LanguageModel
+from gkd_jax.objectives.per_token import tempered_log_probs
+from gkd_jax.training import parameters
+from gkd_jax.training.keys import Purpose, make_key
+
+
+def store_teacher(experiment: Experiment) -> str:
+    """Writes what `Experiment.storing` says; what an earlier run of the same wrote is kept.
+
+    Returns:
+      The folder, and what a token takes, as text.
+
+    Raises:
+      ConfigurationError: something is wrong with the experiment; lists all.
+      ValueError: the folder holds something else.
+    """
+    prepared = prepare.prepare(experiment, run_mode="store_teacher")
+    storing, dataset = experiment.storing, prepared.storing_data
+    model = experiment.teacher_model
+    assert storing is not None
+    assert dataset is not None
+    assert model is not None
+    teacher = parameters.teacher_to_use(experiment)
+    description = _describe(experiment, storing, dataset, teacher.source, teacher.params)
+    writer: StoreWriter | None = None
+
+    def begin() -> int:
+        nonlocal writer
+        writer = StoreWriter(storing.output, description)
+        return writer.num_done
+
+    # Only process 0 looks at the files and writes them.
+    num_done = process_zero_decides(begin)
+    logging.info("store_teacher: %d of %d examples are done", num_done, dataset.num_examples)
+    choose = jax.jit(
+        experiment.partitioner.annotate(
+            make_choose(model, storing.support, experiment.objective.teacher_temperature)
+        ),
+        out_shardings=experiment.partitioner.batch_sharding,
+    )
+    key = make_key(experiment.seed, Purpose.STORED_DRAWS)
+    layout = experiment.partitioner.data_layout
+    for number, (batch, _) in enumerate(
+        dataset.eval_batches(process_index=layout.shard_id, process_count=layout.num_shards)
+    ):
+        end = min((number + 1) * storing.data.batch_size, dataset.num_examples)
+        if end <= num_done:
+            continue
+        batch = experiment.partitioner.shard_batch(batch)
+        chosen = choose(teacher.params, batch, key)
+        rows, chosen = experiment.partitioner.fetch_to_host((batch, chosen))
+        if writer is not None:
+            packing = storing.support.packing(model.vocab_size)
+            writer.append(list(_blocks(packing, rows, chosen, first=num_done)))
+        logging.log_every_n_seconds(
+            logging.INFO, "store_teacher: %d of %d examples are done", 10, end,
+            dataset.num_examples,
+        )  # fmt: skip
+    return _report(storing, writer, model.vocab_size)
+
+
+def _report(storing: Storing, writer: StoreWriter | None, vocab_size: int) -> str:
+    if writer is None:
+        return storing.output
+    num_tokens, num_bytes = writer.summary()
+    return (
+        f"{storing.output}: {num_tokens:,} tokens, {num_bytes:,} bytes, "
+        f"{num_bytes / max(num_tokens, 1):.1f} a token (float32 of the whole vocabulary: "
+        f"{4 * vocab_size:,})"
+    )
+
+
+def make_choose(
+    model: LanguageModel, support: Support, temperature: float
+) -> Callable[[Params, Batch, Key[Array, ""]], tuple[Array, ...]]:
+    """Makes `(params, batch, key)` to what the support keeps, arrays [B, T, ...].
+
+    One position of all rows at a time: logits of [B, V] are all that there is of them.
+    """
+
+    def choose(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Array, ...]:
+        hidden = model.hidden_states(params, batch.as_teacher_reads())
+        head = model.head(params)
+
+        def at_position(part: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+            hidden, targets, position = part
+            log_probs = tempered_log_probs(model.unembed(head, hidden), temperature)
+            return support.choose(log_probs, targets, token_keys(key, batch.example_id, position))
+
+        positions = jnp.arange(batch.targets.shape[1])
+        parts = (jnp.swapaxes(hidden, 0, 1), batch.targets.T, positions)
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), lax.map(at_position, parts))
+
+    return choose
+
+
+def _blocks(
+    packing: Any, rows: Batch, chosen: tuple[np.ndarray, ...], *, first: int
+) -> Iterator[Block]:
+    """Each real row whose example is `first` or later, packed; only tokens that count."""
+    for row, example in enumerate(np.asarray(rows.example_id).tolist()):
+        if example < first:  # Done before, or a filler row (-1).
+            continue
+        counts = np.asarray(rows.loss_weights)[row] > 0
+        content, num_entries = packing.pack(*(array[row][counts] for array in chosen))
+        yield Block(
+            content,
+            num_entries,
+            inputs=np.asarray(rows.inputs)[row][np.asarray(rows.inputs_mask)[row]],
+            targets=np.asarray(rows.targets)[row][counts],
+        )
+
+
+def _describe(
+    experiment: Experiment, storing: Storing, dataset: Dataset, source: str, params: Params
+) -> dict[str, Any]:
+    """All that decides the content of the store, and what its reader must know of it."""
+    model = experiment.teacher_model
+    assert model is not None
+    return {
+        "teacher": source,
+        "teacher_model": str(model.config),
+        "teacher_parameters": fingerprint_of_params(params),
+        "vocabulary": vocabularies.describe_vocabulary(storing.data.vocabulary),
+        "vocab_size": model.vocab_size,
+        "temperature": float(experiment.objective.teacher_temperature),
+        "support": str(storing.support),
+        "packing": storing.support.packing(model.vocab_size).describe(),
+        "seed": experiment.seed,
+        "data": dataset.content,
+    }
+
+
+def fingerprint_of_params(params: Params) -> str:
+    """Hex digest of parameters by their bits and names; the same on every mesh."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sums = jax.device_get(_bit_sums([leaf for _, leaf in leaves]))
+    named = [
+        (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), int(total))
+        for (path, leaf), total in zip(leaves, sums, strict=True)
+    ]
+    return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _bit_sums(leaves: list[Array]) -> list[Array]:
+    """The bits of each array as integers, summed with a factor of each place, modulo 2**32."""
+
+    def total(leaf: Array) -> Array:
+        bits = lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis in range(leaf.ndim):
+            place = place * jnp.uint32(leaf.shape[axis]) + lax.broadcasted_iota(
+                jnp.uint32, leaf.shape, axis
+            )
+        # Odd factors that are all over the range: moved or exchanged numbers change the sum.
+        factor = (place * jnp.uint32(2654435761)) ^ (place >> 7)
+        return jnp.sum(bits * (2 * factor + 1))
+
+    return [total(leaf) for leaf in leaves]

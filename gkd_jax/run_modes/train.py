@@ -1,0 +1,304 @@
+"""Run mode `train`: the loop. Every step in one order: evaluate, save, fetch, roll out, update.
+
+Evaluating and saving come before the next batch is fetched, so that a saved iterator is never
+one batch ahead.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from gkd_jax.checkpoints import layout
+from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.data import vocabularies
+from gkd_jax.devices.partitioning import process_zero_decides
+from gkd_jax.distillation.train_step import TrainState
+from gkd_jax.experiment import prepare
+from gkd_jax.experiment.checks import adapters
+from gkd_jax.experiment.experiment import Experiment
+from gkd_jax.experiment.plan import describe_plan
+from gkd_jax.run_modes.evaluate import Evaluator
+from gkd_jax.training import interruption, metric_sums, non_finite, watchdog
+from gkd_jax.training.metrics_log import OUTPUT_KINDS, MetricsLog
+from gkd_jax.training.non_finite import NonFiniteSteps
+from gkd_jax.training.profiling import Profiler
+from gkd_jax.training.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a finished run gives to a Python user.
+
+    Attributes:
+      state: parameters and optimizer state after the last step.
+      scores: values of the last evaluation by name; empty without one.
+      seconds: time that the run took in all, over all its parts if it was stopped.
+    """
+
+    state: TrainState
+    scores: dict[str, float]
+    seconds: float = 0.0
+
+
+def train(experiment: Experiment, *, before_start: Callable[[], None] | None = None) -> TrainResult:
+    """Trains, evaluates and saves until `num_steps`; goes on where an earlier run stopped.
+
+    Args:
+      experiment: what runs.
+      before_start: called when everything was checked and before anything is written.
+
+    Raises:
+      ConfigurationError: something is wrong with the experiment; lists all.
+      FloatingPointError: the loss became NaN or infinite.
+      InterruptedRunError: SIGTERM came; the run has saved.
+      Exception: data, a reward or a rollout failed; the run has saved if it is one process.
+    """
+    prepared = prepare.prepare(experiment, run_mode="train")
+    assert prepared.train_data is not None
+    if before_start is not None:
+        before_start()
+    plan = describe_plan(experiment, prepared)
+    for line in plan.splitlines():
+        logging.info("%s", line)
+    trainer = Trainer(experiment, prepared.train_data)
+    evaluator = None
+    if prepared.eval_data is not None:
+        evaluator = Evaluator(experiment, prepared.eval_data)
+    loop = _Loop(experiment, trainer, evaluator)
+    loop.log.write_text(loop.start_step, "plan", plan)
+    failed = True
+    try:
+        with (
+            interruption.Interruption() as signals,
+            watchdog.Watchdog(experiment.hang_seconds, experiment.model_dir),
+        ):
+            result = loop.run(signals)
+        failed = False
+    except interruption.InterruptedRunError:
+        failed = False
+        raise
+    finally:
+        loop.close(alone=failed)
+    return result
+
+
+class _Loop:
+    """The loop's own state: what is due, what was summed, where the data stands."""
+
+    def __init__(self, experiment: Experiment, trainer: Trainer, evaluator: Evaluator | None):
+        self.experiment = experiment
+        self.trainer = trainer
+        self.evaluator = evaluator
+        self.store = CheckpointStore(
+            experiment.model_dir,
+            keep=experiment.checkpoints.keep,
+            best_mode=experiment.checkpoints.best_mode,
+        )
+        self.sums = metric_sums.MetricSums()
+        self.scores: dict[str, float] = {}
+        self.scored_step: int | None = None
+        self.seconds_before = 0.0
+        self.owes_evaluation = False
+        self.saved_step: int | None = None
+        self.state, self.start_step, position = self._start()
+        layout = experiment.partitioner.data_layout
+        self.iterator = trainer.dataset.train_iterator(
+            position, process_index=layout.shard_id, process_count=layout.num_shards
+        )
+        self.log = MetricsLog(
+            experiment,
+            trainer.phases,
+            start_step=self.start_step,
+            owes_evaluation=self.owes_evaluation,
+        )
+        self.steps = NonFiniteSteps(experiment, trainer.dataset.config.vocabulary)
+        self.profiler = Profiler(experiment.profile_steps, experiment.model_dir)
+        self.start_time = time.monotonic()
+
+    def _start(self) -> tuple[TrainState, int, int]:
+        """Resumes this run, or loads given weights, or starts from scratch."""
+        # The step of a saved state is never 0.
+        if process_zero_decides(lambda: self.store.latest_step() or 0) == 0:
+            return self.trainer.init_state(), 0, 0
+        state, host, step = self.store.restore(self.trainer.abstract_state)
+        self.trainer.dataset.check_fingerprint(host["data_fingerprint"])
+        adapters.check_frozen(self.experiment, self.trainer.frozen_description, host)
+        logging.info("resuming after step %d of %d", step, self.experiment.num_steps)
+        if self.trainer.replay is not None:
+            self.trainer.replay.restore(state.pop("replay"), host["replay"])
+            state = TrainState(**state)
+        self.scores = host["scores"]
+        self.sums = metric_sums.MetricSums.from_host(host["metric_sums"])
+        self.seconds_before = host["seconds"]
+        self.owes_evaluation = host.get("owes_evaluation", False)
+        if self.owes_evaluation and (made := self._made_evaluation(step)) is not None:
+            self.scores, self.owes_evaluation = made, False
+        if step >= self.experiment.num_steps and not self.owes_evaluation:
+            logging.info("nothing to do: set TRAIN_STEPS above %d to train on", step)
+        return state, step, host["position"]
+
+    def run(self, signals: interruption.Interruption) -> TrainResult:
+        num_steps = self.experiment.num_steps
+        for step in range(self.start_step, num_steps + 1):
+            if signals.is_due():
+                # There is little time: an evaluation is made when the run goes on.
+                owes = self._is_evaluation_due(step) and step > self.start_step
+                self._save(step, owes_evaluation=owes)
+                self.store.wait()
+                raise interruption.stopped(step, num_steps)
+            # What was done at the step of a restored checkpoint is not done again.
+            if step > self.start_step or step == 0 or self.owes_evaluation:
+                self._evaluate_if_due(step)
+                self._save_if_due(step)
+                self.owes_evaluation = False
+            if step == num_steps:
+                break
+            self._make_step(step)
+            watchdog.beat()
+            if (step + 1) % self.experiment.log_period == 0 or step + 1 == num_steps:
+                self.steps.finish()
+                sums, self.sums = self.sums.to_host(), metric_sums.MetricSums()
+                self.log.write_training(step + 1, sums, num_updates=int(self.state.step))
+        self.store.wait()
+        return TrainResult(state=self.state, scores=self.scores, seconds=self._seconds())
+
+    def _make_step(self, step: int) -> None:
+        start, position = time.monotonic(), self.iterator.position
+        try:
+            with self.profiler.step(step + 1) as tell:
+                batch = self.experiment.partitioner.shard_batch(next(self.iterator))
+                self.log.add_fetching(time.monotonic() - start)
+                self.state, groups, batch = self.trainer.step(self.state, batch, step)
+                tell(self.state)
+        except Exception as error:
+            self._save_what_is_there(step, position, error)
+            raise
+        group = next(kind for kind in OUTPUT_KINDS if kind in groups)
+        bad, _ = groups[group].pop("non_finite")
+        if self.experiment.non_finite.policy == "skip":
+            groups[group]["skipped"] = (bad, jnp.float32(1))
+        for name, metrics in groups.items():
+            self.sums.add(name, metrics)
+        self.steps.add(step, batch, bad)
+
+    def _save_what_is_there(self, step: int, position: int, error: Exception) -> None:
+        """Saves after a failure before the update, so that no step is lost.
+
+        Of several processes one alone may have failed, and saving needs them all.
+        """
+        is_there = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+        if not is_there or jax.process_count() > 1 or step in (0, self.start_step):
+            return
+        logging.error("step %d failed (%s): saving what was there before it", step + 1, error)
+        try:
+            if self.saved_step != step:
+                self._save(step, position=position)
+            self.store.wait()
+        except Exception:
+            logging.exception("that could not be saved")
+        else:
+            error.add_note(
+                f"The run failed in step {step + 1}, and has saved the {step} steps before. Mend "
+                "what failed, and give the same command again to go on."
+            )
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.start_time
+
+    def _is_evaluation_due(self, step: int) -> bool:
+        evaluation = self.experiment.evaluation
+        if evaluation is None:
+            return False
+        return step % evaluation.period == 0 or step == self.experiment.num_steps
+
+    def _evaluate_if_due(self, step: int) -> None:
+        if self.evaluator is None or not self._is_evaluation_due(step):
+            return
+        # Steps that are still under way are training's time, all that follows is not.
+        jax.block_until_ready(self.state)
+        start = time.monotonic()
+        teacher_params = self.trainer.teacher_params_of(self.state)
+        params = self.trainer.student_params(self.state)
+        result = self.evaluator(params, teacher_params, step=step)
+        self.scores, self.scored_step = result.values(), step
+        self.scores["seconds"] = time.monotonic() - start
+        self.log.write_evaluation(step, self.scores)
+        if self.owes_evaluation:
+            self.owes_evaluation = False
+            self.log.sync()
+            if jax.process_index() == 0:
+                # Its checkpoint is there, and is not written twice.
+                layout.write_evaluated(self.store.directory, step, self.scores)
+        self._check_best_metric()
+        self.log.leave_out(time.monotonic() - start)
+
+    def _made_evaluation(self, step: int) -> dict[str, float] | None:
+        """The scores of an owed evaluation that has been made since its checkpoint was written."""
+        return layout.read_evaluated(self.store.directory, step)
+
+    def _check_best_metric(self) -> None:
+        name = self.experiment.checkpoints.best_metric
+        if name is not None and name not in self.scores and jax.process_index() == 0:
+            raise ValueError(
+                f"Checkpoints.best_metric is not among the scores of the evaluation; got {name!r}. "
+                f"Set it to one of {sorted(self.scores)}."
+            )
+
+    def _save_if_due(self, step: int) -> None:
+        checkpoints = self.experiment.checkpoints
+        due = step > 0 and step % checkpoints.period == 0
+        # The best checkpoint can only be kept where it was saved.
+        scored = checkpoints.best_metric is not None and step > 0 and self.scored_step == step
+        if due or scored or step == self.experiment.num_steps:
+            self._save(step)
+
+    def _save(
+        self, step: int, *, owes_evaluation: bool = False, position: int | None = None
+    ) -> None:
+        if step == 0:
+            return  # A run starts so, without a checkpoint.
+        checkpoints = self.experiment.checkpoints
+        self.steps.finish()
+        sums = self.sums.to_host()
+        # What was summed before the last line of metrics was checked there.
+        non_finite.check_means(metric_sums.means(sums), step)
+        if not non_finite.is_finite(self.state):
+            what = "the parameters or the optimizer's state are"
+            raise FloatingPointError(non_finite.not_finite(what, step))
+        self.saved_step = step
+        metric = None
+        if checkpoints.best_metric is not None and self.scored_step == step:
+            metric = self.scores.get(checkpoints.best_metric)
+        replay = self.trainer.replay
+        self.log.sync()
+        self.store.save(
+            step,
+            self.state if replay is None else replay.attach(self.state),
+            {
+                "position": self.iterator.position if position is None else position,
+                "data_fingerprint": self.trainer.dataset.fingerprint,
+                "vocabulary": vocabularies.describe_vocabulary(
+                    self.trainer.dataset.config.vocabulary
+                ),
+                **self.trainer.frozen_description,
+                "scores": self.scores,
+                "metric_sums": sums,
+                "seconds": self._seconds(),
+                "owes_evaluation": owes_evaluation,
+                **({} if replay is None else {"replay": replay.host_part()}),
+            },
+            metric=metric,
+        )
+
+    def close(self, *, alone: bool) -> None:
+        """Ends what was begun; `alone` where the other processes may not be ending."""
+        with contextlib.ExitStack() as stack:  # Each, whatever becomes of those before.
+            stack.callback(self.profiler.close)
+            stack.callback(self.store.close, alone=alone)
+            stack.callback(self.iterator.close)
+            stack.callback(self.log.close)

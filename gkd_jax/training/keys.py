@@ -1,0 +1,26 @@
+"""Random keys of a run: one purpose each, derived from its seed."""
+
+import enum
+
+import jax
+
+from gkd_jax.common.array_types import Array, Key
+
+
+class Purpose(enum.IntEnum):
+    """What a random key is for. Numbers are part of a run's identity: never reuse one."""
+
+    INIT = 0
+    DROPOUT = 1
+    ROLLOUT = 2
+    EVALUATION = 3
+    GENERATION = 4
+    EVALUATION_SAMPLES = 5
+    EXAMPLE_COIN = 6
+    STORED_DRAWS = 7
+
+
+def make_key(seed: int, purpose: Purpose, step: int = 0) -> Key[Array, ""]:
+    """Derives the key of one purpose at one step from the run's seed."""
+    key = jax.random.fold_in(jax.random.key(seed), int(purpose))
+    return jax.random.fold_in(key, step)

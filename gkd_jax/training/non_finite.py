@@ -1,0 +1,144 @@
+"""NaN and infinity in training: the run stops, or skips the step, and the batch is kept."""
+
+import collections
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+
+from gkd_jax.common.array_types import Array, Bool, PyTree
+from gkd_jax.common.batch import Batch
+from gkd_jax.data.vocabularies import Vocabulary
+from gkd_jax.experiment.experiment import Experiment
+
+# Waiting for each step would leave the devices idle between two: a step is looked at when so many
+# others have been started. Fixed, so that all processes look at the same step.
+STEPS_UNDER_WAY = 2
+# Of a run that skips many, the first tell enough.
+_MOST_DUMPS = 10
+FOLDER = "non_finite"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Started:
+    step: int
+    batch: Batch
+    non_finite: Array
+
+
+class NonFiniteSteps:
+    """Looks at each step soon after it was started, and acts on NaN or infinity by the policy."""
+
+    def __init__(self, experiment: Experiment, vocabulary: Vocabulary):
+        self._experiment = experiment
+        self._settings = experiment.non_finite
+        self._vocabulary = vocabulary
+        self._started: collections.deque[_Started] = collections.deque()
+        self._in_a_row = 0
+        self._num_dumps = 0
+
+    def add(self, step: int, batch: Batch, non_finite: Array) -> None:
+        """Notes a step that was started, and looks at one that was started before.
+
+        Args:
+          step: its number, from 0.
+          batch: what it trained on.
+          non_finite: whether its loss or gradient is not finite, still on the devices.
+
+        Raises:
+          FloatingPointError: a step was not finite, and the policy is to stop.
+        """
+        # A store's distributions may be large, and are found again by the example's number.
+        batch = dataclasses.replace(batch, stored_teacher=None, teacher_tokens=None)
+        self._started.append(_Started(step, batch, non_finite))
+        if len(self._started) > STEPS_UNDER_WAY:
+            self._look(self._started.popleft())
+
+    def finish(self) -> None:
+        """Looks at all steps that were started. Raises as `add` does."""
+        while self._started:
+            self._look(self._started.popleft())
+
+    def _look(self, started: _Started) -> None:
+        if not bool(started.non_finite):
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        try:
+            kept = self._dump(started)
+        except Exception as error:  # Each library that reaches buckets has its own.
+            kept = f" Its batch could not be written: {error}."
+        step = started.step + 1
+        what = "the loss or its gradient is"
+        if self._settings.policy == "stop":
+            raise FloatingPointError(not_finite(what, step, kept=kept))
+        most = self._settings.most_in_a_row
+        if self._in_a_row > most:
+            raise FloatingPointError(
+                not_finite(
+                    f"{what}, as before it those of {most} steps in a row "
+                    "(NonFinite.most_in_a_row), which were skipped,", step, kept=kept,
+                )
+            )  # fmt: skip
+        logging.warning("step %d is skipped: %s not finite.%s", step, what, kept)
+
+    def _dump(self, started: _Started) -> str:
+        """Writes this process's rows of the batch; says where."""
+        if self._num_dumps >= _MOST_DUMPS:
+            return ""
+        self._num_dumps += 1
+        folder = epath.Path(self._experiment.model_dir) / FOLDER
+        name = f"step_{started.step + 1}.process_{jax.process_index()}"
+        rows = self._experiment.partitioner.local_rows(started.batch)
+        arrays = {name: value for name, value in vars(rows).items() if value is not None}
+        folder.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()  # A bucket's object cannot be sought in.
+        np.savez(content, **arrays)
+        (folder / f"{name}.npz").write_bytes(content.getvalue())
+        (folder / f"{name}.jsonl").write_text("".join(self._lines(rows)))
+        return f" Its batch is in {folder / name}.jsonl, its arrays in {name}.npz."
+
+    def _lines(self, rows: Batch) -> list[str]:
+        decode, lines = self._vocabulary.decode, []
+        for row in range(len(rows.example_id)):
+            line = {
+                "example_id": int(rows.example_id[row]),
+                "inputs": decode(rows.inputs[row][rows.inputs_mask[row]].tolist()),
+                "targets": decode(rows.targets[row][rows.loss_weights[row] > 0].tolist()),
+            }
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        return lines
+
+
+@jax.jit
+def is_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every entry of every array is finite."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves))
+
+
+def check_means(means: Mapping[str, float], step: int) -> None:
+    """Checks the metrics up to a step.
+
+    Raises:
+      FloatingPointError: one is NaN or infinite.
+    """
+    bad = [name for name, value in means.items() if not math.isfinite(value)]
+    if bad:
+        raise FloatingPointError(not_finite(f"{', '.join(bad)} is", step))
+
+
+def not_finite(what: str, step: int, *, kept: str = "") -> str:
+    """The message of a run that ends so."""
+    return (
+        f"training stopped at step {step}: {what} not finite. The checkpoints saved before are "
+        "intact. Lower the learning rate, or set max_grad_norm; an infinite divergence means that "
+        f"one model gives probability 0 where the other does not.{kept}"
+    )

@@ -1,0 +1,247 @@
+"""The jitted functions of a run, and what one step of it is: coin, rollout, reward, update."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax.common.array_types import Metrics, Params, PyTree
+from gkd_jax.common.batch import Batch
+from gkd_jax.data.pipeline import Dataset
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation import train_step
+from gkd_jax.distillation.optimizers import Optimizer
+from gkd_jax.distillation.replay import ReplayBuffer
+from gkd_jax.distillation.train_step import TrainState
+from gkd_jax.experiment.checks import adapters
+from gkd_jax.experiment.experiment import Experiment
+from gkd_jax.experiment.step_objectives import measured_objective, on_policy_objective
+from gkd_jax.models import lora
+from gkd_jax.models.base import LanguageModel
+from gkd_jax.objectives.objective import Objective
+from gkd_jax.training import jitted_functions, parameters
+from gkd_jax.training.keys import Purpose, make_key
+from gkd_jax.training.profiling import PhaseTimes
+from gkd_jax.training.rollout_scoring import make_scorer
+from gkd_jax.training.teacher_tokens import make_reader
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFunctions:
+    """The jitted functions that make and change a state, and the state's shapes and shardings."""
+
+    init: Callable[[Params], TrainState]
+    step: train_step.StepFn
+    abstract_state: TrainState
+
+
+# Runs of equal settings, as a study may have them, share what was compiled.
+@functools.cache
+def jit_step_functions(
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    objective: Objective,
+    optimizer: Optimizer,
+    partitioner: Partitioner,
+    *,
+    num_microbatches: int,
+    teacher_part: str | None = None,
+    average_decay: float | None = None,
+    skips_non_finite: bool = False,
+) -> StepFunctions:
+    """Jits `train_step.init_train_state` and `train_step.make_train_step`."""
+    transformation = optimizer.build()
+    init = functools.partial(
+        train_step.init_train_state,
+        optimizer=transformation,
+        with_average=average_decay is not None,
+    )
+    trained, _ = lora.split(student, student.abstract_params())
+    abstract = jax.eval_shape(init, trained)
+    param_shardings, _ = lora.split(student, partitioner.param_shardings(student))
+    shardings = partitioner.state_shardings(abstract, param_shardings)
+    step = train_step.make_train_step(
+        student,
+        teacher,
+        objective,
+        transformation,
+        num_microbatches=num_microbatches,
+        teacher_part=teacher_part,
+        average_decay=average_decay,
+        skips_non_finite=skips_non_finite,
+    )
+    return StepFunctions(
+        init=jax.jit(init, donate_argnums=0, out_shardings=shardings),
+        step=jax.jit(
+            partitioner.annotate(step),
+            donate_argnums=0,
+            out_shardings=(shardings, partitioner.replicated),
+        ),
+        abstract_state=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            shardings,
+        ),
+    )
+
+
+def step_functions_of(
+    experiment: Experiment, objective: Objective, *, student: LanguageModel | None = None
+) -> StepFunctions:
+    """The functions of a run for one of its objectives.
+
+    Args:
+      experiment: the run.
+      objective: that of steps on the data, or on samples.
+      student: one that takes the place of the run's, such as without rematerialisation.
+    """
+    teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
+    return jit_step_functions(
+        student or experiment.student_model,
+        experiment.teacher_model if teacher else None,
+        objective,
+        experiment.optimizer,
+        experiment.partitioner,
+        num_microbatches=experiment.num_microbatches,
+        teacher_part=teacher.state_part if teacher else None,
+        average_decay=teacher.average_decay if teacher else None,
+        skips_non_finite=experiment.non_finite.policy == "skip",
+    )
+
+
+class Trainer:
+    """The jitted functions of a run, the teacher's parameters, and the student's frozen ones."""
+
+    def __init__(self, experiment: Experiment, dataset: Dataset):
+        self.experiment = experiment
+        self.dataset = dataset
+        student, partitioner = experiment.student_model, experiment.partitioner
+        teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
+        self.frozen = parameters.load_frozen(experiment)
+        self.frozen_description = adapters.describe_frozen(self.frozen)
+        self.teacher_params = None
+        if teacher is not None:
+            self.teacher_params = parameters.load_teacher(experiment, frozen=self.frozen)
+        self._teacher_part = teacher.state_part if teacher else None
+        vocabulary = dataset.config.vocabulary
+        functions = step_functions_of(experiment, measured_objective(experiment, vocabulary))
+        # The same function where no reward joins the divergence.
+        on_policy = step_functions_of(experiment, on_policy_objective(experiment))
+        self.on_policy_step_fn = on_policy.step
+        self._scorer = make_scorer(experiment, dataset)
+        self._reader = make_reader(experiment, vocabulary)
+        self.phases = PhaseTimes()
+        self.abstract_state: PyTree[jax.ShapeDtypeStruct] = functions.abstract_state
+        self._init_fn, self.step_fn = functions.init, functions.step
+        policy, writer = experiment.rollout.policy, student
+        self._teacher_helps = policy is not None
+        if policy is not None:
+            assert experiment.teacher_model is not None
+            writer = policy.combine(student, experiment.teacher_model)
+        self.rollout_fn = jitted_functions.jit_rollout(
+            experiment.rollout,
+            writer,
+            partitioner,
+            eos_ids=vocabulary.eos_ids,
+            pad_id=vocabulary.pad_id,
+        )
+        self.rollout_metrics_fn = jitted_functions.jit_rollout_metrics(vocabulary.eos_ids)
+        self.mix_fn = jitted_functions.jit_mix_outputs(partitioner)
+        self.replay: ReplayBuffer | None = None
+        if experiment.replay is not None:
+            sampled = jitted_functions.abstract_rollout(experiment)
+            self.replay = ReplayBuffer(
+                experiment.replay, sampled, partitioner, seed=experiment.seed
+            )
+            self.abstract_state = self.replay.attach_abstract(functions.abstract_state)
+
+    def init_state(self) -> TrainState:
+        """The state before the first step, made sharded."""
+        return self._init_fn(parameters.init_params(self.experiment))
+
+    def student_params(self, state: TrainState) -> Params:
+        """All parameters of the student at this state."""
+        return lora.join(state.params, self.frozen)
+
+    def _writer_params(self, state: TrainState) -> Params:
+        """Parameters of whoever writes the outputs: the student, or it and the teacher."""
+        student_params = self.student_params(state)
+        if self._teacher_helps:
+            return (student_params, self.teacher_params_of(state))
+        return student_params
+
+    def teacher_params_of(self, state: TrainState) -> Params | None:
+        """The parameters that teach at this state; None where nobody does."""
+        return train_step.teacher_params_of(
+            state, self.teacher_params, self._teacher_part, self.frozen
+        )
+
+    def step(
+        self, state: TrainState, batch: Batch, step: int
+    ) -> tuple[TrainState, dict[str, Metrics], Batch]:
+        """Makes update number `step` (from 0).
+
+        The coin decides whether the outputs are the batch's own or the student's.
+
+        Returns:
+          The state, metrics by group, and the batch that the update was made from. Until that,
+          nothing of the run has changed.
+        """
+        seed, outputs = self.experiment.seed, self.experiment.outputs
+        fraction = outputs.fraction(step)
+        if outputs.per_example:
+            kind = "mixed" if fraction > 0 else "data"
+        else:
+            kind = "on_policy" if outputs.is_on_policy(step, seed=seed) else "data"
+        groups: dict[str, Metrics] = {}
+        replay = self.replay
+        if kind == "on_policy" and replay is not None and replay.is_used(step):
+            self.phases.begin("replay", state)
+            batch, staleness = replay.draw(step)
+            state, batch = self._update(state, batch, step, "replay", groups)
+            groups["replay"] |= {"staleness": staleness}
+            return state, groups, batch
+        self.phases.begin(kind, state)
+        if kind != "data":
+            sampled = self._sample(state, batch, step, groups)
+            if kind == "mixed":
+                key = make_key(seed, Purpose.EXAMPLE_COIN, step)
+                batch = self.mix_fn(batch, sampled, jnp.float32(fraction), key)
+            else:
+                batch = sampled
+        state, batch = self._update(state, batch, step, kind, groups)
+        return state, groups, batch
+
+    def _sample(
+        self, state: TrainState, batch: Batch, step: int, groups: dict[str, Metrics]
+    ) -> Batch:
+        """The batch with sampled outputs, scored where there is a reward, and kept for a replay."""
+        key = make_key(self.experiment.seed, Purpose.ROLLOUT, step)
+        with self.phases.phase("rollout") as wait:
+            sampled = wait(self.rollout_fn(self._writer_params(state), batch, key))
+        groups["rollout"] = self.rollout_metrics_fn(sampled)
+        written = sampled = jitted_functions.without_log_probs(sampled)
+        if self._scorer is not None:
+            judge = self.teacher_params_of(state)
+            params = self.student_params(state)
+            with self.phases.phase("reward") as wait:
+                sampled, groups["reward"] = wait(self._scorer(params, judge, batch, sampled))
+        if self.replay is not None:
+            self.replay.add(written, step)
+        return sampled
+
+    def _update(
+        self, state: TrainState, batch: Batch, step: int, kind: str, groups: dict[str, Metrics]
+    ) -> tuple[TrainState, Batch]:
+        if self._reader is not None:
+            # A teacher with its own tokens reads the outputs, and tells how well they agree.
+            with self.phases.phase("reading") as wait:
+                batch, groups["spans"] = wait(self._reader(batch))
+        key = make_key(self.experiment.seed, Purpose.DROPOUT, step)
+        step_fn = self.on_policy_step_fn if kind == "on_policy" else self.step_fn
+        with self.phases.phase("update") as wait:
+            arguments = (state, self.teacher_params, batch, key, self.frozen)
+            state, groups[kind] = wait(step_fn(*arguments))
+        return state, batch

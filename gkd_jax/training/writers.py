@@ -1,0 +1,340 @@
+"""Where metrics go: JSON lines, TensorBoard (without TensorFlow) and a line in the terminal."""
+
+import json
+import logging
+import math
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TextIO
+
+import jax
+from absl import logging as absl_logging
+from etils import epath
+
+from gkd_jax.common.growing_files import AppendedFile
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Writer(Protocol):
+    """Takes the numbers of a run."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes numbers after update number `step`."""
+        ...
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Writes a text, e.g. the configuration."""
+        ...
+
+    def sync(self) -> None:
+        """Makes what was written durable, where it is to be gone on from."""
+        ...
+
+    def close(self) -> None:
+        """Writes what is still held back."""
+        ...
+
+
+def default_writer(
+    model_dir: str, *, start_step: int, num_steps: int, owes_evaluation: bool = False
+) -> Writer:
+    """All writers on the first process, none on the others.
+
+    Args:
+      model_dir: the run's folder, local or in a bucket.
+      start_step: the step that the run goes on from: what an earlier run wrote after it is
+        dropped, since those steps are made again; 0 drops all, as such a run starts anew.
+      num_steps: updates in all, for the time left.
+      owes_evaluation: whether the evaluation of `start_step` will be written, and what is there of
+        it is dropped.
+    """
+    if jax.process_index() != 0:
+        return MultiWriter(())
+    return MultiWriter(
+        (
+            JsonLinesWriter(
+                f"{model_dir}/{METRICS_FILE}",
+                start_step=start_step,
+                owes_evaluation=owes_evaluation,
+            ),
+            TensorBoardWriter(f"{model_dir}/tensorboard", start_step=start_step),
+            ProgressWriter(start_step=start_step, num_steps=num_steps),
+        )
+    )
+
+
+class MultiWriter:
+    """Writes to several writers."""
+
+    def __init__(self, writers: Sequence[Writer]):
+        self._writers = tuple(writers)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes numbers to all."""
+        for writer in self._writers:
+            writer.write(step, scalars)
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Writes a text to all."""
+        for writer in self._writers:
+            writer.write_text(step, name, text)
+
+    def sync(self) -> None:
+        """Syncs all."""
+        for writer in self._writers:
+            writer.sync()
+
+    def close(self) -> None:
+        """Closes all; what cannot be uploaded is said, since what matters was before."""
+        for writer in self._writers:
+            try:
+                writer.close()
+            except RuntimeError as error:
+                absl_logging.error("%s", error)
+
+
+class JsonLinesWriter:
+    """One JSON object a line: `step`, `time` (seconds since 1970) and the metrics by name.
+
+    Numbers that are not finite are written as null, which every JSON reader takes.
+    """
+
+    def __init__(self, path: str, *, start_step: int = 0, owes_evaluation: bool = False):
+        self._owes_evaluation = owes_evaluation
+        before = epath.Path(path).read_bytes() if epath.Path(path).exists() else b""
+        kept = self._up_to(start_step, before.decode("utf-8", errors="replace"))
+        self._file = AppendedFile(path, kept.encode("utf-8"))
+
+    def _up_to(self, start_step: int, text: str) -> str:
+        """The lines up to `start_step`; a last line that was cut short is dropped too."""
+        kept = []
+        # Not splitlines: a text may hold other characters that it takes for the end of a line.
+        for line in text.split("\n")[:-1]:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            is_owed = self._owes_evaluation and row["step"] == start_step and _is_evaluation(row)
+            if start_step > 0 and row["step"] <= start_step and not is_owed:
+                kept.append(line + "\n")
+        return "".join(kept)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends a line."""
+        values = {name: float(value) for name, value in scalars.items()}
+        self._append(step, {n: v if math.isfinite(v) else None for n, v in values.items()})
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Appends a line whose value is a text."""
+        self._append(step, {name: text})
+
+    def _append(self, step: int, values: Mapping[str, Any]) -> None:
+        row = {"step": int(step), "time": round(time.time(), 3), **values}
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        self._file.append(line.encode("utf-8"))
+
+    def sync(self) -> None:
+        """Uploads what is held back."""
+        self._file.sync()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _is_evaluation(row: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in row)
+
+
+class TensorBoardWriter:
+    """Event files that TensorBoard reads, written without TensorFlow or TensorBoard.
+
+    A file is a sequence of records (length, its checksum, data, its checksum), the data an
+    `Event` protocol buffer (tensorflow/core/util/event.proto) of which few fields are needed.
+    """
+
+    def __init__(self, folder: str, *, start_step: int = 0):
+        now = time.time()
+        name = f"events.out.tfevents.{int(now * 1000)}.{socket.gethostname()}.{os.getpid()}"
+        self._file = AppendedFile(f"{folder}/{name}")
+        self._append(_text_field(3, "brain.Event:2"))
+        # Event.session_log with status START: readers drop what earlier files have from this step.
+        first_step = start_step + 1 if start_step else 0
+        self._append(_varint_field(2, first_step) + _bytes_field(7, _varint_field(1, 1)))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends one event with all numbers."""
+        values = (
+            # Summary.Value: tag, simple_value
+            _bytes_field(1, _text_field(1, name) + b"\x15" + struct.pack("<f", _float32(value)))
+            for name, value in scalars.items()
+        )
+        self._append(_varint_field(2, int(step)) + _bytes_field(5, b"".join(values)))
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Appends a text, shown in TensorBoard's Text tab as it is."""
+        string_dtype = 7
+        # Markdown shows indented lines as they are.
+        verbatim = "".join(f"    {line}\n" for line in text.splitlines())
+        tensor = _varint_field(1, string_dtype) + _text_field(8, verbatim)
+        metadata = _bytes_field(1, _text_field(1, "text"))
+        value = _text_field(1, name) + _bytes_field(8, tensor) + _bytes_field(9, metadata)
+        self._append(_varint_field(2, int(step)) + _bytes_field(5, _bytes_field(1, value)))
+
+    def _append(self, fields: bytes) -> None:
+        event = b"\x09" + struct.pack("<d", time.time()) + fields
+        length = struct.pack("<Q", len(event))
+        self._file.append(length + _masked_crc(length) + event + _masked_crc(event))
+
+    def sync(self) -> None:
+        """Uploads what is held back."""
+        self._file.sync()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _float32(value: float) -> float:
+    """The value within float32's range: struct refuses to round 1e39 to infinity."""
+    limit = 3.4028234663852886e38
+    value = float(value)
+    return math.copysign(math.inf, value) if abs(value) > limit else value
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _varint_field(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value)
+
+
+def _bytes_field(number: int, value: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _text_field(number: int, value: str) -> bytes:
+    return _bytes_field(number, value.encode())
+
+
+def _make_crc_table() -> tuple[int, ...]:
+    """CRC-32C (Castagnoli, reflected polynomial 0x82F63B78), one byte at a time."""
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return tuple(table)
+
+
+_CRC_TABLE = _make_crc_table()
+
+
+def _masked_crc(data: bytes) -> bytes:
+    """The checksum as records hold it: rotated and offset, so that it differs from its data's."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _CRC_TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+class ProgressWriter:
+    """One line on standard error: rewritten in place on a terminal, a line each elsewhere.
+
+    The time left is what the run took until now for a step, evaluations and saves included,
+    times the steps to go.
+    """
+
+    def __init__(self, *, start_step: int, num_steps: int, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._in_place = self._stream.isatty()
+        self._is_line_open = False
+        self._num_steps = num_steps
+        self._start_step = start_step
+        self._start_time = time.monotonic()
+        if self._in_place:
+            # A log line must not be appended to the progress line.
+            absl_logging.get_absl_logger().addFilter(self._end_line_before_log)
+
+    def _end_line_before_log(self, record: logging.LogRecord) -> bool:
+        self._end_line()
+        return True
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Shows training metrics as progress, others (an evaluation) on a line that stays."""
+        is_training = any(name.startswith("train/") for name in scalars)
+        if not is_training:
+            self._end_line()
+            self._stream.write(f"step {step}: {_format_all(scalars)}\n")
+        else:
+            line = self._progress(step, scalars)
+            if self._in_place:
+                self._stream.write(f"\r{line}\x1b[K")
+                self._is_line_open = True
+            else:
+                self._stream.write(f"{line}\n")
+        self._stream.flush()
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Shows nothing: texts are for the files."""
+
+    def sync(self) -> None:
+        """Does nothing: lines are shown at once."""
+
+    def _progress(self, step: int, scalars: Mapping[str, float]) -> str:
+        parts = [f"step {step}/{self._num_steps}"]
+        parts += [
+            f"{name.removeprefix('train/')} {_format(value)}"
+            for name, value in scalars.items()
+            if name.rpartition("/")[2] == "loss"
+        ]
+        seconds = scalars.get("train/seconds_per_step")
+        if seconds is not None:
+            parts.append(f"{_format(seconds)} s/step")
+        tokens = scalars.get("train/target_tokens_per_second")
+        if tokens is not None:
+            parts.append(f"{tokens:,.0f} tokens/s")
+        done = step - self._start_step
+        if done > 0:
+            elapsed = time.monotonic() - self._start_time
+            parts.append(f"{_duration(elapsed / done * (self._num_steps - step))} left")
+        return "  ".join(parts)
+
+    def _end_line(self) -> None:
+        if self._is_line_open:
+            self._stream.write("\n")
+            self._is_line_open = False
+
+    def close(self) -> None:
+        """Ends the line."""
+        self._end_line()
+        absl_logging.get_absl_logger().removeFilter(self._end_line_before_log)
+        self._stream.flush()
+
+
+def _format(value: float) -> str:
+    return f"{float(value):.4g}"
+
+
+def _format_all(scalars: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {_format(value)}" for name, value in scalars.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
