@@ -60,6 +60,11 @@ CASES = {
     ),
     "qwen3": Case("Qwen3", SIZES | dict(head_dim=16)),
     "qwen3_yarn": Case("Qwen3", SIZES | dict(head_dim=16, rope_parameters=YARN)),
+    "smollm3": Case("SmolLM3", SIZES | dict(num_hidden_layers=5)),
+    "smollm3_sliding": Case(
+        "SmolLM3", SIZES | dict(num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0], sliding_window=5,
+                                use_sliding_window=True, tie_word_embeddings=False),
+    ),
     "gemma": Case("Gemma", SIZES | dict(head_dim=16)),
     "gemma2": Case(
         "Gemma2", SIZES | dict(head_dim=16, sliding_window=5, query_pre_attn_scalar=24,

@@ -5,7 +5,7 @@ import dataclasses
 from gkd_jax.models.t5_config import DTYPES, check_remat_policy
 
 MLP_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-ATTENTION_KINDS = ("full", "sliding")
+LAYER_KINDS = ("full", "sliding", "full_nope", "sliding_nope")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
@@ -59,7 +59,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and variants of a decoder-only model: Llama, Mistral, Qwen, Gemma.
+    """Sizes and variants of a decoder-only model: Llama, Mistral, Qwen, Gemma, SmolLM3.
 
     Attributes:
       vocab_size: rows of the embedding, padding included.
@@ -70,10 +70,12 @@ class DecoderConfig:
       head_dim: width of a head.
       mlp_dim: width of the gated feed-forward block.
       mlp_activation: of its gate.
-      layer_kinds: 'full' or 'sliding' attention for each layer; their number is the depth.
-      sliding_window: how many positions a 'sliding' layer sees, its own included.
-      rope: positions of 'full' layers.
-      sliding_rope: positions of 'sliding' layers; None for those of the others.
+      layer_kinds: the kind of each layer; their number is the depth. 'full' attention sees all
+        positions up to its own, 'sliding' attention those in a window. 'full_nope' and
+        'sliding_nope' do not rotate queries and keys (NoPE, arXiv 2501.18795).
+      sliding_window: number of positions that a sliding layer sees, its own included.
+      rope: rotary embedding of 'full' layers.
+      sliding_rope: rotary embedding of 'sliding' layers; None for that of 'full' layers.
       attention_bias: biases on queries, keys and values (Qwen2).
       attention_out_bias: a bias on the attention's output.
       mlp_bias: biases in the feed-forward block.
@@ -167,14 +169,13 @@ class DecoderConfig:
                     f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}. "
                     f"Set DecoderConfig.{name} to one of them."
                 )
-        if not self.layer_kinds or not set(self.layer_kinds) <= set(ATTENTION_KINDS):
+        if not self.layer_kinds or not set(self.layer_kinds) <= set(LAYER_KINDS):
             raise ValueError(
-                "layer_kinds must name 'full' or 'sliding' for each layer; got "
+                f"layer_kinds must name one of {', '.join(LAYER_KINDS)} for each layer; got "
                 f"{self.layer_kinds}. Set DecoderConfig.layer_kinds, e.g. to ('full',) * 12."
             )
-        has_sliding = "sliding" in self.layer_kinds
         window = self.sliding_window
-        if has_sliding and (window is None or window < 1):
+        if self.has_window and (window is None or window < 1):
             raise ValueError(
                 f"sliding layers need a window of at least 1; got {window}. Set "
                 "DecoderConfig.sliding_window to how many positions they see."
@@ -184,3 +185,18 @@ class DecoderConfig:
     def num_layers(self) -> int:
         """The depth."""
         return len(self.layer_kinds)
+
+    @property
+    def has_window(self) -> bool:
+        """Whether any layer has a sliding window."""
+        return any(is_sliding(kind) for kind in self.layer_kinds)
+
+
+def is_sliding(kind: str) -> bool:
+    """Returns whether layers of a kind see a window of positions only."""
+    return kind in ("sliding", "sliding_nope")
+
+
+def is_rotated(kind: str) -> bool:
+    """Returns whether layers of a kind rotate queries and keys."""
+    return kind in ("full", "sliding")

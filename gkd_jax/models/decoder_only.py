@@ -1,4 +1,4 @@
-"""Decoder-only models: Llama, Mistral, Qwen and Gemma as settings of one network.
+"""Decoder-only models: Llama, Mistral, Qwen, Gemma and SmolLM3 as settings of one network.
 
 Llama: arXiv 2302.13971, 2307.09288, 2407.21783. Qwen: 2407.10671, 2505.09388. Gemma: 2408.00118,
 2503.19786.
@@ -22,10 +22,12 @@ from jax import lax
 from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyTree
 from gkd_jax.common.batch import Batch
 from gkd_jax.models import layers, rope
-from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.models.decoder_config import DecoderConfig, is_rotated, is_sliding
 from gkd_jax.models.linen import Index, LinenModel, extend_cache, make_layers, run_layers
 
 KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
+Rotation = tuple[Array, Array] | None
+"""Cosines and sines of the positions; None in layers that do not rotate."""
 
 
 @flax.struct.dataclass
@@ -51,10 +53,10 @@ class Places:
       bias: added to the attention logits by kind of layer, [B, 1, Q, L].
     """
 
-    rotation: dict[str, tuple[Array, Array]]
+    rotation: dict[str, Rotation]
     bias: dict[str, Array]
 
-    def at(self, kind: str) -> tuple[tuple[Array, Array], Array]:
+    def at(self, kind: str) -> tuple[Rotation, Array]:
         """Rotation and bias of the layers of a kind."""
         return self.rotation[kind], self.bias[kind]
 
@@ -77,11 +79,13 @@ def make_places(
     rotation, bias = {}, {}
     for kind in sorted(set(config.layer_kinds)):
         one, within = config.rope, seen
-        if kind == "sliding":
+        if is_sliding(kind):
             assert config.sliding_window is not None
             one = config.sliding_rope or config.rope
             within = seen & (distance < config.sliding_window)
-        rotation[kind] = rope.rotations(one, config.head_dim, positions)
+        rotation[kind] = (
+            rope.rotations(one, config.head_dim, positions) if is_rotated(kind) else None
+        )
         bias[kind] = layers.mask_to_bias(within[:, None])
     return Places(rotation, bias)
 
@@ -133,7 +137,7 @@ class GroupedAttention(nn.Module):
         x = jnp.swapaxes(x, 1, 2)  # [B, H, L, K]
         return nn.with_logical_constraint(x, ("batch", "heads", "length", "kv"))
 
-    def keys_values(self, x: Float[Array, "B L D"], rotation: tuple[Array, Array]) -> KeysValues:
+    def keys_values(self, x: Float[Array, "B L D"], rotation: Rotation) -> KeysValues:
         """Rotated keys, and values."""
         keys = self._split_heads(self.key(x))
         if self.config.qk_norm:
@@ -145,7 +149,7 @@ class GroupedAttention(nn.Module):
         x: Float[Array, "B Q D"],
         keys: Float[Array, "B H L K"],
         values: Float[Array, "B H L K"],
-        rotation: tuple[Array, Array],
+        rotation: Rotation,
         bias: Float[Array, "B 1 Q L"],
     ) -> Float[Array, "B Q D"]:
         config = self.config
@@ -209,7 +213,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B Q D"],
-        rotation: tuple[Array, Array],
+        rotation: Rotation,
         bias: Float[Array, "B 1 Q L"],
         keep: Callable[[KeysValues], tuple[KeysValues, PyTree]] = lambda new: (new, new),
     ) -> tuple[Float[Array, "B Q D"], PyTree]:

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gkd_jax.models.base import LanguageModel
-from gkd_jax.models.decoder_config import DecoderConfig, Rope
+from gkd_jax.models.decoder_config import DecoderConfig, Rope, is_rotated, is_sliding
 from gkd_jax.models.decoder_only import DecoderOnly
 from gkd_jax.models.t5 import T5
 from gkd_jax.models.t5_config import T5Config
 
 HFConfig = Mapping[str, Any]
 
-_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text")
 _WITH_A_TEXT_PART = ("gemma3",)
 SUPPORTED = ("t5", *_DECODERS, *_WITH_A_TEXT_PART)
 
@@ -196,7 +196,7 @@ def _decoder_from_hf(config: HFConfig, dtype: str, dropout_rate: float) -> Decod
             _ACTIVATIONS,
             "gelu_pytorch_tanh" if is_gemma else "silu",
         ),
-        sliding_window=config["sliding_window"] if "sliding" in layer_kinds else None,
+        sliding_window=config["sliding_window"] if any(map(is_sliding, layer_kinds)) else None,
         rope=full,
         sliding_rope=sliding if "sliding" in layer_kinds and sliding != full else None,
         attention_bias=True if kind == "qwen2" else has_bias,
@@ -210,7 +210,7 @@ def _decoder_from_hf(config: HFConfig, dtype: str, dropout_rate: float) -> Decod
         attention_soft_cap=config.get("attn_logit_softcapping"),
         final_soft_cap=config.get("final_logit_softcapping"),
         scale_embeddings=is_gemma,
-        tie_embeddings=bool(config.get("tie_word_embeddings", is_gemma)),
+        tie_embeddings=bool(config.get("tie_word_embeddings", is_gemma or kind == "smollm3")),
         dropout_rate=dropout_rate,
         dtype=dtype,
     )
@@ -219,6 +219,8 @@ def _decoder_from_hf(config: HFConfig, dtype: str, dropout_rate: float) -> Decod
 def _layer_kinds(config: HFConfig) -> tuple[str, ...]:
     """As listed, or by the rule that the architecture had before it listed them."""
     kind, count = config["model_type"], config["num_hidden_layers"]
+    if kind == "smollm3":
+        return _smollm3_layer_kinds(config, count)
     if config.get("layer_types"):
         return tuple(_choose({"layer_types": one}, "layer_types", _KINDS)
                      for one in config["layer_types"])  # fmt: skip
@@ -235,6 +237,21 @@ def _layer_kinds(config: HFConfig) -> tuple[str, ...]:
     return ("full",) * count
 
 
+def _smollm3_layer_kinds(config: HFConfig, count: int) -> tuple[str, ...]:
+    interval = config.get("no_rope_layer_interval") or 4
+    rotated = config.get("no_rope_layers")
+    if rotated is None:
+        rotated = [int((layer + 1) % interval != 0) for layer in range(count)]
+    has_window = config.get("use_sliding_window") and config.get("sliding_window")
+    types = config.get("layer_types") or [
+        "sliding_attention" if has_window and not one else "full_attention" for one in rotated
+    ]
+    return tuple(
+        _choose({"layer_types": one}, "layer_types", _KINDS) + ("" if rotates else "_nope")
+        for one, rotates in zip(types[:count], rotated[:count], strict=True)
+    )
+
+
 def _ropes(config: HFConfig) -> tuple[Rope, Rope]:
     """Those of full and of sliding layers: `rope_parameters`, or the fields that came before it."""
     given = config.get("rope_parameters")
@@ -244,7 +261,8 @@ def _ropes(config: HFConfig) -> tuple[Rope, Rope]:
     if given:
         both = _rope(config, given)
         return both, both
-    theta = config.get("rope_theta", 1_000_000.0 if is_gemma3 else 10_000.0)
+    default = {"gemma3_text": 1_000_000.0, "smollm3": 2_000_000.0}
+    theta = config.get("rope_theta", default.get(config["model_type"], 10_000.0))
     full = _rope(config, {"rope_theta": theta} | dict(config.get("rope_scaling") or {}))
     if is_gemma3:
         return full, Rope(config.get("rope_local_base_freq", 10_000.0))
@@ -298,6 +316,8 @@ def _architecture(config: DecoderConfig) -> str:
         if config.qk_norm:
             return "gemma3_text"
         return "gemma2" if config.post_norms else "gemma"
+    if any(not is_rotated(kind) for kind in config.layer_kinds):
+        return "smollm3"
     if config.qk_norm:
         return "qwen3"
     if config.attention_bias and not config.attention_out_bias:
@@ -310,6 +330,7 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
@@ -339,7 +360,7 @@ def _decoder_to_hf(config: DecoderConfig) -> dict[str, Any]:
     }
     if kind not in ("qwen2", "mistral"):
         described["attention_bias"] = config.attention_bias
-    if kind == "llama":
+    if kind in ("llama", "smollm3"):
         described["mlp_bias"] = config.mlp_bias
     if kind.startswith("gemma"):
         described["hidden_activation"] = described["hidden_act"]
@@ -353,8 +374,14 @@ def _decoder_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if kind == "gemma3_text":
         described["rope_local_base_freq"] = (config.sliding_rope or config.rope).theta
     if kind != "llama" and kind != "gemma":
-        described["layer_types"] = [layer_types[one] for one in config.layer_kinds]
-    if "sliding" in config.layer_kinds:
+        described["layer_types"] = [
+            layer_types[one.removesuffix("_nope")] for one in config.layer_kinds
+        ]
+    if kind == "smollm3":
+        # Without them, transformers takes SmolLM3's own, which a smaller vocabulary does not have.
+        described |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+        described["no_rope_layers"] = [int(is_rotated(one)) for one in config.layer_kinds]
+    if config.has_window:
         described["sliding_window"] = config.sliding_window
         described["use_sliding_window"] = True
     elif kind == "mistral":

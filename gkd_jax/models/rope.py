@@ -67,8 +67,15 @@ def rotations(
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def rotate(x: Float[Array, "B H L K"], rotation: tuple[Array, Array]) -> Float[Array, "B H L K"]:
-    """Turns dimension i with dimension i + K/2 (Hugging Face's order of pairs), in float32."""
+def rotate(
+    x: Float[Array, "B H L K"], rotation: tuple[Array, Array] | None
+) -> Float[Array, "B H L K"]:
+    """Rotates dimension i with dimension i + K/2 (Hugging Face's order of pairs), in float32.
+
+    Returns `x` unchanged if there is no rotation.
+    """
+    if rotation is None:
+        return x
     cosine, sine = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]

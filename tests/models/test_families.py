@@ -261,7 +261,7 @@ def test_what_no_architecture_computes_is_not_written():
     [
         (dict(num_heads=3), r"num_heads must be a multiple of num_kv_heads; got 3 and 2"),
         (dict(head_dim=7), r"head_dim must be even"),
-        (dict(layer_kinds=()), r"layer_kinds must name 'full' or 'sliding'"),
+        (dict(layer_kinds=()), r"layer_kinds must name one of full, sliding, full_nope"),
         (dict(layer_kinds=("local",)), r"layer_kinds must name .* got \('local',\)"),
         (dict(layer_kinds=("sliding",)), r"DecoderConfig\.sliding_window"),
         (dict(mlp_activation="relu"), r"mlp_activation must be one of silu"),

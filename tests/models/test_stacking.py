@@ -14,7 +14,7 @@ from gkd_jax.models.families import model_from_hf
 from gkd_jax.models.lora import LoRA
 from gkd_jax.models.quantised import Int8
 
-FAMILIES = ["t5", "t5_1_1", "llama3", "gemma2", "gemma3", "qwen3"]
+FAMILIES = ["t5", "t5_1_1", "llama3", "gemma2", "gemma3", "qwen3", "smollm3"]
 POLICIES = ["minimal", "full"]
 
 
