@@ -1,38 +1,41 @@
-"""The same loss as `weighted_loss`, in chunks: no array of all positions and the whole vocabulary.
+"""The loss of `weighted_loss` in chunks, without an array over all positions and the vocabulary.
 
-A chunk is a few positions that count. In one pass over it the logits of both models are made, the
-divergence, the gradient of the student's logits, and from that the gradients of its hidden states
-and of its head; then all but those is dropped. Nothing is computed again in the backward pass,
-which multiplies by the cotangent of the loss. Positions of weight 0 cost nothing.
+A chunk is a few positions that have weight. One pass over it computes the logits of both models,
+the divergence and its gradient in the student's logits, and from that the gradients of the
+student's hidden states and output layer; only those are kept. The backward pass computes nothing
+again: it multiplies the gradients by the cotangent of the loss. Positions of weight 0 cost nothing.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from gkd_jax.common.array_types import Array, Float, Int, Params
+from gkd_jax.common.array_types import Array, Float, Int, Params, PyTree
 from gkd_jax.common.batch import TeacherDistributions
+from gkd_jax.objectives.chunks import Chunks
 from gkd_jax.objectives.objective import Objective, Predictions, check_predictions
-from gkd_jax.objectives.per_token import TokenTeacher, check_advantages
+from gkd_jax.objectives.token_divergence import TokenTeacher, check_advantages
 
 CHUNK_ENTRIES = 1 << 22
-"""Logits that one model makes at a time on a CPU, for its caches: 16 MB in float32."""
+"""Logits that one model computes at a time on a CPU, so that they fit its caches: 16 MB in
+float32."""
 ACCELERATOR_CHUNK_ENTRIES = 1 << 25
-"""Likewise on a TPU or GPU, a device: 128 MB. A chunk reads the head and adds to its gradient: with
-fewer than some hundred positions the memory's speed decides, not that of the matrix units."""
+"""The same on a TPU or GPU, per device: 128 MB. Each chunk reads the output layer and adds to its
+gradient. With fewer than some hundred positions the bandwidth of device memory is the limit, not
+the matrix units."""
 MIN_CHUNK, MAX_CHUNK = 8, 1024
 
 GROUP_ENTRIES = 1 << 18
-"""Logits whose divergence a CPU makes at a time: 1 MB. Matrix products want all the positions of a
-chunk, but the dozen arrays between logits and gradient want to stay in a core's own cache. XLA
-writes each of them to memory otherwise, which takes two to three times as long."""
+"""Logits whose divergence a CPU computes at a time: 1 MB. Matrix products are best over all the
+positions of a chunk, but the dozen arrays between logits and gradient should stay in the cache of
+one core: otherwise XLA writes each of them to memory, which takes two to three times as long."""
 
 # The mesh axes that sequences are split over, where they are there; each shard runs through chunks
 # of its own.
@@ -40,11 +43,11 @@ _ROW_AXES = ("slice", "data")
 
 
 def chunk_positions(vocab_size: int, num_positions: int, *, platform: str) -> int:
-    """Positions in a chunk: about so many logits a device, from 8 to 1,024, in eights.
+    """Returns the number of positions in a chunk: from 8 to 1,024, a multiple of 8.
 
     Args:
-      vocab_size: entries that a device has.
-      num_positions: how many there are.
+      vocab_size: vocabulary entries per device.
+      num_positions: number of positions in all; a chunk has no more.
       platform: 'cpu', 'tpu' or 'gpu'.
     """
     entries = CHUNK_ENTRIES if platform == "cpu" else ACCELERATOR_CHUNK_ENTRIES
@@ -53,13 +56,14 @@ def chunk_positions(vocab_size: int, num_positions: int, *, platform: str) -> in
 
 
 def group_positions(vocab_size: int, chunk: int, *, platform: str) -> int:
-    """Positions of a chunk whose divergences are made at a time: all, but on a CPU.
+    """Returns how many positions of a chunk have their divergences computed at a time.
 
-    At least two there: one alone is a vector to the compiler, which it is slower on.
+    On a CPU at least two, since the compiler is slower on the vector that a single position is; on
+    other platforms all of them.
 
     Args:
-      vocab_size: entries that a device has.
-      chunk: positions in a chunk.
+      vocab_size: vocabulary entries per device.
+      chunk: number of positions in a chunk.
       platform: 'cpu', 'tpu' or 'gpu'.
     """
     return min(chunk, max(2, GROUP_ENTRIES // vocab_size)) if platform == "cpu" else chunk
@@ -74,23 +78,23 @@ def fused_weighted_loss(
     weights: Float[Array, "B T"],
     advantages: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """Computes what `weighted_loss` does, with its arguments, values, gradients and errors.
+    """Computes `weighted_loss`: same arguments, values, gradients and errors.
 
     On a mesh with an axis 'data', and perhaps 'slice', the rows are split over those, which must
     divide them; the vocabulary may be split over another axis. There are no second derivatives.
     """
     check_predictions(objective.divergence, student, teacher, weights)
     check_advantages(objective.divergence, advantages, targets)
-    of_teacher: _Teacher | None = None
-    make_teacher: Callable[[Params, Any], TokenTeacher] = _as_stored
+    teacher_source: _Teacher | None = None
+    make_teacher: Callable[[Params, Any], TokenTeacher] = _stored_distributions
     if isinstance(teacher, Predictions):
-        of_teacher, make_teacher = (teacher.hidden, teacher.head), teacher.unembed
+        teacher_source, make_teacher = (teacher.hidden, teacher.head), teacher.unembed
     elif teacher is not None:
-        of_teacher = (teacher, None)
+        teacher_source = (teacher, None)
     return chunked_loss(
         objective,
         student=student,
-        teacher=of_teacher,
+        teacher=teacher_source,
         make_teacher=make_teacher,
         targets=targets,
         weights=weights,
@@ -98,8 +102,8 @@ def fused_weighted_loss(
     )
 
 
-def _as_stored(head: None, distributions: TeacherDistributions) -> TeacherDistributions:
-    """A store has no output layer: its distributions are made already."""
+def _stored_distributions(head: None, distributions: TeacherDistributions) -> TeacherDistributions:
+    """Returns the distributions unchanged: a store has no output layer to apply."""
     del head
     return distributions
 
@@ -109,73 +113,106 @@ def chunked_loss(
     *,
     student: Predictions,
     teacher: "_Teacher | None",
-    make_teacher: Callable[[Params, Any], Any] = _as_stored,
+    make_teacher: Callable[[Params, Any], Any] = _stored_distributions,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     advantages: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """Sums weights times what `objective.of_logits` gives, as `fused_weighted_loss`, unchecked.
+    """Sums weights * `objective.of_logits` over all positions, in chunks.
+
+    `fused_weighted_loss` for any kind of teacher, without its checks.
 
     Args:
-      objective: gives value and gradient of a chunk.
-      student: gets gradients.
-      teacher: a tree of what there is of the teacher at each position, and its head.
-      make_teacher: `(head, the tree at some positions)` to what `objective.of_logits` takes.
-      targets: the output tokens.
-      weights: final weights; where they are 0 nothing is computed.
-      advantages: of the output tokens.
+      objective: gives value and gradient of the positions of a chunk.
+      student: hidden states and output layer, which get gradients.
+      teacher: a tree of arrays [B, T, ...] with the teacher's data at each position, and the
+        parameters of its output layer.
+      make_teacher: function of (output layer, the tree at the positions of a chunk) that returns
+        the teacher as `objective.of_logits` takes it.
+      targets: output tokens.
+      weights: final weights; nothing is computed at positions where they are 0.
+      advantages: advantages of the output tokens, or None.
+
+    Returns:
+      The loss and the divergence per token, as `weighted_loss`.
     """
     functions = _Functions(objective, student.unembed, make_teacher)
-    others = (
-        lax.stop_gradient(teacher),
-        targets,
-        lax.stop_gradient(weights.astype(jnp.float32)),
-        lax.stop_gradient(advantages),
+    states, teacher_head = (None, None) if teacher is None else teacher
+    constants = (
+        _Positions(
+            lax.stop_gradient(states),
+            targets,
+            lax.stop_gradient(weights.astype(jnp.float32)),
+            lax.stop_gradient(advantages),
+        ),
+        lax.stop_gradient(teacher_head),
     )
-    loss, per_token = _fused(functions, (student.hidden, student.head), others)
+    loss, per_token = _fused(functions, (student.hidden, student.head), constants)
     return loss, lax.stop_gradient(per_token)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Functions:
-    """What is no array."""
+    """Static arguments of the fused loss.
+
+    Hashable, so that `custom_vjp` can treat them as non-differentiable.
+    """
 
     objective: Objective
     student_unembed: Callable[[Params, Array], Array]
     make_teacher: Callable[[Params, Any], TokenTeacher]
 
 
-# Hidden states and head of the student, and with those its gradients.
-_Model: TypeAlias = tuple[Float[Array, "B T D"], Params]
-# Of the teacher, what there is at each position (hidden states, or from a store), and its head.
+class _Positions(NamedTuple):
+    """Constants that have a value at each position; the leading axes are the positions.
+
+    Attributes:
+      teacher: tree of the teacher's data (hidden states, or distributions of a store), or None.
+      targets: output tokens.
+      weights: final weights, float32.
+      advantages: advantages of the output tokens, or None.
+    """
+
+    teacher: PyTree
+    targets: Int[Array, "*n"]
+    weights: Float[Array, "*n"]
+    advantages: Float[Array, "*n"] | None
+
+
+# Hidden states and output layer of the student, and with the same structure their gradients.
+_Student: TypeAlias = tuple[Float[Array, "B T D"], Params]
+# A tree of the teacher's data at each position, and its output layer.
 _Teacher: TypeAlias = tuple[Any, Params]
-# The teacher, the targets, the weights and the advantages: what gets no gradient.
-_Others: TypeAlias = tuple[
-    _Teacher | None, Int[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"] | None
-]
+# What gets no gradient: the arrays of positions, and the teacher's output layer.
+_Constants: TypeAlias = tuple[_Positions, Params]
 # The loss, and the divergence per token.
 _Values: TypeAlias = tuple[Float[Array, ""], Float[Array, "B T"]]
-# All of it; the gradients are of type _Model, or None where they are not wanted.
-_Run: TypeAlias = Callable[[_Model, _Others], tuple[_Values, Any]]
+# Values and gradients; these are of type _Student, or None if they are not wanted.
+_Run: TypeAlias = Callable[[_Student, _Constants], tuple[_Values, Any]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(functions: _Functions, student: _Model, others: _Others) -> _Values:
-    return _over_shards(functions, student, others, with_gradients=False)[0]
+def _fused(functions: _Functions, student: _Student, constants: _Constants) -> _Values:
+    return _over_shards(functions, student, constants, with_gradients=False)[0]
 
 
-def _forward(functions: _Functions, student: _Model, others: _Others) -> tuple[_Values, _Model]:
-    values, gradients = _over_shards(functions, student, others, with_gradients=True)
+def _forward(
+    functions: _Functions, student: _Student, constants: _Constants
+) -> tuple[_Values, _Student]:
+    values, gradients = _over_shards(functions, student, constants, with_gradients=True)
     return values, gradients
 
 
-def _backward(functions: _Functions, gradients: _Model, cotangents: _Values) -> tuple[_Model, None]:
+def _backward(
+    functions: _Functions, gradients: _Student, cotangents: _Values
+) -> tuple[_Student, None]:
     del functions
-    of_loss, _ = cotangents  # The values per token have no gradient.
+    loss_cotangent, _ = cotangents  # The values per token have no gradient.
 
     def scaled(gradient: Array) -> Array:
         # A loss that does not count may be infinite: 0 times its gradient is NaN.
-        return jnp.where(of_loss == 0, 0.0, of_loss * gradient).astype(gradient.dtype)
+        scaled = jnp.where(loss_cotangent == 0, 0.0, loss_cotangent * gradient)
+        return scaled.astype(gradient.dtype)
 
     return jax.tree.map(scaled, gradients), None
 
@@ -184,24 +221,24 @@ _fused.defvjp(_forward, _backward)
 
 
 def _over_shards(
-    functions: _Functions, student: _Model, others: _Others, *, with_gradients: bool
+    functions: _Functions, student: _Student, constants: _Constants, *, with_gradients: bool
 ) -> tuple[_Values, Any]:
-    """Runs every shard of the rows through chunks of its own, and adds up what they share.
+    """Runs each shard of the rows in chunks of its own, and sums the loss and the head's gradient.
 
     Left to the compiler, a chunk would take positions from all devices, and the head's gradient
-    would be added up over them in every chunk.
+    would be summed over them in every chunk.
     """
-    run: _Run = functools.partial(_all_chunks, functions, with_gradients=with_gradients)
+    run: _Run = functools.partial(_run_chunks, functions, with_gradients=with_gradients)
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in _ROW_AXES if not mesh.empty and mesh.shape.get(axis, 1) > 1)
     if axes:
-        run = _split_over_rows(run, mesh, axes, student, others, with_gradients)
-    values, gradients = run(student, others)
+        run = _split_over_rows(run, mesh, axes, student, constants, with_gradients)
+    values, gradients = run(student, constants)
     if with_gradients:
-        of_hidden, of_head = gradients
-        # Added up in float32 until here, over chunks and over shards.
-        of_head = jax.tree.map(lambda g, p: g.astype(p.dtype), of_head, student[1])
-        gradients = (of_hidden, of_head)
+        hidden_gradient, head_gradient = gradients
+        # In float32 until here, over chunks and over shards.
+        head_gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), head_gradient, student[1])
+        gradients = (hidden_gradient, head_gradient)
     return values, gradients
 
 
@@ -209,8 +246,8 @@ def _split_over_rows(
     run: _Run,
     mesh: jax.sharding.AbstractMesh,
     axes: tuple[str, ...],
-    student: _Model,
-    others: _Others,
+    student: _Student,
+    constants: _Constants,
     with_gradients: bool,
 ) -> _Run:
     num_shards = math.prod(mesh.shape[axis] for axis in axes)
@@ -222,124 +259,99 @@ def _split_over_rows(
             f"multiple of {num_shards}."
         )
 
-    def one_shard(student: _Model, others: _Others) -> tuple[_Values, Any]:
-        (loss, per_token), gradients = run(student, others)
+    def one_shard(student: _Student, constants: _Constants) -> tuple[_Values, Any]:
+        (loss, per_token), gradients = run(student, constants)
         loss = lax.psum(loss, axes)
         if with_gradients:
             gradients = (gradients[0], lax.psum(gradients[1], axes))
         return (loss, per_token), gradients
 
     rows, whole = PartitionSpec(axes), PartitionSpec()
-    model = (rows, whole)
-    of_others = (None if others[0] is None else model, rows, rows, rows)
     return jax.shard_map(
         one_shard,
         mesh=mesh,
-        in_specs=(model, of_others),
-        out_specs=((whole, rows), model if with_gradients else None),
+        in_specs=((rows, whole), (rows, whole)),
+        out_specs=((whole, rows), (rows, whole) if with_gradients else None),
         axis_names=set(axes),
         check_vma=False,
     )
 
 
-def _all_chunks(
-    functions: _Functions, student: _Model, others: _Others, *, with_gradients: bool
+def _run_chunks(
+    functions: _Functions, student: _Student, constants: _Constants, *, with_gradients: bool
 ) -> tuple[_Values, Any]:
-    """Runs through the positions that count, a chunk at a time."""
-    (hidden, head), (teacher, targets, weights, advantages) = student, others
+    """Computes values and gradients of the positions with weight, one chunk at a time."""
+    (hidden, head), (positions, teacher_head) = student, constants
     shape = hidden.shape
-    # All positions in a row: [B * T, ...].
-    hidden, targets, weights = hidden.reshape(-1, shape[-1]), targets.ravel(), weights.ravel()
-    num_positions = weights.size
-    vocab_size = jax.eval_shape(functions.student_unembed, head, hidden[:1]).shape[-1]
+    # All positions in one axis: [B * T, ...].
+    hidden, positions = jax.tree.map(
+        lambda x: x.reshape(shape[0] * shape[1], *x.shape[2:]), (hidden, positions)
+    )
+    size, group = _chunk_and_group(functions.student_unembed, head, hidden)
+    chunks = Chunks.of(positions.weights != 0, size)
+
+    def add_chunk(index: Array, sums: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+        loss, per_token, gradients = sums
+        chunk_hidden, chunk = chunks.take((hidden, positions), index)
+        teacher = None
+        if chunk.teacher is not None:
+            teacher = functions.make_teacher(teacher_head, chunk.teacher)
+        logits, pullback = jax.vjp(functions.student_unembed, head, chunk_hidden)
+        value, chunk_loss, gradient = _chunk_loss(
+            functions.objective, logits, chunk._replace(teacher=teacher), group=group
+        )
+        if with_gradients:
+            head_gradient, hidden_gradient = pullback(gradient.astype(logits.dtype))
+            gradients = (
+                chunks.put(gradients[0], hidden_gradient, index),
+                jax.tree.map(jnp.add, gradients[1], head_gradient),
+            )
+        return loss + chunk_loss, chunks.put(per_token, value, index), gradients
+
+    gradients = None
+    if with_gradients:
+        # Sums over many chunks: in float32, whatever the dtype of the parameters.
+        head_gradient = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
+        gradients = (jnp.zeros((chunks.num_slots, shape[-1]), hidden.dtype), head_gradient)
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(chunks.num_slots, jnp.float32), gradients)
+    loss, per_token, gradients = lax.fori_loop(0, chunks.num_chunks, add_chunk, start)
+    per_token = chunks.restore(per_token).reshape(shape[:-1])
+    if with_gradients:
+        gradients = (chunks.restore(gradients[0]).reshape(shape), gradients[1])
+    return (loss, per_token), gradients
+
+
+def _chunk_and_group(
+    unembed: Callable[[Params, Array], Array], head: Params, hidden: Float[Array, "N D"]
+) -> tuple[int, int]:
+    """Returns the positions in a chunk, a multiple of those in a group, and these."""
+    vocab_size = jax.eval_shape(unembed, head, hidden[:1]).shape[-1]
     # The vocabulary lies over all axes but that of the rows, if it divides over them.
     mesh = jax.sharding.get_abstract_mesh()
     num_shards = math.prod(mesh.shape.get(axis, 1) for axis in _ROW_AXES)
     num_parts = 1 if mesh.empty else mesh.size // num_shards
     if vocab_size % num_parts == 0:
         vocab_size //= num_parts
-    # That of the mesh: a program may be compiled for other devices than this machine's.
+    # The mesh's device: a program may be compiled for other devices than this machine's.
     device = mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    size = chunk_positions(vocab_size, num_positions, platform=platform)
+    size = chunk_positions(vocab_size, len(hidden), platform=platform)
     group = group_positions(vocab_size, size, platform=platform)
-    size = -(-size // group) * group
-    counts = weights != 0
-    # Those that count come first; the places behind them are none, and read as 0.
-    places = -(-num_positions // size) * size
-    (order,) = jnp.nonzero(counts, size=places, fill_value=num_positions)
-
-    def chunk(index: Array, carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
-        loss, per_token, gradients = carry
-        rows = lax.dynamic_slice_in_dim(order, index * size, size)
-
-        def take(x: Array) -> Array:
-            picked = jnp.asarray(x).at[rows]
-            return picked.get(mode="fill", fill_value=0, indices_are_sorted=True)
-
-        def put(x: Array, part: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(x, part, index * size, axis=0)
-
-        of_teacher = None
-        if teacher is not None:
-            at_positions = jax.tree.map(
-                lambda x: take(x.reshape(num_positions, *x.shape[2:])), teacher[0]
-            )
-            of_teacher = functions.make_teacher(teacher[1], at_positions)
-        logits, pullback = jax.vjp(functions.student_unembed, head, take(hidden))
-        value, of_loss, of_logits = _of_chunk(
-            functions.objective,
-            logits,
-            of_teacher,
-            take(targets),
-            take(weights),
-            None if advantages is None else take(advantages.ravel()),
-            group=group,
-        )
-        if with_gradients:
-            of_head, of_hidden = pullback(of_logits.astype(logits.dtype))
-            gradients = (
-                put(gradients[0], of_hidden),
-                jax.tree.map(jnp.add, gradients[1], of_head),
-            )
-        return loss + of_loss, put(per_token, value), gradients
-
-    gradients = None
-    if with_gradients:
-        # Sums over many chunks: in float32, whatever the parameters are.
-        of_head = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
-        gradients = (jnp.zeros((places, shape[-1]), hidden.dtype), of_head)
-    num_chunks = -(-jnp.sum(counts) // size)
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(places, jnp.float32), gradients)
-    loss, per_token, gradients = lax.fori_loop(0, num_chunks, chunk, start)
-    # Back to where they came from; what does not count has 0.
-    place = jnp.where(counts, jnp.cumsum(counts) - 1, places)
-    per_token = per_token.at[place].get(mode="fill", fill_value=0).reshape(shape[:-1])
-    if with_gradients:
-        of_hidden = gradients[0].at[place].get(mode="fill", fill_value=0).reshape(shape)
-        gradients = (of_hidden, gradients[1])
-    return (loss, per_token), gradients
+    return -(-size // group) * group, group
 
 
-def _of_chunk(
-    objective: Objective,
-    logits: Float[Array, "C V"],
-    teacher: TokenTeacher | None,
-    targets: Int[Array, " C"],
-    weights: Float[Array, " C"],
-    advantages: Float[Array, " C"] | None,
-    *,
-    group: int,
+def _chunk_loss(
+    objective: Objective, logits: Float[Array, "C V"], chunk: _Positions, *, group: int
 ) -> tuple[Float[Array, " C"], Float[Array, ""], Float[Array, "C V"]]:
-    """Divergence of each position, the loss, and its gradient in the student's logits.
+    """Computes the divergence of each position, the loss, and its gradient in the logits.
 
-    A group of positions at a time, whose gradients take the place of its logits.
+    One group of positions at a time, whose gradients overwrite their logits.
     """
-    parts = (logits, teacher, targets, weights, advantages)
-    if group == len(targets):
-        return _of_group(objective, *parts)
+    size = len(chunk.targets)
+    if group == size:
+        return _group_loss(objective, logits, chunk)
 
-    def one_group(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def add_group(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         values, loss, logits_or_gradients = carry
 
         def take(x: Array) -> Array:
@@ -348,26 +360,22 @@ def _of_chunk(
         def put(x: Array, part: Array) -> Array:
             return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), index * group, axis=0)
 
-        arguments = jax.tree.map(take, (logits_or_gradients, *parts[1:]))
-        value, of_loss, of_logits = _of_group(objective, *arguments)
-        return put(values, value), loss + of_loss, put(logits_or_gradients, of_logits)
+        group_logits, positions = jax.tree.map(take, (logits_or_gradients, chunk))
+        value, group_loss, gradient = _group_loss(objective, group_logits, positions)
+        return put(values, value), loss + group_loss, put(logits_or_gradients, gradient)
 
-    start = (jnp.zeros(len(targets), jnp.float32), jnp.zeros((), jnp.float32), logits)
-    return lax.fori_loop(0, len(targets) // group, one_group, start)
+    start = (jnp.zeros(size, jnp.float32), jnp.zeros((), jnp.float32), logits)
+    return lax.fori_loop(0, size // group, add_group, start)
 
 
-def _of_group(
-    objective: Objective,
-    logits: Float[Array, "G V"],
-    teacher: TokenTeacher | None,
-    targets: Int[Array, " G"],
-    weights: Float[Array, " G"],
-    advantages: Float[Array, " G"] | None,
+def _group_loss(
+    objective: Objective, logits: Float[Array, "G V"], group: _Positions
 ) -> tuple[Float[Array, " G"], Float[Array, ""], Float[Array, "G V"]]:
-    """As `_of_chunk`, all positions at once."""
+    """Computes what `_chunk_loss` does, of all its positions at once."""
+    teacher, targets, weights, advantages = group
     value, gradient = objective.of_logits(logits, teacher, targets, advantages)
-    counts = weights != 0
-    value = jnp.where(counts, value, 0.0)
+    mask = weights != 0
+    value = jnp.where(mask, value, 0.0)
     loss = value
     if objective.z_loss:
         logits = logits.astype(jnp.float32)
@@ -375,6 +383,6 @@ def _of_group(
         loss = loss + objective.z_loss * jnp.square(log_z)
         probs = jnp.exp(logits - log_z[:, None])
         gradient = gradient + (2.0 * objective.z_loss) * log_z[:, None] * probs
-    # 0 times an infinite gradient would be NaN, and what does not count must not matter.
-    of_logits = jnp.where(counts[:, None], weights[:, None] * gradient, 0.0)
-    return value, jnp.sum(jnp.where(counts, weights * loss, 0.0)), of_logits
+    # 0 times an infinite gradient would be NaN, and what has no weight must not matter.
+    gradient = jnp.where(mask[:, None], weights[:, None] * gradient, 0.0)
+    return value, jnp.sum(jnp.where(mask, weights * loss, 0.0)), gradient
