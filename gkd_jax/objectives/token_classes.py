@@ -1,0 +1,94 @@
+"""Classes of tokens that two vocabularies have in common.
+
+Student and teacher with different vocabularies are compared on classes: the tokens of either that
+begin with the same text (`data.common_text` finds them). A class has a probability under both
+models, the sum over its tokens.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gkd_jax.common.array_types import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classes:
+    """The class of each entry of one model's output layer.
+
+    Attributes:
+      of_tokens: class of each token, from 0 to `num_classes`; the last one is that of tokens which
+        begin with no common text.
+      num_classes: number of classes without that last one.
+    """
+
+    of_tokens: Int[np.ndarray, " V"]
+    num_classes: int
+
+    @functools.cached_property
+    def _tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One token of each class (-1 if it has none); the other tokens by class; their classes."""
+        firsts = np.full(self.num_classes + 1, -1, np.int32)
+        classes, where = np.unique(self.of_tokens, return_index=True)
+        firsts[classes] = where
+        order = np.argsort(self.of_tokens, kind="stable").astype(np.int32)
+        others = order[~np.isin(order, where)]
+        return firsts, others, self.of_tokens[others]
+
+    def sums(self, log_probs: Float[Array, "*n V"]) -> Float[Array, "*n E1"]:
+        """Returns the log of each class's probability; -inf for a class without tokens.
+
+        Most classes have one token, which is a gather; only the others are summed.
+        """
+        firsts, others, classes = self._tokens
+        first_log_probs = log_probs[..., np.maximum(firsts, 0)]
+        missing = np.broadcast_to(firsts < 0, first_log_probs.shape)
+        first_log_probs = jnp.where(missing, -jnp.inf, first_log_probs)
+        if not others.size:
+            return first_log_probs
+        # Relative to each class's own largest: a sum of small probabilities must not underflow.
+        other_log_probs = jnp.moveaxis(log_probs[..., others], -1, 0)
+        add = functools.partial(
+            jax.ops.segment_sum, segment_ids=classes, num_segments=self.num_classes + 1,
+            indices_are_sorted=True,
+        )  # fmt: skip
+        highest = jax.ops.segment_max(
+            jax.lax.stop_gradient(other_log_probs), classes, self.num_classes + 1,
+            indices_are_sorted=True,
+        )  # fmt: skip
+        highest = jnp.where(jnp.isneginf(highest), 0.0, highest)
+        totals = add(jnp.exp(other_log_probs - highest[classes]))
+        positive = totals > 0
+        log_totals = jnp.where(positive, jnp.log(jnp.where(positive, totals, 1.0)), -jnp.inf)
+        return logaddexp(first_log_probs, jnp.moveaxis(log_totals + highest, 0, -1))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vocabularies:
+    """The classes of the student's and of the teacher's tokens.
+
+    Attributes:
+      student: classes of the student's tokens.
+      teacher: classes of the teacher's tokens.
+      first: classes (student, teacher) for the first token of an output, if one vocabulary begins
+        it with a space that is not shown and the other does not; None if it compares as all others.
+    """
+
+    student: Classes
+    teacher: Classes
+    first: tuple[Classes, Classes] | None = None
+
+    @property
+    def num_entries(self) -> int:
+        """Number of entries compared: all classes, the last one too, and the span's own text."""
+        return self.student.num_classes + 2
+
+
+def logaddexp(x: Array, y: Array) -> Array:
+    """log(exp(x) + exp(y)), with gradient 0 where both are -inf."""
+    is_nothing = jnp.isneginf(x) & jnp.isneginf(y)
+    total = jnp.logaddexp(jnp.where(is_nothing, 0.0, x), jnp.where(is_nothing, 0.0, y))
+    return jnp.where(is_nothing, -jnp.inf, total)
