@@ -12,7 +12,8 @@ from gkd_jax.distillation.rewards import RewardMix
 from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.objectives.objective import Objective
 from gkd_jax.objectives.policy_gradient import with_policy_gradient, with_returns
-from gkd_jax.objectives.spans import Classes, SpanObjective, Vocabularies
+from gkd_jax.objectives.spans import SpanObjective
+from gkd_jax.objectives.token_classes import Classes, Vocabularies
 
 
 def measured_objective(experiment: Experiment, vocabulary: Vocabulary) -> Objective:

@@ -21,7 +21,7 @@ from gkd_jax.common.array_types import Array, Float, Int, Params, PyTree
 from gkd_jax.common.batch import TeacherDistributions
 from gkd_jax.objectives.chunks import Chunks
 from gkd_jax.objectives.objective import Objective, Predictions, check_predictions
-from gkd_jax.objectives.token_divergence import TokenTeacher, check_advantages
+from gkd_jax.objectives.per_token import TokenTeacher, check_advantages
 
 CHUNK_ENTRIES = 1 << 22
 """Logits that one model computes at a time on a CPU, so that they fit its caches: 16 MB in

@@ -23,8 +23,8 @@ from gkd_jax.common.batch import TeacherTokens
 from gkd_jax.objectives.divergences import NegativeLogLikelihood, VocabularyEntries
 from gkd_jax.objectives.fused import chunked_loss
 from gkd_jax.objectives.objective import Objective, Predictions
+from gkd_jax.objectives.per_token import tempered_log_probs, term_and_slope
 from gkd_jax.objectives.token_classes import Classes, Vocabularies, logaddexp
-from gkd_jax.objectives.token_divergence import tempered_log_probs, term_and_slope
 
 _HIGHEST_LOG_PROB = -1e-6
 """Upper limit of the log-probability of a span's tokens after its first. Float32 rounds higher ones
