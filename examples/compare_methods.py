@@ -7,8 +7,8 @@
 Each method is a file of gin_configs/methods, given after the recipe; every run is a command of its
 own, which is printed. `{seed}` within a binding becomes the run's seed. What is finished is not run
 again. SeqKD first lets the teacher write its outputs; `--same_size_teacher` names the checkpoint of
-a better student, without which self_distillation is left out. So are stored_teacher, which is
-supervised KD by another way, and cross_tokenizer, whose teacher brings a tokenizer of its own.
+a better student, without which the method of that name is left out. So are stored_teacher, which
+is supervised KD by another way, and cross_tokenizer, whose teacher has its own tokenizer.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def method_flags(flags: argparse.Namespace, method: str, *, seed: int) -> list[s
             writing += [f"--gin.MODEL_DIR='{output.parent / 'none'}'", "--run_mode=generate"]
             run(command(flags, writing, "gin_configs/generate.gin", seed=seed))
         bindings.append(f"--gin.TEACHER_OUTPUTS='{output}'")
-    if method == "self_distillation":
+    if method == "same_size_teacher":
         bindings.append(f"--gin.TEACHER_CHECKPOINT_PATH='{flags.same_size_teacher}'")
     return command(flags, bindings, *files, seed=seed)
 
@@ -74,7 +74,7 @@ def default_methods(flags: argparse.Namespace) -> list[str]:
     """All that need no more than the recipe and these flags."""
     left_out = {"stored_teacher", "cross_tokenizer"}
     if not flags.same_size_teacher:
-        left_out.add("self_distillation")
+        left_out.add("same_size_teacher")
     return sorted({path.stem for path in METHODS.glob("*.gin")} - left_out)
 
 
@@ -86,7 +86,9 @@ def main() -> None:
     parser.add_argument("--model_dir", required=True, help="a folder in it for each run")
     parser.add_argument("--methods", help="names, with commas; default: all")
     parser.add_argument("--seeds", default="0", help="numbers, with commas")
-    parser.add_argument("--same_size_teacher", help="the teacher of self_distillation")
+    parser.add_argument(
+        "--same_size_teacher", help="checkpoint of the teacher for the method same_size_teacher"
+    )
     flags, flags.bindings = parser.parse_known_args()
     for binding in flags.bindings:
         if not binding.startswith("--gin."):

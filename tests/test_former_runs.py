@@ -7,6 +7,8 @@ learns from its own average, and skips steps that are not finite. `expected.npz`
 that both ended with there, `machine.txt` the machine on which they are the same to the bit.
 """
 
+import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -146,6 +148,90 @@ def test_flags_of_before_the_rooms_still_work(binding, monkeypatch):
     )
 
 
+def test_renamed_settings_and_macros_are_told_once(monkeypatch, caplog):
+    """In files, flags and saved configurations; the settings are those of the present names."""
+    monkeypatch.chdir(ROOT)
+    reader.warn_once.cache_clear()
+    given = ["MODEL_DIR = 'none'", "INITIAL_CHECKPOINT_PATH = None"]
+
+    def parsed(*bindings):
+        return configuration.parse(
+            roots=(Experiment,),
+            gin_files=["gin_configs/arithmetic.gin"],
+            bindings=[*given, *bindings],
+        )
+
+    with caplog.at_level("WARNING"):
+        former = [
+            parsed("NON_FINITE_POLICY = 'skip'"),
+            parsed("NonFinite.policy = 'skip'"),
+            parsed(
+                "experiment.NonFinite.policy = %NON_FINITE_POLICY", "NON_FINITE_POLICY = 'skip'"
+            ),
+        ]
+        present = parsed("NON_FINITE_ACTION = 'skip'")
+        text = present.text.replace("NON_FINITE_ACTION", "NON_FINITE_POLICY")
+        text = text.replace("NonFinite.action", "NonFinite.policy")
+        former.append(configuration.parse_text(text, roots=(Experiment,), name="config.gin"))
+    assert [config.settings == present.settings for config in former] == [True] * 4
+    assert former[-1].build() == present.build()
+    told = [record.message for record in caplog.records if "is now" in record.message]
+    assert told == [
+        "the macro NON_FINITE_POLICY is now NON_FINITE_ACTION. Use that in gin files and flags.",
+        "experiment.NonFinite.policy is now experiment.NonFinite.action. Use that in gin files.",
+    ]
+
+
+def test_a_renamed_class_is_told_once_in_gin_and_python(monkeypatch, caplog):
+    monkeypatch.chdir(ROOT)
+    reader.warn_once.cache_clear()
+    names = {
+        "objectives.ForwardDivergence": "objectives.ForwardKL",
+        "distillation.teachers.Tutor": "distillation.teachers.LiveStudent",
+    }
+    monkeypatch.setattr(moved, "_NAMES", names)
+    with caplog.at_level("WARNING"):
+        config = configuration.parse(
+            roots=(Experiment,),
+            gin_files=["gin_configs/gsm8k.gin", "gin_configs/methods/ema_teacher.gin"],
+            bindings=[
+                *("MODEL_DIR = 'none'", "INITIAL_CHECKPOINT_PATH = None"),
+                "VOCABULARY_PATH = 'none'",
+                "DIVERGENCE = @objectives.ForwardDivergence()",
+                "experiment.Experiment.teacher = @teachers.Tutor()",
+            ],
+        )
+    assert "DIVERGENCE = @objectives.ForwardKL()" in config.text
+    assert "teacher = @teachers.LiveStudent()" in config.text
+    told = [record.message for record in caplog.records if "is now" in record.message]
+    assert told == [
+        "gkd_jax.objectives.ForwardDivergence is now gkd_jax.objectives.ForwardKL. Use that in gin "
+        "files.",
+        "gkd_jax.distillation.teachers.Tutor is now gkd_jax.distillation.teachers.LiveStudent. Use "
+        "that in gin files.",
+    ]
+    with pytest.warns(DeprecationWarning, match="is now gkd_jax.objectives.ForwardKL"):
+        from gkd_jax.objectives import ForwardDivergence
+    assert ForwardDivergence.__name__ == "ForwardKL"
+
+
+def test_a_renamed_gin_file_is_found_by_its_former_path(monkeypatch, caplog):
+    monkeypatch.chdir(ROOT)
+    reader.warn_once.cache_clear()
+    bindings = ["MODEL_DIR = 'none'", "INITIAL_CHECKPOINT_PATH = None"]
+    with caplog.at_level("WARNING"):
+        texts = [
+            configuration.parse(
+                roots=(Experiment,),
+                gin_files=["gin_configs/arithmetic.gin", f"gin_configs/methods/{name}.gin"],
+                bindings=bindings,
+            ).text
+            for name in ("self_distillation", "same_size_teacher")
+        ]
+    assert texts[0] == texts[1]
+    assert any("is now gin_configs/methods/same_size" in r.message for r in caplog.records)
+
+
 def test_python_imports_under_former_names_give_the_same_module():
     for former in ("gkd_jax.batch", "gkd_jax.metrics.gsm8k", "gkd_jax.train", "gkd_jax.hub"):
         present = moved.present_module(former)
@@ -173,6 +259,34 @@ def test_every_former_module_has_a_present_one():
         assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), former
         old = ROOT / "gkd_jax" / former.replace(".", "/")
         assert not old.with_suffix(".py").exists(), former
+
+
+def _present(name: str):
+    """Imports what a present name of a table stands for."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(f"gkd_jax.{module}"), attribute)
+
+
+def test_every_former_name_has_a_present_one():
+    for former, present in moved._NAMES.items():
+        assert callable(_present(present)), former
+        name = former.rpartition(".")[2]
+        with pytest.warns(DeprecationWarning, match=name):
+            assert _present(former) is _present(present), former
+    for former, parameter in moved._SETTINGS.items():
+        owner, _, name = former.rpartition(".")
+        parameters = inspect.signature(_present(owner)).parameters
+        assert parameter in parameters, former
+        assert name not in parameters, former
+    gin_text = "".join(path.read_text() for path in (ROOT / "gin_configs").rglob("*.gin"))
+    for former, present in moved._MACROS.items():
+        assert f"\n{present} = " in gin_text, former
+        assert former not in gin_text
+    for former, present in moved._GIN_FILES.items():
+        assert (ROOT / present).exists(), former
+        assert not (ROOT / former).exists(), former
+    for alias in moved._GIN_ALIASES:
+        importlib.import_module(moved.gin_alias(alias))
 
 
 def test_a_task_is_registered_by_the_former_name():

@@ -95,11 +95,11 @@ def test_a_step_skipped_changes_nothing(tmp_path, monkeypatch, undisturbed):
     assert max(jax.tree.leaves(moved)) > 0
 
 
-def test_the_policy_may_change_within_a_line_of_metrics(tmp_path, monkeypatch, tiny_teacher):
+def test_the_action_may_change_within_a_line_of_metrics(tmp_path, monkeypatch, tiny_teacher):
     """What was summed before has no count of skipped steps."""
     changes = {"num_steps": 6, "log_period": 6, "checkpoints": Checkpoints(2, 10)}
-    for policy, stop in (("stop", 3), ("skip", 5), ("stop", None)):
-        experiment = small_runs.sft(tmp_path, non_finite=NonFinite(policy), **changes)
+    for action, stop in (("stop", 3), ("skip", 5), ("stop", None)):
+        experiment = small_runs.sft(tmp_path, non_finite=NonFinite(action), **changes)
         with monkeypatch.context() as patch:
             if stop is None:
                 train.train(experiment)
@@ -156,7 +156,7 @@ def test_a_gradient_alone_may_be_infinite():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy": "ignore"}, r"NonFinite.policy must be 'stop' or 'skip'.*NON_FINITE_POLICY"),
+        ({"action": "ignore"}, r"NonFinite.action must be 'stop' or 'skip'.*NON_FINITE_ACTION"),
         ({"most_in_a_row": 0}, "NonFinite.most_in_a_row must be at least 1"),
     ],
 )

@@ -5,11 +5,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gkd_jax.common import moved
+
 
 def load_export(package: str, exports: Mapping[str, Sequence[str]], name: str) -> Any:
     """Returns a name that a package re-exports, importing the module that defines it.
 
     A package calls it from its `__getattr__`; the name is then kept in the package's namespace.
+    A former name (`common.moved`) is accepted with a warning.
 
     Args:
       package: `__name__` of the package.
@@ -24,4 +27,4 @@ def load_export(package: str, exports: Mapping[str, Sequence[str]], name: str) -
             value = getattr(importlib.import_module(f"{package}.{module}"), name)
             setattr(sys.modules[package], name, value)
             return value
-    raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return moved.load_moved(package, name)

@@ -1,6 +1,8 @@
-"""Former names of modules and of what they define: users' imports and saved gin files keep working.
+"""Tables of renamed modules, classes, settings and gin files, so that former names keep working.
 
-Data, and the import hook that reads it. An entry is never removed: folders of old runs name it.
+Python imports, gin files, flags and the saved configurations of old runs may use a former name; the
+first use gives one warning with the present name. Entries are never removed, since the folders of
+old runs contain the former names.
 """
 
 import importlib
@@ -82,15 +84,52 @@ _MODULES = {
     "writers": "training.writers",
 }
 
-# What moved out of a module that is still there: (module, name) to the module that defines it now.
+# Classes and functions that were renamed or moved to another module. The former name is written
+# with the present name of the module that defined it, or of the room that re-exported it (one entry
+# for each). The `__getattr__` of a room finds it for Python imports; a module needs one of its own
+# that calls `load_moved`.
 _NAMES = {
-    ("data.task", "get_task"): "data.registry",
-    ("data.task", "register_task"): "data.registry",
+    "data.task.get_task": "data.registry.get_task",
+    "data.task.register_task": "data.registry.register_task",
+}
+
+# Settings: the present name of the class or function, with the module that defines it, and the
+# former parameter; to the present parameter. Subclasses inherit the entry.
+_SETTINGS = {
+    "experiment.settings.NonFinite.policy": "action",
+}
+
+# Macros of the gin files in gin_configs/.
+_MACROS = {
+    "NON_FINITE_POLICY": "NON_FINITE_ACTION",
+}
+
+# Paths of gin files, as --gin_file and `include` give them.
+_GIN_FILES = {
+    "gin_configs/methods/self_distillation.gin": "gin_configs/methods/same_size_teacher.gin",
+}
+
+# Names under which the gin files in gin_configs/ used to import modules that a room re-exports now.
+# Flags and gin files that are given after them may still use these names.
+_GIN_ALIASES = {
+    "beam_search": "sampling.beam_search",
+    "config": "models.t5_config",
+    "decoder_config": "models.decoder_config",
+    "decoder_only": "models.decoder_only",
+    "divergences": "objectives.divergences",
+    "lora": "models.lora",
+    "methods": "sampling.methods",
+    "mixing": "objectives.mixing",
+    "objective": "objectives.objective",
+    "other_divergences": "objectives.other_divergences",
+    "pipeline": "data.pipeline",
+    "policies": "sampling.teacher_assisted",
+    "t5": "models.t5",
 }
 
 
 def present_module(name: str) -> str | None:
-    """Returns the present full name of a module; None if `name` is not a former one."""
+    """Returns the present full name of a module, or None if `name` is not a former one."""
     inner = _MODULES.get(name.removeprefix(_PACKAGE)) if name.startswith(_PACKAGE) else None
     return None if inner is None else _PACKAGE + inner
 
@@ -101,22 +140,80 @@ def former_modules(name: str) -> list[str]:
     return [_PACKAGE + former for former, present in _MODULES.items() if present == inner]
 
 
+def present_name(module: str, name: str) -> tuple[str, str] | None:
+    """Returns the present module and name of a class or function that `module` used to define.
+
+    Returns None if `name` is not a former name in `module`.
+    """
+    found = _NAMES.get(f"{module.removeprefix(_PACKAGE)}.{name}")
+    if found is None or not module.startswith(_PACKAGE):
+        return None
+    home, _, present = found.rpartition(".")
+    return _PACKAGE + home, present
+
+
+def former_names(module: str, name: str) -> list[str]:
+    """Lists the former full names of a class or function, former names of its module included."""
+    inner = f"{module}.{name}".removeprefix(_PACKAGE)
+    names = [f"{former}.{name}" for former in former_modules(module)]
+    for former, present in _NAMES.items():
+        if present == inner:
+            home, _, former_name = former.rpartition(".")
+            homes = [_PACKAGE + home, *former_modules(_PACKAGE + home)]
+            names += [f"{home}.{former_name}" for home in homes]
+    return names
+
+
+def present_setting(function: Any, name: str) -> str | None:
+    """Returns the present name of a parameter of `function`, or None if `name` is no former one."""
+    for kind in getattr(function, "__mro__", (function,)):
+        home = getattr(kind, "__module__", None) or ""
+        owner = f"{home}.{getattr(kind, '__qualname__', '')}"
+        if owner.startswith(_PACKAGE):
+            found = _SETTINGS.get(f"{owner.removeprefix(_PACKAGE)}.{name}")
+            if found is not None:
+                return found
+    return None
+
+
+def present_macro(name: str) -> str | None:
+    """Returns the present name of a macro, or None if `name` is not a former one."""
+    return _MACROS.get(name)
+
+
+def present_gin_file(path: str) -> str | None:
+    """Returns the present path of a gin file, or None if `path` is not a former one."""
+    for former, present in _GIN_FILES.items():
+        if f"/{path}".endswith(f"/{former}"):
+            return path.removesuffix(former) + present
+    return None
+
+
+def gin_alias(name: str) -> str | None:
+    """Returns the full name of the module that gin files used to import as `name`, or None."""
+    inner = _GIN_ALIASES.get(name)
+    return None if inner is None else _PACKAGE + inner
+
+
 def load_moved(module: str, name: str) -> Any:
-    """Returns what a module used to define; the module calls it from its `__getattr__`.
+    """Returns a class or function that `module` used to define, by its former name, with a warning.
+
+    The module calls it from its `__getattr__`.
 
     Args:
       module: `__name__` of the module.
-      name: the attribute that was asked for.
+      name: the attribute that was requested.
 
     Raises:
       AttributeError: the module never defined it.
     """
-    home = _NAMES.get((module.removeprefix(_PACKAGE), name))
-    if home is None:
+    found = present_name(module, name)
+    if found is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    message = f"{module}.{name} is now {_PACKAGE}{home}.{name}. Import it from there."
+    home, present = found
+    message = f"{module}.{name} is now {home}.{present}. Import it from there."
     warnings.warn(message, DeprecationWarning, stacklevel=3)
-    return getattr(importlib.import_module(_PACKAGE + home), name)
+    return getattr(importlib.import_module(home), present)
 
 
 class _FormerLoader(importlib.abc.InspectLoader):

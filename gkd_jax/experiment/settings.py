@@ -144,19 +144,19 @@ class NonFinite:
     The batch is written to `non_finite/` in the run's folder, as text and as arrays.
 
     Attributes:
-      policy: 'stop' ends the run; 'skip' leaves parameters and optimizer as they were, and goes on.
+      action: 'stop' ends the run; 'skip' leaves parameters and optimizer as they were, and goes on.
       most_in_a_row: of skipped steps; one more ends the run.
     """
 
-    policy: str = "stop"
+    action: str = "stop"
     most_in_a_row: int = 10
 
     def __post_init__(self) -> None:
         require_positive(self, "most_in_a_row")
-        if self.policy not in ("stop", "skip"):
+        if self.action not in ("stop", "skip"):
             raise ValueError(
-                f"NonFinite.policy must be 'stop' or 'skip'; got {self.policy!r}. Set it "
-                "(NON_FINITE_POLICY) to one of them."
+                f"NonFinite.action must be 'stop' or 'skip'; got {self.action!r}. Set it "
+                "(NON_FINITE_ACTION) to one of them."
             )
 
 

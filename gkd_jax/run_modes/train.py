@@ -180,7 +180,7 @@ class _Loop:
             raise
         group = next(kind for kind in OUTPUT_KINDS if kind in groups)
         bad, _ = groups[group].pop("non_finite")
-        if self.experiment.non_finite.policy == "skip":
+        if self.experiment.non_finite.action == "skip":
             groups[group]["skipped"] = (bad, jnp.float32(1))
         for name, metrics in groups.items():
             self.sums.add(name, metrics)

@@ -77,7 +77,7 @@ class NonFiniteSteps:
             kept = f" Its batch could not be written: {error}."
         step = started.step + 1
         what = "the loss or its gradient is"
-        if self._settings.policy == "stop":
+        if self._settings.action == "stop":
             raise FloatingPointError(not_finite(what, step, kept=kept))
         most = self._settings.most_in_a_row
         if self._in_a_row > most:

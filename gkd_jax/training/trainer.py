@@ -107,7 +107,7 @@ def step_functions_of(
         num_microbatches=experiment.num_microbatches,
         teacher_part=teacher.state_part if teacher else None,
         average_decay=teacher.average_decay if teacher else None,
-        skips_non_finite=experiment.non_finite.policy == "skip",
+        skips_non_finite=experiment.non_finite.action == "skip",
     )
 
 

@@ -22,23 +22,6 @@ from gkd_jax.common import moved
 
 _COMMAND_LINE = "command line"
 
-# What gin files called modules that a room re-exports now: by the last part of their names.
-_FORMER_NAMES = {
-    "beam_search": "gkd_jax.sampling.beam_search",
-    "config": "gkd_jax.models.t5_config",
-    "decoder_config": "gkd_jax.models.decoder_config",
-    "decoder_only": "gkd_jax.models.decoder_only",
-    "divergences": "gkd_jax.objectives.divergences",
-    "lora": "gkd_jax.models.lora",
-    "methods": "gkd_jax.sampling.methods",
-    "mixing": "gkd_jax.objectives.mixing",
-    "objective": "gkd_jax.objectives.objective",
-    "other_divergences": "gkd_jax.objectives.other_divergences",
-    "pipeline": "gkd_jax.data.pipeline",
-    "policies": "gkd_jax.sampling.teacher_assisted",
-    "t5": "gkd_jax.models.t5",
-}
-
 
 class GinError(ValueError):
     """A gin file or binding is wrong; the message lists all that is."""
@@ -198,7 +181,7 @@ class _Namespace:
         """The module that a file imported under a name, or the one that used to have the name."""
         if name in self.modules:
             return self.modules[name]
-        module = _FORMER_NAMES.get(name)
+        module = moved.gin_alias(name)
         if module is None or module.split(".")[1] not in self.modules:
             return None
         warn_once(f"'{name}.' is now '{module.split('.')[1]}.' in gin files.")
@@ -220,10 +203,16 @@ class _Namespace:
                     f"'{selector}' is not the name of a class or function: only those of a module "
                     "can be configured."
                 )
+            renamed = moved.present_name(value.__name__, name)
+            if renamed is not None:
+                home, present = renamed
+                warn_once(
+                    f"{value.__name__}.{name} is now {home}.{present}. Use that in gin files."
+                )
+                value, name = importlib.import_module(home), present
             if not hasattr(value, name):
                 raise GinError(
-                    f"{value.__name__} has no '{name}'."
-                    f"{did_you_mean(name, (n for n in vars(value) if n[0] != '_'))}"
+                    f"{value.__name__} has no '{name}'.{did_you_mean(name, _public_names(value))}"
                 )
             module, value = value, getattr(value, name)
         if not callable(value):
@@ -231,7 +220,13 @@ class _Namespace:
                 f"'{selector}' is not the name of a class or function. A parameter is bound as "
                 "`module.Class.parameter = value`, a macro has no dot in its name."
             )
-        return canonical_target(module.__name__, rest[-1], value)
+        return canonical_target(module.__name__, name, value)
+
+
+def _public_names(module: types.ModuleType) -> set[str]:
+    """Names that a module defines or, if it is a room, re-exports lazily."""
+    exported = getattr(module, "_EXPORTS", {}).values()
+    return {name for name in vars(module) if name[0] != "_"}.union(*exported)
 
 
 def canonical_target(module: str, name: str, function: Callable[..., Any]) -> Target:
@@ -249,8 +244,8 @@ def canonical_target(module: str, name: str, function: Callable[..., Any]) -> Ta
 def names_of(target: Target) -> set[str]:
     """Every full name that a flag may call a target by: also that of before a move."""
     home = getattr(target.function, "__module__", None) or target.module
-    modules = {target.module, home, *moved.former_modules(home)}
-    return {f"{module}.{target.name}" for module in modules}
+    names = {f"{module}.{target.name}" for module in (target.module, home)}
+    return names.union(moved.former_names(home, target.name))
 
 
 @functools.cache
@@ -285,7 +280,26 @@ class _Delegate(config_parser.ParserDelegate):
     def macro(self, macro_name: str) -> Any:
         if macro_name in ("gin.REQUIRED", "REQUIRED"):
             return REQUIRED
-        return Reference(tuple(macro_name.split("/")), MACRO, evaluate=True)
+        *scope, name = macro_name.split("/")
+        return Reference((*scope, _present_macro(name)), MACRO, evaluate=True)
+
+
+def _present_macro(name: str) -> str:
+    """Returns the present name of a macro."""
+    present = moved.present_macro(name)
+    if present is None:
+        return name
+    warn_once(f"the macro {name} is now {present}. Use that in gin files and flags.")
+    return present
+
+
+def _present_parameter(target: Target, name: str) -> str:
+    """Returns the present name of a parameter of `target`; other names are returned unchanged."""
+    present = None if name in target.parameters() else moved.present_setting(target.function, name)
+    if present is None:
+        return name
+    warn_once(f"{target}.{name} is now {target}.{present}. Use that in gin files.")
+    return present
 
 
 class Reader:
@@ -324,6 +338,10 @@ class Reader:
         for candidate in candidates:
             if candidate.is_file():
                 return candidate
+        present = moved.present_gin_file(name)
+        if present is not None:
+            warn_once(f"{name} is now {present}.")
+            return self._find(present, including_file)
         beside = {
             str(file.relative_to(folder)): None
             for folder in folders
@@ -429,18 +447,18 @@ class Reader:
     ) -> None:
         scope = tuple(statement.scope.split("/")) if statement.scope else ()
         if not statement.arg_name:
-            key = Key((*scope, statement.selector), MACRO, "value")
+            key = Key((*scope, _present_macro(statement.selector)), MACRO, "value")
         else:
             target = resolve(statement.selector)
             parameters = target.parameters()
+            name = _present_parameter(target, statement.arg_name)
             takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-            if statement.arg_name not in parameters and not takes_any:
+            if name not in parameters and not takes_any:
                 raise GinError(
-                    f"{target} has no parameter '{statement.arg_name}'."
-                    f"{did_you_mean(statement.arg_name, parameters)} "
+                    f"{target} has no parameter '{name}'.{did_you_mean(name, parameters)} "
                     f"It has: {', '.join(parameters)}."
                 )
-            key = Key(scope, target, statement.arg_name)
+            key = Key(scope, target, name)
             self._targets.add(target)
         self._targets.update(reference.target for reference in references(statement.value))
         self.bindings.append(Binding(key, statement.value, location))
