@@ -152,20 +152,20 @@ def test_weights_by_hand():
     np.testing.assert_array_equal(nothing, 0)
 
 
-def test_teachers_by_component_of_packed_rows():
+def test_teachers_by_source_of_packed_rows():
     """Each example of a row may have another teacher."""
     student, parts = model("t5"), (model("llama3"), model("t5_1_1"))
     routed = RoutedModel(parts, (1, 0))
     params = packed.random_params(student)
     of_teacher = tuple(packed.random_params(one, seed=9) for one in parts)
-    component = np.array([0, 1, 1, 0, 1, 0], np.int32)
+    source_id = np.array([0, 1, 1, 0, 1, 0], np.int32)
     at_positions = np.zeros(BOTH.packed.targets.shape, np.int32)
     for row, examples in enumerate(packed.ROWS):
         lengths = [packed.LENGTHS[example][1] for example in examples]
-        at_positions[row, : sum(lengths)] = np.repeat(component[list(examples)], lengths)
+        at_positions[row, : sum(lengths)] = np.repeat(source_id[list(examples)], lengths)
     values = []
-    for batch, of in ((BOTH.packed, at_positions), (BOTH.alone, component)):
-        batch = batch.replace(component=jnp.asarray(of))
+    for batch, of in ((BOTH.packed, at_positions), (BOTH.alone, source_id)):
+        batch = batch.replace(source_id=jnp.asarray(of))
         loss_fn = jax.jit(train_step.make_loss_fn(student, routed, JSD))
         values.append(np.asarray(loss_fn(params, of_teacher, batch, weights_of(batch, JSD))[1]))
     np.testing.assert_allclose(BOTH.spread(values[0]), values[1], rtol=2e-5, atol=1e-6)

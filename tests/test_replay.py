@@ -10,6 +10,7 @@ import pytest
 import small_runs
 from small_runs import Stopped, stop_at
 
+from gkd_jax.checkpoints import layout
 from gkd_jax.checkpoints.store import CheckpointStore
 from gkd_jax.common.batch import Batch
 from gkd_jax.data.pipeline import Dataset
@@ -89,6 +90,21 @@ def test_nothing_is_sent_between_devices():
     ):
         program = lowered.compile().as_text()
         assert not any(f"{name}(" in program for name in ("all-gather", "all-reduce", "all-to-all"))
+
+
+def test_a_checkpoint_names_sources_as_earlier_versions_did():
+    """Buffers with source ids were saved when the field was called `component`."""
+    rows = dataclasses.replace(make_outputs(7), source_id=np.arange(ROWS, dtype=np.int32))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
+    buffers = [ReplayBuffer(Replay(ROWS), shapes, small_runs.one_device(), seed=3)
+               for _ in range(2)]  # fmt: skip
+    buffers[0].add(rows, 0)
+    saved = buffers[0].attach(dataclasses.make_dataclass("State", [])())["replay"]
+    assert "component" in layout.shapes_of(saved)
+    assert "source_id" not in layout.shapes_of(saved)
+    buffers[1].restore(saved, buffers[0].host_part())
+    drawn, _ = buffers[1].draw(1)
+    np.testing.assert_array_equal(drawn.source_id, rows.source_id)
 
 
 def test_draws_are_functions_of_seed_and_step():

@@ -57,16 +57,16 @@ def routed_run(folder, tiny_teacher, **changes):
     return dataclasses.replace(small_runs.gkd(run, tiny_teacher), **settings | changes)
 
 
-def random_batch(component) -> Batch:
+def random_batch(source_id) -> Batch:
     generator = np.random.default_rng(0)
-    rows = len(component)
+    rows = len(source_id)
     return Batch(
         inputs=jnp.asarray(generator.integers(3, 259, (rows, 6)), jnp.int32),
         inputs_mask=jnp.ones((rows, 6), bool),
         targets=jnp.asarray(generator.integers(3, 259, (rows, 5)), jnp.int32),
         loss_weights=jnp.ones((rows, 5)),
         example_id=jnp.arange(rows),
-        component=jnp.asarray(component, jnp.int32),
+        source_id=jnp.asarray(source_id, jnp.int32),
     )
 
 
@@ -102,8 +102,8 @@ def test_batches_tell_the_source_of_each_example(tmp_path, tiny_teacher):
     data = prepared.train_data
     batch = next(data.train_iterator())
     sources = [data.source_index(position) // 12 for position in range(4)]
-    np.testing.assert_array_equal(batch.component, sources)
-    seen = np.concatenate([batch.component for batch, _ in prepared.eval_data.eval_batches()])
+    np.testing.assert_array_equal(batch.source_id, sources)
+    seen = np.concatenate([batch.source_id for batch, _ in prepared.eval_data.eval_batches()])
     np.testing.assert_array_equal(seen, np.repeat([0, 1, 2], 4))
 
 

@@ -78,7 +78,7 @@ class Batch:
         with no gradient to whatever they were made from. 0 where `loss_weights` is.
       importance: factor of each token's loss where outputs were drawn from another distribution
         than the student's; it is no part of what a mean divides by.
-      component: number of the source in the data's mixture that an example comes from, where
+      source_id: number of the source in the data's mixture that an example comes from, where
         teachers are chosen by it; of packed rows that of each output position's example.
       teacher_inputs: the prompt as the teacher reads it, padded on the right, where its template
         or its vocabulary is another than the student's.
@@ -99,7 +99,7 @@ class Batch:
     sample_log_probs: Float[Array, "B T"] | None = None
     advantages: Float[Array, "B T"] | None = None
     importance: Float[Array, "B T"] | None = None
-    component: Int[Array, " B"] | Int[Array, "B T"] | None = None
+    source_id: Int[Array, " B"] | Int[Array, "B T"] | None = None
     teacher_inputs: Int[Array, "B Z"] | None = None
     teacher_inputs_mask: Bool[Array, "B Z"] | None = None
     stored_teacher: TeacherDistributions | None = None

@@ -1,11 +1,9 @@
 """Batches of examples that are named by number: what is in them, in whatever order they come."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from gkd_jax.common.array_types import Int
@@ -29,7 +27,7 @@ class BatchMaker:
       pad_id: fills up rows.
       teacher_rows: reads the teacher's prompts, where they are others.
       stored_teacher: what a teacher said of the outputs, where that is kept.
-      component: number of an example's source in a mixture, where that is wanted.
+      source_id: number of an example's source in a mixture, where that is wanted.
     """
 
     rows: RowReader
@@ -37,7 +35,7 @@ class BatchMaker:
     pad_id: int
     teacher_rows: RowReader | None = None
     stored_teacher: TeacherStore | None = None
-    component: Callable[[int], int] | None = None
+    source_id: Callable[[int], int] | None = None
 
     def batch(self, examples: Int[np.ndarray, " B"], example_id: Int[np.ndarray, " B"]) -> Batch:
         """A row for each example; a number of -1 is a filler row."""
@@ -46,9 +44,9 @@ class BatchMaker:
         if self.teacher_rows is not None:
             read = self.teacher_rows.read(examples).batch(example_id)
             more |= {"teacher_inputs": read.inputs, "teacher_inputs_mask": read.inputs_mask}
-        if self.component is not None:
-            numbers = [self.component(int(one)) if one >= 0 else 0 for one in examples]
-            more["component"] = np.array(numbers, np.int32)
+        if self.source_id is not None:
+            numbers = [self.source_id(int(one)) if one >= 0 else 0 for one in examples]
+            more["source_id"] = np.array(numbers, np.int32)
         if self.stored_teacher is not None:
             more["stored_teacher"] = self.stored_teacher.read(
                 examples, rows.tokens(), target_length=self.widths[1]
@@ -113,10 +111,10 @@ class BatchMaker:
         if self.teacher_rows is not None:
             arrays["teacher_inputs"], segments = fill(2)
             arrays |= {"teacher_inputs_mask": segments > 0, "teacher_inputs_segments": segments}
-        if self.component is not None:
-            arrays["component"] = np.zeros_like(targets)
+        if self.source_id is not None:
+            arrays["source_id"] = np.zeros_like(targets)
             for one in own:
-                packed_rows.put(arrays["component"], one, 1, self.component(one.piece.number))
+                packed_rows.put(arrays["source_id"], one, 1, self.source_id(one.piece.number))
         if self.stored_teacher is not None:
             arrays["stored_teacher"] = self.stored_teacher.read(
                 np.array([one.piece.number for one in own], np.int64),
@@ -126,52 +124,3 @@ class BatchMaker:
                 num_rows=num_rows,
             )
         return Batch(**arrays)
-
-
-def read_ahead(
-    starts: range, make: Callable[[int], Any], *, threads: int
-) -> grain.DatasetIterator[Any]:
-    """What `make` gives for each start, in their order, made by threads before it is wanted."""
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    made = grain.MapDataset.range(starts.start, starts.stop, starts.step).map(make)
-    return iter(made.to_iter_dataset(options))
-
-
-def in_order(starts: range, make: Callable[[int], Any], *, threads: int) -> Iterator[Any]:
-    """The same, whose threads end where it is left."""
-    with contextlib.closing(read_ahead(starts, make, threads=threads)) as made:
-        yield from made
-
-
-class TrainIterator(Iterator[Batch]):
-    """Endless batches, whose whole state is `position`.
-
-    Attributes:
-      position: number of examples in the batches returned so far, over all processes and since
-        the start of training. Batches made ahead of their use do not count.
-    """
-
-    def __init__(
-        self,
-        batches: Iterator[tuple[Batch, int]],
-        *,
-        position: int,
-        close: Callable[[], None],
-    ) -> None:
-        self.position = position
-        self._batches = batches
-        self._close = close
-
-    def __next__(self) -> Batch:
-        try:
-            batch, num_examples = next(self._batches)
-        except BaseException:
-            # Grain has dropped the batch that failed: to go on would skip its examples.
-            self.close()
-            raise
-        self.position += num_examples
-        return batch
-
-    def close(self) -> None:
-        """Ends the threads that read ahead."""
-        self._close()

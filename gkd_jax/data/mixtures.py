@@ -171,17 +171,17 @@ class MixedSource:
         return self._stops[-1]
 
     @property
-    def num_components(self) -> int:
+    def num_sources(self) -> int:
         return len(self._sources)
 
-    def component(self, index: int) -> int:
+    def source_id(self, index: int) -> int:
         """The number of the source of an example."""
         return bisect.bisect_right(self._stops, index)
 
     def __getitem__(self, index: int) -> RawExample:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} examples")
-        number = self.component(index)
+        number = self.source_id(index)
         offset = index - (self._stops[number - 1] if number else 0)
         return self._sources[number][offset % self._sizes[number]]
 

@@ -1,30 +1,27 @@
-"""Batches from a task: order, process rows and exact resumption, on Grain.
+"""Batches from a task: the configuration of a data set, and the opened data set.
 
-The state of training data is one number, the position in the global order of examples. Position p
-is an example of epoch p // num_examples, each epoch a new permutation that is computed and not
-stored. Process p of N takes the rows [pB/N, (p+1)B/N) of each global batch of B, so that neither
-order nor rows depend on the number of processes. Packed batches have as many examples as find room
-(`packed_rows`); which rows they make up is worked out by every process for the whole batch.
+`DatasetConfig` names a task, lengths and a vocabulary; `Dataset` opens it. Texts come from
+`examples`, token ids from `encoding`, batches from `batches`, and order and exact resumption from
+`iterators`.
 """
 
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import grain
 import numpy as np
 
 from gkd_jax.common.array_types import Int
 from gkd_jax.common.batch import Batch
 from gkd_jax.data import packed_rows
-from gkd_jax.data.batches import MAX_EXAMPLE_ID, BatchMaker, TrainIterator, in_order, read_ahead
+from gkd_jax.data.batches import BatchMaker
 from gkd_jax.data.chat import ChatTemplate
 from gkd_jax.data.encoding import Encoder, RowReader
-from gkd_jax.data.mixtures import MixedSource
+from gkd_jax.data.examples import Examples
+from gkd_jax.data.iterators import BatchIterators, TrainIterator
 from gkd_jax.data.registry import get_task
 from gkd_jax.data.task import Task, TextExample
 from gkd_jax.data.teacher_store import TeacherStore, differences
@@ -32,10 +29,7 @@ from gkd_jax.data.vocabularies import Vocabulary
 
 _FEATURES = ("inputs", "targets")
 _TEACHER = "teacher_inputs"
-_LAST_POSITION = 1 << 60
 _DESCRIBED_EXAMPLES = 1000
-_DESCRIBED_ROWS = 32
-_BLOCK = 64  # Examples that are read at a time to be packed.
 _CHECKED_EXAMPLES = 32
 
 
@@ -168,8 +162,8 @@ class Dataset:
         task = config.task
         self.task = task if isinstance(task, Task) else get_task(task, module=config.task_module)
         self._check_vocabulary()
-        self._source = self.task.source_config(config.split).open()
-        self.num_examples = self._count()
+        self._examples = Examples(self.task, config.split, num_examples=config.num_examples)
+        self.num_examples = len(self._examples)
         self._encoder = Encoder(
             config.vocabulary,
             inputs_length=config.feature_lengths["inputs"],
@@ -192,8 +186,14 @@ class Dataset:
             encoder = dataclasses.replace(self._encoder, inputs_length=length)
             self._maker.teacher_rows = self._reader(encoder, config.teacher_chat)
             self._maker.teacher_rows.read(np.zeros(1, np.int64))  # A broken template is found now.
-        order = grain.MapDataset.range(self.num_examples)
-        self._order = (order.shuffle(config.seed) if config.shuffle else order).repeat()
+        self._iterators = BatchIterators(
+            self._maker,
+            num_examples=self.num_examples,
+            batch_size=config.batch_size,
+            shuffle_seed=config.seed if config.shuffle else None,
+            pack=config.pack,
+            threads=config.read_threads,
+        )
         self._check_prompts_differ()
 
     def _reader(
@@ -274,21 +274,24 @@ class Dataset:
         self._maker.teacher_rows = self._reader(encoder, self.config.teacher_chat, as_text=True)
         self._teacher_vocabulary = vocabulary
 
-    def use_components(self, count: int) -> None:
-        """Gives the batches that follow the number of each example's source in the mixture.
+    def use_source_ids(self, num_sources: int) -> None:
+        """Adds `source_id`, the source of each example in the mixture, to all batches from now on.
+
+        Args:
+          num_sources: number of sources that the mixture is expected to have.
 
         Raises:
-          ValueError: the data are no mixture of so many sources.
+          ValueError: the data are not a mixture of `num_sources` sources.
         """
-        source = self._source if isinstance(self._source, MixedSource) else None
-        found = 1 if source is None else source.num_components
-        if found != count:
+        found = self._examples.num_sources
+        if found != num_sources:
             raise ValueError(
-                f"RoutedTeachers.routes names a teacher for each of {count} sources of a mixture; "
-                f"got {found} in split {self.config.split!r} of task {self.task.name!r}. Give as "
-                "many routes as Mixture.sources of the training's and the evaluation's data has."
+                f"RoutedTeachers.routes names a teacher for each of {num_sources} sources of a "
+                f"mixture; got {found} in split {self.config.split!r} of task {self.task.name!r}. "
+                "Give as many routes as Mixture.sources of the training's and the evaluation's "
+                "data has."
             )
-        self._maker.component = (lambda number: 0) if source is None else source.component
+        self._maker.source_id = self._examples.source_id
 
     def _check_vocabulary(self) -> None:
         if self.config.inputs_bos and self.config.vocabulary.bos_id is None:
@@ -304,29 +307,9 @@ class Dataset:
                 "pieces. For a seqio task take gkd_jax.data.seqio_adapter.seqio_vocabulary."
             )
 
-    def _count(self) -> int:
-        available = len(self._source)
-        wanted = self.config.num_examples
-        if not available:
-            raise ValueError(
-                f"Split {self.config.split!r} of task {self.task.name!r} is an empty data set. "
-                "Give its source at least one example."
-            )
-        if wanted is not None and wanted > available:
-            raise ValueError(
-                f"DatasetConfig.num_examples is {wanted}, but split {self.config.split!r} of "
-                f"task {self.task.name!r} has {available} examples. Set it to at most "
-                f"{available}, or to None to take all."
-            )
-        return available if wanted is None else wanted
-
-    def _sample(self, size: int) -> Int[np.ndarray, " N"]:
-        """Numbers of up to `size` examples, evenly apart."""
-        return np.unique(np.linspace(0, self.num_examples - 1, size).astype(np.int64))
-
     def _check_prompts_differ(self) -> None:
         """Refuses lengths that leave of every prompt only what all have in common."""
-        sample = self._sample(_CHECKED_EXAMPLES)
+        sample = self._examples.sample(_CHECKED_EXAMPLES)
         rows = self._rows.read(sample)
         all_same = bool((rows.inputs == rows.inputs[0]).all())
         all_cut = bool((rows.full_lengths[:, 0] > self._encoder.inputs_length).all())
@@ -339,33 +322,23 @@ class Dataset:
             )
 
     def raw(self, index: int) -> TextExample:
-        """The text of an example by its number in the source.
+        """Returns the text of an example by its number in the source.
 
         Raises:
           ValueError: the raw example lacks a field that the task reads.
         """
-        raw_example = self._source[index]
-        try:
-            return self.task.to_text(raw_example)
-        except Exception as error:
-            split = self.config.split
-            if isinstance(error, KeyError) and error.args[0] not in raw_example:
-                raise ValueError(
-                    f"Task {self.task.name!r} wants the field {error}, which example {index} of "
-                    f"split {split!r} lacks: it has {', '.join(map(repr, raw_example))}. Correct "
-                    "the source's columns or fields, or the task's to_text."
-                ) from error
-            error.add_note(f"In task {self.task.name!r}, split {split!r}, example {index}.")
-            raise
+        return self._examples[index]
 
     def source_index(self, position: int) -> int:
-        """The example's number in the source of a position in the global training order."""
-        return int(self._order[position])
+        """Returns the number in the source of the example at a position of the training order."""
+        return self._iterators.example_at(position)
 
     @functools.cached_property
     def content(self) -> dict[str, Any]:
         """All that decides the rows of each example by its number, whatever their order."""
-        texts = [dataclasses.astuple(self.raw(int(example))) for example in self._sample(8)]
+        texts = [
+            dataclasses.astuple(self.raw(int(example))) for example in self._examples.sample(8)
+        ]
         # Absent where they are as they were before they could be set: older positions stay good.
         newer: dict[str, Any] = {"inputs_bos": True} if self._encoder.inputs_bos else {}
         newer |= {"cut_inputs": "left"} if self._encoder.cut_inputs == "left" else {}
@@ -374,7 +347,7 @@ class Dataset:
             if template is not None:
                 newer[name] = template.render([{"role": "user", "content": "?"}])
         return newer | {
-            "source": self._source.fingerprint,
+            "source": self._examples.source_fingerprint,
             "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
             "num_examples": self.num_examples,
             "feature_lengths": {name: self.config.feature_lengths[name] for name in _FEATURES},
@@ -429,48 +402,14 @@ class Dataset:
         Raises:
           ValueError: the batch cannot be divided by the processes, or a negative position.
         """
-        if position < 0:
-            raise ValueError(f"position must not be negative; got {position}.")
-        first_row, num_rows = self._process_rows(process_index, process_count)
-        batch_size = self.config.batch_size
-        if self.config.pack:
-            return self._packed_iterator(position, first_row, num_rows)
-
-        def make(start: int) -> tuple[Batch, int]:
-            positions = start + first_row + np.arange(num_rows, dtype=np.int64)
-            batch = self._maker.batch(self._numbers(positions), positions % MAX_EXAMPLE_ID)
-            return batch, batch_size
-
-        starts = range(position, _LAST_POSITION, batch_size)
-        batches = read_ahead(starts, make, threads=self.config.read_threads)
-        return TrainIterator(batches, position=position, close=batches.close)
-
-    def _numbers(self, positions: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
-        return np.array([self._order[int(position)] for position in positions], np.int64)
-
-    def _packed_iterator(self, position: int, first_row: int, num_rows: int) -> TrainIterator:
-        starts = range(position, _LAST_POSITION, _BLOCK)
-        blocks = read_ahead(starts, self._block, threads=self.config.read_threads)
-        pieces = itertools.chain.from_iterable(blocks)
-        batches = self._maker.packed_batches(
-            pieces, self.config.batch_size, first_row=first_row, num_rows=num_rows
+        return self._iterators.train(
+            position, process_index=process_index, process_count=process_count
         )
-        return TrainIterator(batches, position=position, close=blocks.close)
 
-    def _block(self, start: int) -> list[packed_rows.Piece]:
-        positions = start + np.arange(_BLOCK, dtype=np.int64)
-        return self._maker.pieces(self._numbers(positions), positions)
-
-    @functools.cached_property
+    @property
     def packing(self) -> packed_rows.Packed:
-        """How the first examples of training fill some rows: a sample, by which to plan."""
-        blocks = map(self._block, range(0, _LAST_POSITION, _BLOCK))
-        return packed_rows.measure(
-            itertools.chain.from_iterable(blocks),
-            num_rows=min(self.config.batch_size, _DESCRIBED_ROWS),
-            widths=self._maker.packed_widths,
-            at_least=_DESCRIBED_EXAMPLES,
-        )
+        """How densely packed training rows are filled, measured on the first examples."""
+        return self._iterators.packing
 
     @property
     def examples_per_batch(self) -> float:
@@ -490,33 +429,11 @@ class Dataset:
           A batch, and the number in the source of each row's example, -1 for filler; the same
           numbers are `example_id`.
         """
-        first_row, num_rows = self._process_rows(process_index, process_count)
-
-        def make(start: int) -> tuple[Batch, Int[np.ndarray, " B"]]:
-            examples = start + first_row + np.arange(num_rows, dtype=np.int64)
-            examples[examples >= self.num_examples] = -1
-            return self._maker.batch(examples, examples), examples
-
-        starts = range(0, self.num_examples, self.config.batch_size)
-        return in_order(starts, make, threads=self.config.read_threads)
-
-    def _process_rows(self, process_index: int, process_count: int) -> tuple[int, int]:
-        batch_size = self.config.batch_size
-        if batch_size % process_count:
-            raise ValueError(
-                "DatasetConfig.batch_size must be divisible by the number of processes; got "
-                f"{batch_size} and {process_count}. Set it to a multiple of {process_count}."
-            )
-        if not 0 <= process_index < process_count:
-            raise ValueError(
-                f"process_index must be from 0 to {process_count - 1}; got {process_index}."
-            )
-        num_rows = batch_size // process_count
-        return process_index * num_rows, num_rows
+        return self._iterators.one_pass(process_index=process_index, process_count=process_count)
 
     def describe(self) -> str:
         """A report on lengths and cuts over a sample of the examples, and one example's rows."""
-        sample = self._sample(_DESCRIBED_EXAMPLES)
+        sample = self._examples.sample(_DESCRIBED_EXAMPLES)
         rows = self._rows.read(sample)
         lines = [
             f"task {self.task.name!r}, split {self.config.split!r}: {self.num_examples} examples, "

@@ -201,24 +201,40 @@ class ReplayBuffer:
 
     def attach(self, state: Any) -> dict[str, PyTree[Any]]:
         """The fields of a training state, and beside them `replay`, for a checkpoint."""
-        return _fields(state) | {"replay": self.arrays}
+        return _fields(state) | {"replay": _to_saved(self.arrays)}
 
     def attach_abstract(self, abstract_state: Any) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
         """As `attach`, of shapes with their shardings."""
-        return _fields(abstract_state) | {"replay": self.abstract}
+        return _fields(abstract_state) | {"replay": _to_saved(self.abstract)}
 
     def host_part(self) -> dict[str, Any]:
         """What a checkpoint keeps besides the arrays, as JSON."""
         return {"steps": list(self.steps), "num_written": self.num_written}
 
-    def restore(self, arrays: Batch, host: Mapping[str, Any]) -> None:
-        """Goes on with what `attach` and `host_part` gave."""
-        self._arrays = arrays
+    def restore(self, arrays: Mapping[str, Any], host: Mapping[str, Any]) -> None:
+        """Restores the buffer from what `attach` and `host_part` returned."""
+        self._arrays = _from_saved(arrays)
         self.steps, self.num_written = list(host["steps"]), host["num_written"]
 
 
 def _fields(state: Any) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+# Fields of a batch that checkpoints name otherwise, so that those of earlier versions are restored.
+_SAVED_NAMES = {"source_id": "component"}
+
+
+def _to_saved(batch: Any) -> dict[str, Any]:
+    """Maps the names of a batch's fields in a checkpoint to their values."""
+    return {_SAVED_NAMES.get(name, name): value for name, value in _fields(batch).items()}
+
+
+def _from_saved(saved: Mapping[str, Any]) -> Batch:
+    """Returns the batch that `_to_saved` was called with."""
+    names = {field.name: _SAVED_NAMES.get(field.name, field.name)
+             for field in dataclasses.fields(Batch)}  # fmt: skip
+    return Batch(**{name: saved[saved_name] for name, saved_name in names.items()})
 
 
 @functools.cache

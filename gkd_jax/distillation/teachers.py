@@ -69,7 +69,7 @@ class AbstractTeacher(abc.ABC):
         return None
 
     @property
-    def num_components(self) -> int | None:
+    def num_sources(self) -> int | None:
         """How many sources the data's mixture has, where they decide who teaches; else None."""
         return None
 
@@ -313,7 +313,7 @@ class RoutedTeachers(_Several):
             )
 
     @property
-    def num_components(self) -> int:
+    def num_sources(self) -> int:
         """The length of `routes`."""
         assert self.routes is not None
         return len(self.routes)

@@ -182,14 +182,14 @@ class MixtureModel(CombinedModel):
 
 @dataclasses.dataclass(frozen=True)
 class RoutedModel(CombinedModel):
-    """Each example's distribution is that of one of the parts, which its component names.
+    """Each example's distribution is that of one of the parts, which its `source_id` names.
 
-    The batch must have a `component`. Every part runs on every row, since rows of all kinds are
+    The batch must have a `source_id`. Every part runs on every row, since rows of all kinds are
     in one batch: it costs what a mixture costs. The last column of hidden states is the part's
     number, so that any slice of positions still tells. Prompts alone do not, so it cannot decode.
 
     Attributes:
-      routes: the part that each component of the data has.
+      routes: the part that each source of the data has.
     """
 
     routes: tuple[int, ...]
@@ -208,8 +208,8 @@ class RoutedModel(CombinedModel):
     ) -> Float[Array, "B T D"]:
         """Hidden states of all parts, then the number of the example's own part."""
         hidden = super().hidden_states(params, batch, dropout_key=dropout_key)
-        assert batch.component is not None, "the data set gives it to routed teachers"
-        part = jnp.array(self.routes)[batch.component]
+        assert batch.source_id is not None, "the data set gives it to routed teachers"
+        part = jnp.array(self.routes)[batch.source_id]
         if part.ndim == 1:  # Of a row; where rows are packed, of a position.
             part = jnp.broadcast_to(part[:, None], hidden.shape[:2])
         return _side_by_side([hidden, part[..., None].astype(hidden.dtype)])

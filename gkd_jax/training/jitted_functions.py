@@ -52,8 +52,8 @@ def abstract_rollout(experiment: Experiment) -> PyTree[jax.ShapeDtypeStruct]:
         "loss_weights": jax.ShapeDtypeStruct(targets, jnp.float32),
         "example_id": jax.ShapeDtypeStruct(inputs[:1], jnp.int32),
     }
-    if experiment.teacher is not None and experiment.teacher.num_components is not None:
-        shapes["component"] = shapes["example_id"]
+    if experiment.teacher is not None and experiment.teacher.num_sources is not None:
+        shapes["source_id"] = shapes["example_id"]
     own = None if experiment.teacher is None else experiment.teacher.own_tokens
     if data.teacher_chat is not None or own is not None:
         length = data.teacher_inputs_length if own is None else own.inputs_length

@@ -183,8 +183,8 @@ def _batch(experiment: Experiment) -> Batch:
         for name, value in vars(batch).items()
         if name in ("inputs", "targets", "teacher_inputs") and value is not None
     }
-    if batch.component is not None:
-        segments["component"] = batch.targets
+    if batch.source_id is not None:
+        segments["source_id"] = batch.targets
     return dataclasses.replace(batch, **segments)
 
 
@@ -203,7 +203,7 @@ def _evaluation_batch(experiment: Experiment, batch: Batch) -> Batch:
         targets=rows(jnp.int32, lengths[1]),
         loss_weights=rows(jnp.float32, lengths[1]),
         example_id=rows(jnp.int32),
-        component=None if batch.component is None else rows(jnp.int32),
+        source_id=None if batch.source_id is None else rows(jnp.int32),
         # A teacher's own prompts are as long as in training.
         teacher_inputs=_with_rows(batch.teacher_inputs, data.batch_size),
         teacher_inputs_mask=_with_rows(batch.teacher_inputs_mask, data.batch_size),

@@ -188,16 +188,16 @@ def test_the_teachers_prompt_needs_room_too(tmp_path):
             assert prompts == [f"[{prompt}]" for prompt, _ in pairs]
 
 
-def test_components_are_those_of_each_output():
+def test_source_ids_are_those_of_each_output():
     sources = tuple(InMemory(examples_of()[start : start + 15]) for start in (0, 15))
     task = dataclasses.replace(config_of().task, sources={"train": Mixture(sources)})
     dataset = config_of(task=task).build()
-    dataset.use_components(2)
+    dataset.use_source_ids(2)
     found = set()
     for batch in take(dataset, 3):
         for row, pairs in enumerate(pairs_of(batch)):
             for segment, (_, output) in enumerate(pairs, start=1):
-                (part,) = {*batch.component[row][batch.targets_segments[row] == segment].tolist()}
+                (part,) = {*batch.source_id[row][batch.targets_segments[row] == segment].tolist()}
                 assert part == int(output[:2]) // 15
                 found.add(part)
     assert found == {0, 1}

@@ -400,7 +400,7 @@ def test_fingerprint_names_the_order_itself(monkeypatch):
     saved = dataset.fingerprint
     assert json.loads(saved)["order"] == [49, 83, 10, 87, 39, 69, 95, 9]
     changed = _config(_task(_numbered(100))).build()
-    monkeypatch.setattr(changed, "_order", range(100))
+    monkeypatch.setattr(changed._iterators, "_order", range(100))
     with pytest.raises(ValueError, match=r"cannot be restored.*\Worder: "):
         changed.check_fingerprint(saved)
 

@@ -41,10 +41,10 @@ def attach_teacher(experiment: Experiment, name: str, dataset: Dataset) -> None:
     teacher, objective = experiment.teacher, experiment.objective
     if teacher is None:
         return
-    if teacher.num_components is not None and (
+    if teacher.num_sources is not None and (
         name == "storing_data" or (name != "generation_data" and objective.divergence.needs_teacher)
     ):
-        dataset.use_components(teacher.num_components)
+        dataset.use_source_ids(teacher.num_sources)
     if not objective.divergence.needs_teacher:
         return
     if name not in ("train_data", "eval_data"):

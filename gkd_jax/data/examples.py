@@ -1,0 +1,86 @@
+"""Examples of one split of a task, as text."""
+
+import numpy as np
+
+from gkd_jax.common.array_types import Int
+from gkd_jax.data.mixtures import MixedSource
+from gkd_jax.data.task import Task, TextExample
+
+
+class Examples:
+    """Text of the examples of one split, in random access.
+
+    Args:
+      task: the task.
+      split: one of its splits, whose source is opened.
+      num_examples: number of examples to use, from the first; None uses all of them.
+
+    Raises:
+      FileNotFoundError: a file of the source is missing.
+      ValueError: the source is broken or empty, has fewer than `num_examples` examples, or the
+        task has no such split.
+    """
+
+    def __init__(self, task: Task, split: str, *, num_examples: int | None = None):
+        self.task = task
+        self.split = split
+        self._source = task.source_config(split).open()
+        self._num_examples = self._count(num_examples)
+
+    def _count(self, wanted: int | None) -> int:
+        available = len(self._source)
+        if not available:
+            raise ValueError(
+                f"Split {self.split!r} of task {self.task.name!r} is an empty data set. "
+                "Give its source at least one example."
+            )
+        if wanted is not None and wanted > available:
+            raise ValueError(
+                f"DatasetConfig.num_examples is {wanted}, but split {self.split!r} of "
+                f"task {self.task.name!r} has {available} examples. Set it to at most "
+                f"{available}, or to None to take all."
+            )
+        return available if wanted is None else wanted
+
+    def __len__(self) -> int:
+        return self._num_examples
+
+    def __getitem__(self, index: int) -> TextExample:
+        """Returns the text of one example.
+
+        Args:
+          index: number of the example in the source.
+
+        Raises:
+          ValueError: the raw example lacks a field that the task reads.
+        """
+        raw_example = self._source[index]
+        try:
+            return self.task.to_text(raw_example)
+        except Exception as error:
+            if isinstance(error, KeyError) and error.args[0] not in raw_example:
+                raise ValueError(
+                    f"Task {self.task.name!r} wants the field {error}, which example {index} of "
+                    f"split {self.split!r} lacks: it has {', '.join(map(repr, raw_example))}. "
+                    "Correct the source's columns or fields, or the task's to_text."
+                ) from error
+            error.add_note(f"In task {self.task.name!r}, split {self.split!r}, example {index}.")
+            raise
+
+    @property
+    def source_fingerprint(self) -> str:
+        """Digest of the content of the source."""
+        return self._source.fingerprint
+
+    @property
+    def num_sources(self) -> int:
+        """Number of sources of a mixture; 1 if the source is not a mixture."""
+        return self._source.num_sources if isinstance(self._source, MixedSource) else 1
+
+    def source_id(self, index: int) -> int:
+        """Returns the number of the source of a mixture that an example comes from."""
+        return self._source.source_id(index) if isinstance(self._source, MixedSource) else 0
+
+    def sample(self, size: int) -> Int[np.ndarray, " N"]:
+        """Returns the numbers of at most `size` examples, evenly spaced over the split."""
+        return np.unique(np.linspace(0, len(self) - 1, size).astype(np.int64))
