@@ -26,6 +26,8 @@ from t5x.examples.t5 import network
 from gkd_jax.checkpoints.load import load_params
 from gkd_jax.common.array_types import Array, Float, Int, Params
 from gkd_jax.common.batch import Batch
+from gkd_jax.common.mesh_axes import use_mesh_axes
+from gkd_jax.devices.mesh import axes_of
 from gkd_jax.distillation.rollout import Rollout, rollout_metrics, sample_outputs
 from gkd_jax.distillation.train_step import make_loss_fn
 from gkd_jax.models.t5 import T5
@@ -244,7 +246,8 @@ class _WithTeacher:
 
     def loss_fn(self, params: Params, batch: T5XBatch, dropout_rng: Array | None) -> Any:
         """As `GkdModel.loss_fn`; the loss runs through the rows of each part of the mesh."""
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+        mesh = self.mesh.abstract_mesh
+        with jax.sharding.use_abstract_mesh(mesh), use_mesh_axes(axes_of(self.mesh)):
             return self.model.loss_fn(params, batch, dropout_rng, self.teacher_params)
 
     def eval_fn(self, params: Params, batch: T5XBatch) -> Any:

@@ -7,7 +7,18 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from gkd_jax.common.mesh_axes import MeshAxes
+
 _AXES = ("data", "model")
+_ROW_AXES = ("slice", "data")
+
+
+def axes_of(mesh: Mesh) -> MeshAxes:
+    """Returns the roles of a mesh's axes, whoever made it: 'slice', 'data' and 'model'."""
+    rows, width = (
+        tuple(axis for axis in axes if axis in mesh.axis_names) for axes in (_ROW_AXES, ("model",))
+    )
+    return MeshAxes(rows=rows, width=width)
 
 
 def make_mesh(

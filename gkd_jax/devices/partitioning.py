@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gkd_jax.common.array_types import Params, PyTree
+from gkd_jax.common.mesh_axes import MeshAxes, use_mesh_axes
 from gkd_jax.devices import mesh
 from gkd_jax.devices.rules import Rules, table_of
 from gkd_jax.models import stacking
@@ -125,6 +126,11 @@ class Partitioner:
         )
 
     @property
+    def mesh_axes(self) -> MeshAxes:
+        """What each axis of the mesh splits."""
+        return mesh.axes_of(self.mesh)
+
+    @property
     def num_slices_of_mesh(self) -> int:
         """How many slices the mesh has."""
         return self.mesh.shape.get("slice", 1)
@@ -132,7 +138,8 @@ class Partitioner:
     @property
     def _row_axes(self) -> str | tuple[str, ...]:
         """The axes of the mesh that rows of a batch are split over."""
-        return "data" if self.num_slices_of_mesh == 1 else ("slice", "data")
+        rows = self.mesh_axes.rows
+        return rows[0] if len(rows) == 1 else rows
 
     def sharding(self, *mesh_axes: str | tuple[str, ...] | None) -> NamedSharding:
         """The sharding of an array whose axes lie along the given axes of the mesh."""
@@ -339,7 +346,11 @@ class Partitioner:
             (name, self._row_axes if (name, axis) == ("batch", "data") else axis)
             for name, axis in self.rule_table
         ]
-        with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(rules):
+        with (
+            jax.sharding.use_abstract_mesh(mesh),
+            use_mesh_axes(self.mesh_axes),
+            nn.logical_axis_rules(rules),
+        ):
             yield
 
     def fetch_to_host(self, tree: PyTree[Any]) -> PyTree[np.ndarray]:

@@ -8,7 +8,6 @@ again: it multiplies the gradients by the cotangent of the loss. Positions of we
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from gkd_jax.common.array_types import Array, Float, Int, Params, PyTree
 from gkd_jax.common.batch import TeacherDistributions
+from gkd_jax.common.mesh_axes import current_mesh_axes, num_shards
 from gkd_jax.objectives.chunks import Chunks
 from gkd_jax.objectives.objective import Objective, Predictions, check_predictions
 from gkd_jax.objectives.per_token import TokenTeacher, check_advantages
@@ -36,10 +36,6 @@ GROUP_ENTRIES = 1 << 18
 """Logits whose divergence a CPU computes at a time: 1 MB. Matrix products are best over all the
 positions of a chunk, but the dozen arrays between logits and gradient should stay in the cache of
 one core: otherwise XLA writes each of them to memory, which takes two to three times as long."""
-
-# The mesh axes that sequences are split over, where they are there; each shard runs through chunks
-# of its own.
-_ROW_AXES = ("slice", "data")
 
 
 def chunk_positions(vocab_size: int, num_positions: int, *, platform: str) -> int:
@@ -80,8 +76,9 @@ def fused_weighted_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """Computes `weighted_loss`: same arguments, values, gradients and errors.
 
-    On a mesh with an axis 'data', and perhaps 'slice', the rows are split over those, which must
-    divide them; the vocabulary may be split over another axis. There are no second derivatives.
+    On a mesh whose axes have roles (`common.mesh_axes`), rows and positions are split over the axes
+    for these, which must divide them, and the vocabulary may be split over those of width. There
+    are no second derivatives.
     """
     check_predictions(objective.divergence, student, teacher, weights)
     check_advantages(objective.divergence, advantages, targets)
@@ -223,16 +220,21 @@ _fused.defvjp(_forward, _backward)
 def _over_shards(
     functions: _Functions, student: _Student, constants: _Constants, *, with_gradients: bool
 ) -> tuple[_Values, Any]:
-    """Runs each shard of the rows in chunks of its own, and sums the loss and the head's gradient.
+    """Runs each shard of rows and positions in chunks of its own; sums loss and head's gradient.
 
     Left to the compiler, a chunk would take positions from all devices, and the head's gradient
     would be summed over them in every chunk.
     """
     run: _Run = functools.partial(_run_chunks, functions, with_gradients=with_gradients)
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in _ROW_AXES if not mesh.empty and mesh.shape.get(axis, 1) > 1)
-    if axes:
-        run = _split_over_rows(run, mesh, axes, student, constants, with_gradients)
+    roles = current_mesh_axes()
+    # [B, T, ...] by rows and positions.
+    split = tuple(
+        tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+        for axes in (roles.rows, roles.sequence)
+    )
+    if any(split):
+        run = _split_positions(run, mesh, split, student, with_gradients)
     values, gradients = run(student, constants)
     if with_gradients:
         hidden_gradient, head_gradient = gradients
@@ -242,22 +244,16 @@ def _over_shards(
     return values, gradients
 
 
-def _split_over_rows(
+def _split_positions(
     run: _Run,
     mesh: jax.sharding.AbstractMesh,
-    axes: tuple[str, ...],
+    split: tuple[tuple[str, ...], ...],
     student: _Student,
-    constants: _Constants,
     with_gradients: bool,
 ) -> _Run:
-    num_shards = math.prod(mesh.shape[axis] for axis in axes)
-    if student[0].shape[0] % num_shards:
-        names = " and ".join(map(repr, axes))
-        raise ValueError(
-            f"the rows of a batch must divide over the mesh's axis {names}; "
-            f"got {student[0].shape[0]} rows and {num_shards}. Set DatasetConfig.batch_size to a "
-            f"multiple of {num_shards}."
-        )
+    """Maps `run` over shards of rows and positions; `split` has the mesh axes of both."""
+    _check_divisible(mesh, split, student[0].shape)
+    axes = (*split[0], *split[1])
 
     def one_shard(student: _Student, constants: _Constants) -> tuple[_Values, Any]:
         (loss, per_token), gradients = run(student, constants)
@@ -266,15 +262,31 @@ def _split_over_rows(
             gradients = (gradients[0], lax.psum(gradients[1], axes))
         return (loss, per_token), gradients
 
-    rows, whole = PartitionSpec(axes), PartitionSpec()
+    sharded, whole = PartitionSpec(*(axes or None for axes in split)), PartitionSpec()
     return jax.shard_map(
         one_shard,
         mesh=mesh,
-        in_specs=((rows, whole), (rows, whole)),
-        out_specs=((whole, rows), (rows, whole) if with_gradients else None),
+        in_specs=((sharded, whole), (sharded, whole)),
+        out_specs=((whole, sharded), (sharded, whole) if with_gradients else None),
         axis_names=set(axes),
         check_vma=False,
     )
+
+
+def _check_divisible(
+    mesh: jax.sharding.AbstractMesh, split: tuple[tuple[str, ...], ...], shape: tuple[int, ...]
+) -> None:
+    for axes, size, what, setting in (
+        (split[0], shape[0], "rows", "DatasetConfig.batch_size"),
+        (split[1], shape[1], "positions", "DatasetConfig.feature_lengths['targets']"),
+    ):
+        shards = num_shards(mesh.shape, axes)
+        if size % shards:
+            names = " and ".join(map(repr, axes))
+            raise ValueError(
+                f"the {what} of a batch must divide over the mesh's axis {names}; "
+                f"got {size} {what} and {shards}. Set {setting} to a multiple of {shards}."
+            )
 
 
 def _run_chunks(
@@ -326,12 +338,11 @@ def _chunk_and_group(
 ) -> tuple[int, int]:
     """Returns the positions in a chunk, a multiple of those in a group, and these."""
     vocab_size = jax.eval_shape(unembed, head, hidden[:1]).shape[-1]
-    # The vocabulary lies over all axes but that of the rows, if it divides over them.
+    # A vocabulary that does not divide is not split.
     mesh = jax.sharding.get_abstract_mesh()
-    num_shards = math.prod(mesh.shape.get(axis, 1) for axis in _ROW_AXES)
-    num_parts = 1 if mesh.empty else mesh.size // num_shards
-    if vocab_size % num_parts == 0:
-        vocab_size //= num_parts
+    shards = num_shards(mesh.shape, current_mesh_axes().width)
+    if vocab_size % shards == 0:
+        vocab_size //= shards
     # The mesh's device: a program may be compiled for other devices than this machine's.
     device = mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from divergence_references import ALL_IN_ONE, EVERY, unembed
 from float32_rounding import assert_within_rounding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gkd_jax.common.mesh_axes import MeshAxes, use_mesh_axes
 from gkd_jax.devices.partitioning import Partitioner
 from gkd_jax.objectives import (
     ForwardKL,
@@ -156,6 +158,56 @@ def test_shards_of_different_work(dtype, small_chunks):
         assert one.dtype == dtype
         one, other = (np.asarray(x, np.float32) for x in (one, other))
         np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * np.abs(other).max())
+
+
+@pytest.fixture
+def three_axes():
+    """A mesh with an axis for each of rows, positions of a sequence and the vocabulary."""
+    return jax.make_mesh((2, 2, 2), ("data", "sequence", "model"), (AxisType.Auto,) * 3)
+
+
+def with_roles(mesh, roles, function):
+    def called(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), use_mesh_axes(roles):
+            return function(*arguments)
+
+    return called
+
+
+def test_positions_may_be_split_too(three_axes, small_chunks):
+    """Each shard of rows and positions has chunks of its own."""
+    arrays, objective = make_arrays(4), Objective(GeneralizedJSD(0.3))
+    expected = jax.jit(make_loss(weighted_loss, objective))(arrays)
+    roles = MeshAxes(rows=("data",), sequence=("sequence",), width=("model",))
+    loss = with_roles(three_axes, roles, make_loss(fused_weighted_loss, objective))
+    specs = dict.fromkeys(arrays, P("data", "sequence")) | dict.fromkeys(
+        ("head", "teacher_head"), P(None, "model")
+    )
+    shardings = {name: NamedSharding(three_axes, spec) for name, spec in specs.items()}
+    found = jax.jit(loss)(jax.device_put(arrays, shardings))
+    assert_within_rounding(*jax.device_get((found, expected)), objective, arrays)
+    odd = {k: v if k.endswith("head") else v[:, :5] for k, v in arrays.items()}
+    with pytest.raises(ValueError, match=r"got 5 positions and 2\. Set DatasetConfig\.feature_"):
+        jax.jit(loss)(odd)
+
+
+def test_the_vocabulary_is_split_over_the_axes_that_are_told(three_axes, monkeypatch):
+    """And over no other: an axis without a role splits nothing."""
+    seen = []
+
+    def chunk_positions(vocab_size, num_positions, *, platform):
+        seen.append((vocab_size, num_positions))
+        return num_positions
+
+    monkeypatch.setattr(fused, "chunk_positions", chunk_positions)
+    loss = make_loss(fused_weighted_loss, Objective(ForwardKL()))
+    for roles, expected in (
+        (MeshAxes(), (V, B * T)),
+        (MeshAxes(rows=("data",)), (V, B * T // 2)),
+        (MeshAxes(rows=("data",), width=("model",)), (V // 2, B * T // 2)),
+    ):
+        jax.eval_shape(with_roles(three_axes, roles, loss), make_arrays())
+        assert seen[-1] == expected
 
 
 def test_rows_that_do_not_divide_over_the_mesh_are_refused():

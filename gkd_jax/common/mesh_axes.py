@@ -1,0 +1,58 @@
+"""Roles of the axes of the device mesh: what each of them splits.
+
+`devices` names the axes of a mesh and knows their roles. Functions on lower floors, such as the
+fused loss, which depend on how arrays are split, read the roles here while they are traced.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshAxes:
+    """Names of mesh axes by role. An axis that is named nowhere splits nothing.
+
+    Attributes:
+      rows: axes that the rows of a batch are split over.
+      sequence: axes that the positions of a sequence are split over.
+      width: axes that wide dimensions of parameters are split over, the vocabulary among them.
+    """
+
+    rows: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
+    width: tuple[str, ...] = ()
+
+
+_CURRENT: contextvars.ContextVar[MeshAxes] = contextvars.ContextVar("mesh_axes")
+
+
+@contextlib.contextmanager
+def use_mesh_axes(axes: MeshAxes) -> Iterator[None]:
+    """Sets the roles of the axes of the mesh in use, for the functions called within.
+
+    Set the mesh together with it. Roles are no part of the key by which JAX keeps traced
+    functions: axes of the same names must always have the same roles.
+    """
+    token = _CURRENT.set(axes)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def current_mesh_axes() -> MeshAxes:
+    """Returns the roles in use; by default no axis has any."""
+    return _CURRENT.get(MeshAxes())
+
+
+def num_shards(shape: Mapping[str, int], axes: Iterable[str]) -> int:
+    """Returns the number of parts that an array is split into along some axes of a mesh.
+
+    Args:
+      shape: size of each axis of the mesh; axes that it does not have count as 1.
+      axes: names of axes.
+    """
+    return math.prod(shape.get(axis, 1) for axis in axes)
