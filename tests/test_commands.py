@@ -10,7 +10,7 @@ from absl import flags
 from gkd_jax import main
 from gkd_jax.experiment import Experiment
 from gkd_jax.experiment.gin_files import configuration
-from gkd_jax.experiment.gin_files.reader import MissingValues
+from gkd_jax.experiment.gin_files.statements import MissingValues
 from gkd_jax.run_modes.study import Study
 
 ROOT = pathlib.Path(main.__file__).resolve().parents[1]

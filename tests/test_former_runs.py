@@ -26,7 +26,7 @@ import test_kill_and_resume as kills
 
 from gkd_jax.common import moved
 from gkd_jax.experiment import Experiment
-from gkd_jax.experiment.gin_files import configuration, reader
+from gkd_jax.experiment.gin_files import configuration, names
 from gkd_jax.run_modes.study import Study
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -104,7 +104,7 @@ def test_a_saved_configuration_of_8966c5e_is_the_present_one(monkeypatch):
 
 def test_a_former_import_in_a_gin_file_is_told_once(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(ROOT)
-    reader.warn_once.cache_clear()
+    names.warn_once.cache_clear()
     path = tmp_path / "mine.gin"
     path.write_text(
         "from __gin__ import dynamic_registration\n"
@@ -148,10 +148,30 @@ def test_flags_of_before_the_rooms_still_work(binding, monkeypatch):
     )
 
 
+def test_a_former_name_in_a_flag_is_told(monkeypatch, caplog):
+    monkeypatch.chdir(ROOT)
+    names.warn_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        configuration.parse(
+            roots=(Experiment,),
+            gin_files=["gin_configs/arithmetic.gin"],
+            bindings=[
+                *("MODEL_DIR = 'none'", "INITIAL_CHECKPOINT_PATH = None"),
+                "gkd_jax.partitioning.Partitioner.model_parallelism = 1",
+                "partitioning.Partitioner.model_parallelism = 1",
+            ],
+        )
+    told = [record.message for record in caplog.records if "is now" in record.message]
+    assert told == [
+        "gkd_jax.partitioning.Partitioner is now gkd_jax.devices.partitioning.Partitioner. "
+        "Use that in flags."
+    ]
+
+
 def test_renamed_settings_and_macros_are_told_once(monkeypatch, caplog):
     """In files, flags and saved configurations; the settings are those of the present names."""
     monkeypatch.chdir(ROOT)
-    reader.warn_once.cache_clear()
+    names.warn_once.cache_clear()
     given = ["MODEL_DIR = 'none'", "INITIAL_CHECKPOINT_PATH = None"]
 
     def parsed(*bindings):
@@ -184,12 +204,12 @@ def test_renamed_settings_and_macros_are_told_once(monkeypatch, caplog):
 
 def test_a_renamed_class_is_told_once_in_gin_and_python(monkeypatch, caplog):
     monkeypatch.chdir(ROOT)
-    reader.warn_once.cache_clear()
-    names = {
+    names.warn_once.cache_clear()
+    renamed = {
         "objectives.ForwardDivergence": "objectives.ForwardKL",
         "distillation.teachers.Tutor": "distillation.teachers.LiveStudent",
     }
-    monkeypatch.setattr(moved, "_NAMES", names)
+    monkeypatch.setattr(moved, "_NAMES", renamed)
     with caplog.at_level("WARNING"):
         config = configuration.parse(
             roots=(Experiment,),
@@ -217,7 +237,7 @@ def test_a_renamed_class_is_told_once_in_gin_and_python(monkeypatch, caplog):
 
 def test_a_renamed_gin_file_is_found_by_its_former_path(monkeypatch, caplog):
     monkeypatch.chdir(ROOT)
-    reader.warn_once.cache_clear()
+    names.warn_once.cache_clear()
     bindings = ["MODEL_DIR = 'none'", "INITIAL_CHECKPOINT_PATH = None"]
     with caplog.at_level("WARNING"):
         texts = [

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from gkd_jax.experiment.gin_files import configuration
-from gkd_jax.experiment.gin_files.reader import GinError, MissingValues
+from gkd_jax.experiment.gin_files.statements import GinError, MissingValues
 
 _TOY = """
 import dataclasses
@@ -184,10 +184,49 @@ def test_a_binding_outside_the_scopes_in_use_is_refused(parse):
     assert "Did you mean 'student/gin_toy.Model.dtype'?" in str(error.value)
 
 
+_WITH_ROOMS = _RUN.replace(
+    _HEAD,
+    _HEAD
+    + "from gkd_jax import objectives\nfrom gkd_jax.data.metrics import text_metrics as scores\n"
+    + "from gkd_jax.objectives import divergences\n",
+)
+
 _REFUSED = {
     "misspelt module": (
         "from __gin__ import dynamic_registration\nfrom gkd_jax.models import bsae\n",
         ["f0.gin:2", "'gkd_jax.models.bsae'", "Did you mean 'gkd_jax.models.base'?"],
+    ),
+    "misspelt room": (
+        "from __gin__ import dynamic_registration\nfrom gkd_jax.distilation import teachers\n",
+        ["f0.gin:2", "Did you mean 'gkd_jax.distillation.teachers'?"],
+    ),
+    "module of another room": (
+        "from __gin__ import dynamic_registration\nfrom gkd_jax.objectives import teachers\n",
+        ["f0.gin:2", "Did you mean 'gkd_jax.distillation.teachers'?"],
+    ),
+    "misspelt class of a room": (
+        _WITH_ROOMS + "gin_toy.Run.optimizer = @objectives.ForwardKl()\n",
+        ["f0.gin:19", "gkd_jax.objectives has no 'ForwardKl'. Did you mean 'ForwardKL'?"],
+    ),
+    "misspelt parameter of a class that a room re-exports": (
+        _WITH_ROOMS + "objectives.GeneralizedJSD.betta = 0.1\n",
+        ["objectives.GeneralizedJSD has no parameter 'betta'. Did you mean 'beta'?"],
+    ),
+    "class called by the module that defines it": (
+        _WITH_ROOMS + "divergences.ForwardKL.bound = 0.1\n",
+        ["f0.gin:19", "divergences.ForwardKL has no parameter 'bound'. It has none."],
+    ),
+    "function called by another name of its module": (
+        _WITH_ROOMS + "scores.bleu.seed = 1\n",
+        ["f0.gin:19: scores.bleu.seed is not used: no value in use refers to @scores.bleu()"],
+    ),
+    "misspelt room in a value": (
+        _WITH_ROOMS + "gin_toy.Run.optimizer = @objectivs.ForwardKL()\n",
+        ["'objectivs' (in 'objectivs.ForwardKL') is not imported", "'objectives'?"],
+    ),
+    "module that is not imported": (
+        _WITH_ROOMS + "gin_toy.Run.optimizer = @teachers.LiveStudent()\n",
+        ["is not imported in this file. Import it: `from gkd_jax.distillation import teachers`."],
     ),
     "misspelt import name": (
         _RUN + "gin_toi.Model.rate = 0.0\n",
@@ -268,6 +307,7 @@ _REFUSED_FLAGS = {
     "unknown macro": ("FOO = 1", ["the macro FOO is not used"]),
     "misspelt macro": ("MODEL_DIRR = 'x'", ["Did you mean 'MODEL_DIR'?"]),
     "misspelt class": ("gin_toy.Rum.num_steps = 1", ["Did you mean 'Run'?"]),
+    "misspelt class alone": ("Rum.num_steps = 1", ["no gin file uses", "Did you mean 'Run'?"]),
     "misspelt parameter": ("Run.num_step = 1", ["Did you mean 'num_steps'?"]),
     "no quotes": ("MODEL_DIR = runs/b", ["--gin.MODEL_DIR='\"runs/b\"'"]),
     "no quotes, absolute": ("MODEL_DIR = /runs/b", ["--gin.MODEL_DIR='\"/runs/b\"'"]),

@@ -21,14 +21,12 @@ from gkd_jax.run_modes.train import TrainResult
 
 _EXPERIMENT = """
 from __gin__ import dynamic_registration
+from gkd_jax import data
 from gkd_jax import experiment
-from gkd_jax.distillation import optimizers
-from gkd_jax.data import pipeline
+from gkd_jax import models
+from gkd_jax import objectives
 from gkd_jax.data import vocabularies
-from gkd_jax.models import config
-from gkd_jax.models import t5
-from gkd_jax.objectives import divergences
-from gkd_jax.objectives import objective
+from gkd_jax.distillation import optimizers
 
 MODEL_DIR = %gin.REQUIRED
 BETA = 0.5

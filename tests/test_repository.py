@@ -12,7 +12,7 @@ import pytest
 
 from gkd_jax.experiment import Experiment
 from gkd_jax.experiment.gin_files import configuration
-from gkd_jax.experiment.gin_files.reader import MissingValues
+from gkd_jax.experiment.gin_files.statements import MissingValues
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.decoder_only import DecoderOnly
 from gkd_jax.models.families import model_to_hf

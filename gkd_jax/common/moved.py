@@ -35,7 +35,7 @@ _MODULES = {
     "export_checks": "experiment.checks.exports",
     "flops": "devices.flops",
     "generate": "run_modes.generate",
-    "gin_reader": "experiment.gin_files.reader",
+    "gin_reader": "experiment.gin_files.parser",
     "gin_text": "experiment.gin_files.text",
     "gin_utils": "experiment.gin_files.configuration",
     "gin_walk": "experiment.gin_files.walk",

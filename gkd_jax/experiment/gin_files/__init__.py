@@ -1,5 +1,5 @@
-"""Gin files with T5X's habits, read strictly. The only modules that import gin.
+"""Gin files with T5X's habits, parsed strictly. The only modules that import gin.
 
-Start with `configuration`: `reader` reads statements, `walk` follows what they build, `text`
-writes it.
+Start with `configuration`. `parser` turns files and flags into bindings (`statements`), with names
+resolved by `names`; `walk` follows what the bindings build, and `text` writes them.
 """

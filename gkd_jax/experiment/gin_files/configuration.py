@@ -19,14 +19,14 @@ from typing import Any
 import gin
 from etils import epath
 
-from gkd_jax.experiment.gin_files.reader import (
+from gkd_jax.experiment.gin_files.names import canonical_target
+from gkd_jax.experiment.gin_files.parser import GinParser
+from gkd_jax.experiment.gin_files.statements import (
     MACRO,
     Binding,
     GinError,
     MissingValues,
-    Reader,
     Target,
-    canonical_target,
     did_you_mean,
 )
 from gkd_jax.experiment.gin_files.text import Setting, Text, list_settings, with_defaults
@@ -108,21 +108,21 @@ def parse(
       MissingValues: required values are missing; lists all.
       FileNotFoundError: a gin file is missing.
     """
-    reader = Reader((*search_paths, ".", *_PACKAGE_SEARCH_PATHS))
+    parser = GinParser((*search_paths, ".", *_PACKAGE_SEARCH_PATHS))
     for file in gin_files:
-        reader.read_file(file)
+        parser.parse_file(file)
     for binding in bindings:
-        reader.read_flag(binding)
-    _raise_problems(reader.problems)
-    return _check(reader.bindings, roots)
+        parser.parse_flag(binding)
+    _raise_problems(parser.problems)
+    return _check(parser.bindings, roots)
 
 
 def parse_text(text: str, *, roots: Sequence[Callable[..., Any]], name: str) -> GinConfig:
     """Reads a saved configuration; like `parse` with one file, `name`, whose text is given."""
-    reader = Reader((".", *_PACKAGE_SEARCH_PATHS))
-    reader.read_text(text, file=name)
-    _raise_problems(reader.problems)
-    return _check(reader.bindings, roots)
+    parser = GinParser((".", *_PACKAGE_SEARCH_PATHS))
+    parser.parse_text(text, file=name)
+    _raise_problems(parser.problems)
+    return _check(parser.bindings, roots)
 
 
 def _raise_problems(problems: Sequence[str]) -> None:

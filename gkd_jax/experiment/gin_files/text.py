@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from gkd_jax.experiment.gin_files.reader import (
+from gkd_jax.experiment.gin_files.names import canonical_target
+from gkd_jax.experiment.gin_files.statements import (
     MACRO,
     Binding,
     Bindings,
@@ -14,7 +15,6 @@ from gkd_jax.experiment.gin_files.reader import (
     Location,
     Reference,
     Target,
-    canonical_target,
     references,
 )
 from gkd_jax.experiment.gin_files.walk import Walk

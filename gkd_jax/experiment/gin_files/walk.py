@@ -9,7 +9,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gkd_jax.experiment.gin_files.reader import (
+from gkd_jax.experiment.gin_files.statements import (
     MACRO,
     REQUIRED,
     Binding,

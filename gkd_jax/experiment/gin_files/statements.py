@@ -1,0 +1,145 @@
+"""Data types of parsed gin statements, and the errors of gin files."""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+# The file of a binding that was given by a flag.
+COMMAND_LINE = "command line"
+
+
+class GinError(ValueError):
+    """A gin file or binding is wrong. The message lists every problem that was found."""
+
+
+class MissingValues(GinError):
+    """Required values were not given.
+
+    Attributes:
+      names: the missing values, as `NAME` in `--gin.NAME=value`.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...]):
+        super().__init__(message)
+        self.names = names
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """File and line of a statement, for messages."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return self.file if self.file == COMMAND_LINE else f"{self.file}:{self.line}"
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A configurable class or function. Targets of the same function are equal.
+
+    Attributes:
+      module: full name of the module that a saved configuration imports for it.
+      name: its name in that module.
+      function: the class or function.
+      written: its name in the gin file that mentions it, for messages; empty for a default that no
+        file mentions.
+    """
+
+    module: str
+    name: str
+    function: Callable[..., Any]
+    written: str = ""
+
+    def __str__(self) -> str:
+        if self.written:
+            return self.written
+        return f"{self.module.rpartition('.')[2]}.{self.name}" if self.module else self.name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Target) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return id(self.function)
+
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """Returns the parameters that can be bound, by name."""
+        return _parameters(self.function)
+
+
+def _macro(value: Any) -> Any:
+    return value
+
+
+# A macro NAME is a call of this target in the scope NAME.
+MACRO = Target(module="", name="macro", function=_macro)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """`@scope/target`, called if `evaluate`; `%NAME` is a call of `MACRO` in the scope NAME."""
+
+    scope: tuple[str, ...]
+    target: Target
+    evaluate: bool
+
+
+class _Required:
+    """Type of the value of `%gin.REQUIRED`."""
+
+
+REQUIRED = _Required()
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """Left side of a binding. A macro NAME is the parameter `value` of `MACRO` in scope NAME."""
+
+    scope: tuple[str, ...]
+    target: Target
+    parameter: str
+
+    def __str__(self) -> str:
+        scope = "/".join(self.scope)
+        if self.target == MACRO:
+            return scope
+        return f"{scope}{'/' if scope else ''}{self.target}.{self.parameter}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Binding:
+    """One statement `key = value`."""
+
+    key: Key
+    value: Any
+    location: Location
+
+
+Bindings = dict[Key, Binding]
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Returns a sentence with the candidate nearest to `name`, or '' if none is near."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f" Did you mean '{by_lower[close[0]]}'?" if close else ""
+
+
+def references(value: Any) -> Iterator[Reference]:
+    """Yields the references within a value."""
+    if isinstance(value, Reference):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from itertools.chain.from_iterable(map(references, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from itertools.chain.from_iterable(map(references, value))
