@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from gkd_jax.checkpoints import load, store
+from gkd_jax.checkpoints import load, save
 
 
 def main(run_dir: str, output: str, note: str = "") -> None:
@@ -24,7 +24,7 @@ def main(run_dir: str, output: str, note: str = "") -> None:
     metadata = {"step": info.step, "note": note}
     if "vocabulary" in info.host:  # So that another vocabulary is refused.
         metadata["vocabulary"] = info.host["vocabulary"]
-    store.save_params(output, params, metadata)
+    save.save_params(output, params, metadata)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(f"{output}: step {info.step}, {size / 1e6:.2f} MB of weights")
 

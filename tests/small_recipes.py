@@ -19,7 +19,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from gkd_jax import main
-from gkd_jax.checkpoints.store import save_params
+from gkd_jax.checkpoints.save import save_params
 from gkd_jax.common.array_types import Params
 from gkd_jax.data.train_vocabulary import train_sentencepiece
 from gkd_jax.models.t5 import T5

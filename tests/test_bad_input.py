@@ -13,7 +13,7 @@ import small_recipes
 import small_runs
 from small_recipes import Gin, run_main
 
-from gkd_jax.checkpoints.store import save_params
+from gkd_jax.checkpoints.save import save_params
 from gkd_jax.data import vocabularies
 from gkd_jax.data.train_vocabulary import train_sentencepiece
 from gkd_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary

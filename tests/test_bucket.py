@@ -11,7 +11,7 @@ import small_runs
 import test_kill_and_resume as kills
 
 from gkd_jax.checkpoints import last_step
-from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.checkpoints.manager import CheckpointManager
 from gkd_jax.common.growing_files import AppendedFile
 from gkd_jax.experiment import prepare
 
@@ -79,12 +79,12 @@ def test_an_object_is_written_whole(bucket, monkeypatch):
 
 def test_a_folder_that_cannot_be_listed_is_not_taken_to_be_empty(bucket, monkeypatch):
     """Or a run would begin anew where its checkpoints could not be seen for a moment."""
-    store = CheckpointStore("gs://runs/run", read_only=True)
-    assert store.latest_step() is None
+    manager = CheckpointManager("gs://runs/run", read_only=True)
+    assert manager.latest_step() is None
     forget_filesystem()
     monkeypatch.setattr(bucket, "status", 403)
     with pytest.raises(Exception, match=r"(?i)forbidden|403"):
-        store.latest_step()
+        manager.latest_step()
 
 
 def test_a_bucket_that_cannot_be_written_is_told_before_a_run(bucket):

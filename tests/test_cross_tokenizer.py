@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax.checkpoints.store import save_params
+from gkd_jax.checkpoints.save import save_params
 from gkd_jax.data.train_vocabulary import train_sentencepiece
 from gkd_jax.data.vocabularies import ByteVocabulary, SentencePieceVocabulary
 from gkd_jax.distillation.replay import Replay

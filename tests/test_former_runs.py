@@ -320,6 +320,19 @@ def test_a_task_is_registered_by_the_former_name():
         _ = task.anything
 
 
+def test_checkpoints_are_saved_under_their_former_names():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        from gkd_jax.checkpoints.store import CheckpointStore, save_params
+
+        from gkd_jax.checkpoints import manager, save
+    assert CheckpointStore is manager.CheckpointManager
+    assert save_params is save.save_params
+    messages = " ".join(str(one.message) for one in told)
+    assert "gkd_jax.checkpoints.manager.CheckpointManager" in messages
+    assert "gkd_jax.checkpoints.save.save_params" in messages
+
+
 def test_last_step_runs_with_bare_python(tmp_path):
     """Launchers ask it on machines where nothing is installed; by both of its names."""
     for module in ("gkd_jax.last_step", "gkd_jax.checkpoints.last_step"):

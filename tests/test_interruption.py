@@ -12,7 +12,7 @@ import test_kill_and_resume
 import test_two_processes
 
 from gkd_jax.checkpoints import last_step
-from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.checkpoints.manager import CheckpointManager
 from gkd_jax.experiment import Evaluation
 from gkd_jax.run_modes import study, train
 from gkd_jax.run_modes.evaluate import Evaluator
@@ -52,7 +52,7 @@ def test_sigterm_saves_and_the_run_goes_on(
         ):
             train.train(experiment)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert CheckpointStore(tmp_path / "run", read_only=True).latest_step() == wanted + 1
+    assert CheckpointManager(tmp_path / "run", read_only=True).latest_step() == wanted + 1
     state, metrics = undisturbed
     small_runs.assert_equal_bits(train.train(experiment).state, state)
     # An evaluation that was due when it was stopped has been made.
@@ -175,7 +175,7 @@ def test_one_of_two_processes_is_told(tmp_path):
     outputs = [process.communicate(timeout=300)[0] for process in started]
     statuses = [process.returncode for process in started]
     assert statuses == [interruption.EXIT_STATUS] * 2, outputs
-    step = CheckpointStore(tmp_path / "cut", read_only=True).latest_step()
+    step = CheckpointManager(tmp_path / "cut", read_only=True).latest_step()
     assert 3 <= step < 12
     test_two_processes.finish(test_two_processes.together(flags("cut")))
     whole, cut = (

@@ -14,7 +14,7 @@ import sys
 import pytest
 
 from gkd_jax.checkpoints import last_step
-from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.checkpoints.manager import CheckpointManager
 from gkd_jax.experiment import Experiment
 from gkd_jax.experiment.gin_files import configuration
 from gkd_jax.run_modes.study import Study
@@ -502,7 +502,7 @@ def test_last_step_is_that_of_the_store(tmp_path):
     (tmp_path / "corrupt_checkpoint_20.0").mkdir()
     progress = last_step.read_progress(tmp_path, train_steps=20)
     assert progress == last_step.Progress(10, 20, False)
-    assert progress.last_step == CheckpointStore(tmp_path, read_only=True).latest_step()
+    assert progress.last_step == CheckpointManager(tmp_path, read_only=True).latest_step()
 
 
 def test_a_run_that_owes_an_evaluation_is_not_done(tmp_path):

@@ -15,7 +15,7 @@ import small_runs
 from small_recipes import run_main
 
 from gkd_jax.checkpoints import hf, layout, load
-from gkd_jax.checkpoints.store import save_params
+from gkd_jax.checkpoints.save import save_params
 from gkd_jax.data.hf_tokenizer import HFTokenizer
 from gkd_jax.distillation.teachers import AverageStudent, InitialStudent, Teacher
 from gkd_jax.experiment import Export, Generation, Student, prepare

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.checkpoints.manager import CheckpointManager
 from gkd_jax.distillation import train_step
 from gkd_jax.experiment import Checkpoints, NonFinite
 from gkd_jax.run_modes import train
@@ -77,15 +77,15 @@ def test_a_step_skipped_changes_nothing(tmp_path, monkeypatch, undisturbed):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
         result.state,
     )
-    store = CheckpointStore(tmp_path, read_only=True)
-    before, _, _ = store.restore(abstract, step=BAD_STEP)
-    after, _, _ = store.restore(abstract, step=BAD_STEP + 1)
+    manager = CheckpointManager(tmp_path, read_only=True)
+    before, _, _ = manager.restore(abstract, step=BAD_STEP)
+    after, _, _ = manager.restore(abstract, step=BAD_STEP + 1)
     assert int(after.step) == int(before.step) == BAD_STEP
     small_runs.assert_equal_bits(after, before)
     assert int(result.state.step) == 5
     # Until then it is the undisturbed run, and what comes after trains.
     folder, _ = undisturbed
-    other, _, _ = CheckpointStore(folder, read_only=True).restore(abstract, step=BAD_STEP)
+    other, _, _ = CheckpointManager(folder, read_only=True).restore(abstract, step=BAD_STEP)
     small_runs.assert_equal_bits(before, other)
     (row,) = small_runs.metrics(tmp_path)
     assert row["train/data/skipped"] == pytest.approx(1 / 6)

@@ -11,7 +11,7 @@ import small_runs
 from divergence_references import ALL_IN_ONE, np_divergence, np_gradient, np_softmax
 from jax.sharding import PartitionSpec as P
 
-from gkd_jax.checkpoints.store import save_params
+from gkd_jax.checkpoints.save import save_params
 from gkd_jax.data.vocabularies import ByteVocabulary
 from gkd_jax.devices.partitioning import Partitioner
 from gkd_jax.distillation.teachers import Teacher, TeacherMixture

@@ -11,7 +11,7 @@ import small_runs
 from small_runs import Stopped, stop_at
 
 from gkd_jax.checkpoints import layout
-from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.checkpoints.manager import CheckpointManager
 from gkd_jax.common.batch import Batch
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.devices.partitioning import Partitioner
@@ -168,8 +168,8 @@ def test_resumed_run_with_replay_is_the_uninterrupted_one(
     saved = []
     for folder in (whole_dir, tmp_path / "parts"):
         trainer = train.Trainer(experiment, Dataset(experiment.train_data))
-        with CheckpointStore(folder, read_only=True) as store:
-            state, host, _ = store.restore(trainer.abstract_state, step=12)
+        with CheckpointManager(folder, read_only=True) as manager:
+            state, host, _ = manager.restore(trainer.abstract_state, step=12)
         saved.append((state["replay"], host["replay"]))
     small_runs.assert_equal_bits(saved[0][0], saved[1][0])
     assert saved[0][1] == saved[1][1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax.checkpoints.store import save_params
+from gkd_jax.checkpoints.save import save_params
 from gkd_jax.common.batch import Batch
 from gkd_jax.data.mixtures import Mixture
 from gkd_jax.data.recipes import arithmetic

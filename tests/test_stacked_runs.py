@@ -11,7 +11,8 @@ import pytest
 import small_runs
 
 from gkd_jax.checkpoints import hf, load
-from gkd_jax.checkpoints.store import CheckpointStore, save_params
+from gkd_jax.checkpoints.manager import CheckpointManager
+from gkd_jax.checkpoints.save import save_params
 from gkd_jax.devices.partitioning import Partitioner
 from gkd_jax.distillation.teachers import Teacher
 from gkd_jax.experiment import Evaluation, Export, Student
@@ -46,8 +47,8 @@ def test_either_form_is_read_as_the_other(tmp_path, kind, stored_stacked):
     if kind == "params":
         save_params(path, params)
     else:
-        with CheckpointStore(path) as store:
-            store.save(1, {"params": params})
+        with CheckpointManager(path) as manager:
+            manager.save(1, {"params": params})
     want = abstract(wanted, partitioner)
     load.check_compatible(path, want)
     got = load.load_params(path, want)
@@ -78,8 +79,8 @@ def test_a_hugging_face_checkpoint_is_read_into_a_loop_and_written_from_it(tmp_p
 
 
 def load_state(path, wanted):
-    with CheckpointStore(path, read_only=True) as store:
-        return store.restore(wanted)
+    with CheckpointManager(path, read_only=True) as manager:
+        return manager.restore(wanted)
 
 
 def test_a_base_is_known_again_in_either_form():

@@ -8,7 +8,7 @@ import runpy
 import pytest
 import small_runs
 
-from gkd_jax.checkpoints import store
+from gkd_jax.checkpoints import manager
 from gkd_jax.distillation.teachers import Teacher
 from gkd_jax.experiment import Evaluation, Student
 from gkd_jax.experiment.prepare import ConfigurationError
@@ -167,7 +167,7 @@ def test_seeds_and_a_given_teacher(tiny_teacher, tmp_path):
         assert (experiment.seed, experiment.train_data.seed) == (seed, seed)
         assert experiment.model_dir == str(tmp_path / f"gkd_seed{seed}")
         assert experiment.student.initial_checkpoint == str(tmp_path / f"sft_seed{seed}")
-        assert store.newest_step(experiment.model_dir) == 5
+        assert manager.newest_step(experiment.model_dir) == 5
 
 
 @pytest.mark.slow

@@ -444,7 +444,7 @@ def test_t5x_trains_the_gin_file_and_goes_on(fraction, kind, tiny, start, tmp_pa
 @pytest.mark.slow
 def test_t5x_reads_what_we_export(tmp_path):
     """Its `Checkpointer.restore`, for inference; and a fine-tuning that starts from it."""
-    from gkd_jax.checkpoints.store import save_params
+    from gkd_jax.checkpoints.save import save_params
     from gkd_jax.experiment import Export, Student
 
     student = T5(T5Config(**SIZES))

@@ -10,7 +10,7 @@ import optax
 import pytest
 import small_runs
 
-from gkd_jax.checkpoints.store import save_params
+from gkd_jax.checkpoints.save import save_params
 from gkd_jax.common.batch import Batch
 from gkd_jax.devices.partitioning import Partitioner
 from gkd_jax.distillation import train_step

@@ -13,8 +13,9 @@ import pytest
 import small_runs
 from small_runs import Stopped, stop_at
 
-from gkd_jax.checkpoints import store
-from gkd_jax.checkpoints.store import CheckpointStore, save_params
+from gkd_jax.checkpoints import manager
+from gkd_jax.checkpoints.manager import CheckpointManager
+from gkd_jax.checkpoints.save import save_params
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.recipes import arithmetic
 from gkd_jax.devices.partitioning import Partitioner
@@ -35,8 +36,8 @@ from gkd_jax.training.trainer import jit_step_functions
 
 
 def host_part(model_dir, step: int) -> dict:
-    with CheckpointStore(model_dir, read_only=True) as store:
-        return small_runs.json.loads((store.folder(step) / "host.json").read_text())["host"]
+    with CheckpointManager(model_dir, read_only=True) as manager:
+        return small_runs.json.loads((manager.folder(step) / "host.json").read_text())["host"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         stop_at(patch, 8)
         with pytest.raises(Stopped):
             train.train(experiment)
-    assert store.newest_step(experiment.model_dir) == 5
+    assert manager.newest_step(experiment.model_dir) == 5
     resumed = train.train(experiment)
 
     assert int(resumed.state.step) == 12
@@ -176,7 +177,7 @@ def test_a_failing_rollout_stops_the_run(tiny_teacher, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no sampler today"):
         train.train(experiment)
     assert len(calls) == 1
-    assert store.newest_step(str(tmp_path)) is None
+    assert manager.newest_step(str(tmp_path)) is None
     jitted_functions.jit_rollout.cache_clear()
 
 
@@ -484,7 +485,7 @@ def test_nothing_bad_is_saved(tiny_teacher, tmp_path, monkeypatch, change, wante
     experiment = small_runs.gkd(tmp_path, tiny_teacher, evaluation=None)
     with pytest.raises(FloatingPointError, match=r"training stopped at step \d+: .* not finite"):
         train.train(experiment)
-    assert store.newest_step(str(tmp_path)) == kept
+    assert manager.newest_step(str(tmp_path)) == kept
 
 
 @pytest.mark.slow
@@ -495,7 +496,7 @@ def test_an_exploding_run_stops_with_its_remedy(tiny_teacher, tmp_path):
     )
     with pytest.raises(FloatingPointError, match="Lower the learning rate"):
         train.train(experiment)
-    assert store.newest_step(str(tmp_path)) == 1
+    assert manager.newest_step(str(tmp_path)) == 1
     saved = parameters.student_to_use(experiment).params
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved))
 
@@ -520,11 +521,11 @@ def test_the_best_checkpoint_is_kept_by_its_own_score(tiny_teacher, tmp_path, mo
         checkpoints=Checkpoints(period=1, keep=1, best_metric="gsm8k_accuracy"),
     )
     train.train(experiment)
-    with CheckpointStore(tmp_path, read_only=True) as store:
-        assert store.best_step() == 2
-        assert store.all_steps() == [2, 6]
+    with CheckpointManager(tmp_path, read_only=True) as manager:
+        assert manager.best_step() == 2
+        assert manager.all_steps() == [2, 6]
         metrics = {
-            step: small_runs.json.loads((store.folder(step) / "host.json").read_text())["metric"]
+            step: small_runs.json.loads((manager.folder(step) / "host.json").read_text())["metric"]
             for step in (2, 6)
         }
     assert metrics == {2: 9.0, 6: 2.0}
@@ -539,7 +540,7 @@ def test_a_best_metric_that_is_not_measured_is_refused(tiny_teacher, tmp_path):
     )
     with pytest.raises(ValueError, match=r"got 'blue'\. Set it to one of .*'gsm8k_accuracy'"):
         train.train(small_runs.sft(tmp_path, checkpoints=checkpoints, evaluation=evaluation))
-    assert store.newest_step(str(tmp_path)) is None
+    assert manager.newest_step(str(tmp_path)) is None
 
 
 def test_what_was_learnt_is_what_is_saved(tiny_teacher, gkd_run):

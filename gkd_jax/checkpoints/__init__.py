@@ -1,5 +1,7 @@
-"""Parameters and training states, in and out: of runs, of T5X, of Hugging Face.
+"""Checkpoints: saving and loading parameters and training states.
 
-The only room that uses Orbax. Start with `store`, a run's own checkpoints, and `load`, which reads
-any kind. `last_step` needs Python alone, `pretrained` holds the quickstart's teacher.
+Reads and writes the checkpoints of runs, of T5X, and of Hugging Face. Only this package uses Orbax.
+Start with `manager`, which saves and restores the checkpoints of a run, and `load`, which loads
+parameters from a checkpoint of any kind. `last_step` needs only Python's standard library;
+`pretrained` holds the teacher of the quickstart.
 """

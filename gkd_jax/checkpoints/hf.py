@@ -15,8 +15,8 @@ import numpy as np
 from etils import epath
 
 from gkd_jax.checkpoints import layout, safetensors_files
-from gkd_jax.checkpoints.leaves import read_leaf
 from gkd_jax.checkpoints.safetensors_files import StoredTensor
+from gkd_jax.checkpoints.sharded_reads import read_sharded
 from gkd_jax.common import hub
 from gkd_jax.common.array_types import Params, PyTree
 from gkd_jax.models import families, hf_names, stacking
@@ -123,7 +123,7 @@ def read_hf_params(folder: epath.Path, abstract_params: PyTree[jax.ShapeDtypeStr
     for name, leaf in zip(wanted, leaves, strict=True):
         one, is_transposed = stored[name]
         tensor = one.open()
-        arrays.append(read_leaf(name, tensor.T if is_transposed else tensor, leaf, folder))
+        arrays.append(read_sharded(name, tensor.T if is_transposed else tensor, leaf, folder))
     return jax.tree_util.tree_unflatten(treedef, arrays)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from etils import epath
 
 from gkd_jax.checkpoints import hf, layout
+from gkd_jax.checkpoints.manager import CheckpointManager
 from gkd_jax.checkpoints.manifest import MANIFEST, CorruptCheckpointError, verify_manifest
-from gkd_jax.checkpoints.store import CheckpointStore
 from gkd_jax.common import hub
 from gkd_jax.common.array_types import Params, PyTree
 from gkd_jax.devices import partitioning
@@ -85,8 +85,8 @@ def _load(
         _check_part({}, part, folder)
         return hf.read_hf_params(folder, abstract_params)
     if kind == "run":
-        store = CheckpointStore(folder, read_only=True)
-        folder = store.folder(store.choose(step))
+        manager = CheckpointManager(folder, read_only=True)
+        folder = manager.folder(manager.choose(step))
     else:
         _verify(folder)
     header = layout.read_header(folder)
@@ -112,14 +112,14 @@ def describe_checkpoint(path: epath.PathLike, *, part: str = "params") -> Checkp
     if kind == "hf":
         return CheckpointInfo(kind, str(folder), None, hf.shapes(folder))
     if kind == "run":
-        store = CheckpointStore(folder, read_only=True)
-        latest = store.latest_step()
+        manager = CheckpointManager(folder, read_only=True)
+        latest = manager.latest_step()
         if latest is None:
             raise FileNotFoundError(
                 f"there is no complete checkpoint in {folder}: its only save was cut off. Choose "
                 "another path."
             )
-        folder = store.folder(latest)
+        folder = manager.folder(latest)
     verify_manifest(folder, digests=False)
     header = layout.read_header(folder)
     kind = header.kind if kind != "run" else kind
@@ -175,8 +175,8 @@ def _are_stacked(folder: epath.Path) -> bool:
         return False
     folders = [folder]
     if kind == "run":
-        store = CheckpointStore(folder, read_only=True)
-        folders = [store.folder(step) for step in reversed(store.all_steps())]
+        manager = CheckpointManager(folder, read_only=True)
+        folders = [manager.folder(step) for step in reversed(manager.all_steps())]
     for one in folders:
         try:
             return stacking.are_stacked(layout.read_header(one).shapes)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gkd_jax.checkpoints.leaves import DAMAGED, read_leaf
+from gkd_jax.checkpoints.sharded_reads import DAMAGED, read_sharded
 from gkd_jax.common.array_types import Params, PyTree
 
 NATIVE = "native"
@@ -82,7 +82,7 @@ def read_t5x_params(path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtype
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_params)
     wanted = {"/".join(str(key.key) for key in keys): leaf for keys, leaf in with_paths}
     _check_names(folder, stored=set(stored), wanted=set(wanted))
-    arrays = [read_leaf(name, stored[name], wanted[name], folder) for name in wanted]
+    arrays = [read_sharded(name, stored[name], wanted[name], folder) for name in wanted]
     return jax.tree_util.tree_unflatten(treedef, arrays)
 
 

@@ -23,6 +23,8 @@ _MODULES = {
     "appended": "common.growing_files",
     "array_types": "common.array_types",
     "batch": "common.batch",
+    "checkpoints.leaves": "checkpoints.sharded_reads",
+    "checkpoints.store": "checkpoints.manager",
     "chips": "devices.chips",
     "collectives": "devices.collectives",
     "compile_ahead": "run_modes.compile_ahead",
@@ -89,6 +91,8 @@ _MODULES = {
 # for each). The `__getattr__` of a room finds it for Python imports; a module needs one of its own
 # that calls `load_moved`.
 _NAMES = {
+    "checkpoints.manager.CheckpointStore": "checkpoints.manager.CheckpointManager",
+    "checkpoints.manager.save_params": "checkpoints.save.save_params",
     "data.task.get_task": "data.registry.get_task",
     "data.task.register_task": "data.registry.register_task",
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import jax
 from etils import epath
 
-from gkd_jax.checkpoints import load, store
+from gkd_jax.checkpoints import load, manager
 from gkd_jax.checkpoints.layout import OtherShapesError
 from gkd_jax.common.array_types import Params
 from gkd_jax.common.growing_files import check_writable, is_in_bucket
@@ -268,7 +268,7 @@ class _Check:
         with collecting():
             check_vocab_size(experiment.student.model, vocabulary)
         with collecting():
-            if store.newest_step(experiment.model_dir) is not None:
+            if manager.newest_step(experiment.model_dir) is not None:
                 self._check_checkpoint(
                     "Experiment.model_dir", experiment.model_dir, experiment.student.model,
                     vocabulary,
@@ -331,7 +331,7 @@ class _Check:
             return
         self._check_student_to_use(vocabulary)
         with self.problems.collecting():
-            if store.newest_step(experiment.model_dir) is not None:
+            if manager.newest_step(experiment.model_dir) is not None:
                 model = experiment.student.model
                 trained, _ = lora.split(model, model.abstract_params())
                 load.check_compatible(experiment.model_dir, trained, part=teacher.state_part)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from gkd_jax.checkpoints import layout
-from gkd_jax.checkpoints.store import CheckpointStore
+from gkd_jax.checkpoints.manager import CheckpointManager
 from gkd_jax.data import vocabularies
 from gkd_jax.devices.partitioning import process_zero_decides
 from gkd_jax.distillation.train_step import TrainState
@@ -94,7 +94,7 @@ class _Loop:
         self.experiment = experiment
         self.trainer = trainer
         self.evaluator = evaluator
-        self.store = CheckpointStore(
+        self.checkpoint_manager = CheckpointManager(
             experiment.model_dir,
             keep=experiment.checkpoints.keep,
             best_mode=experiment.checkpoints.best_mode,
@@ -123,9 +123,9 @@ class _Loop:
     def _start(self) -> tuple[TrainState, int, int]:
         """Resumes this run, or loads given weights, or starts from scratch."""
         # The step of a saved state is never 0.
-        if process_zero_decides(lambda: self.store.latest_step() or 0) == 0:
+        if process_zero_decides(lambda: self.checkpoint_manager.latest_step() or 0) == 0:
             return self.trainer.init_state(), 0, 0
-        state, host, step = self.store.restore(self.trainer.abstract_state)
+        state, host, step = self.checkpoint_manager.restore(self.trainer.abstract_state)
         self.trainer.dataset.check_fingerprint(host["data_fingerprint"])
         adapters.check_frozen(self.experiment, self.trainer.frozen_description, host)
         logging.info("resuming after step %d of %d", step, self.experiment.num_steps)
@@ -149,7 +149,7 @@ class _Loop:
                 # There is little time: an evaluation is made when the run goes on.
                 owes = self._is_evaluation_due(step) and step > self.start_step
                 self._save(step, owes_evaluation=owes)
-                self.store.wait()
+                self.checkpoint_manager.wait()
                 raise interruption.stopped(step, num_steps)
             # What was done at the step of a restored checkpoint is not done again.
             if step > self.start_step or step == 0 or self.owes_evaluation:
@@ -164,7 +164,7 @@ class _Loop:
                 self.steps.finish()
                 sums, self.sums = self.sums.to_host(), metric_sums.MetricSums()
                 self.log.write_training(step + 1, sums, num_updates=int(self.state.step))
-        self.store.wait()
+        self.checkpoint_manager.wait()
         return TrainResult(state=self.state, scores=self.scores, seconds=self._seconds())
 
     def _make_step(self, step: int) -> None:
@@ -198,7 +198,7 @@ class _Loop:
         try:
             if self.saved_step != step:
                 self._save(step, position=position)
-            self.store.wait()
+            self.checkpoint_manager.wait()
         except Exception:
             logging.exception("that could not be saved")
         else:
@@ -233,13 +233,13 @@ class _Loop:
             self.log.sync()
             if jax.process_index() == 0:
                 # Its checkpoint is there, and is not written twice.
-                layout.write_evaluated(self.store.directory, step, self.scores)
+                layout.write_evaluated(self.checkpoint_manager.directory, step, self.scores)
         self._check_best_metric()
         self.log.leave_out(time.monotonic() - start)
 
     def _made_evaluation(self, step: int) -> dict[str, float] | None:
         """The scores of an owed evaluation that has been made since its checkpoint was written."""
-        return layout.read_evaluated(self.store.directory, step)
+        return layout.read_evaluated(self.checkpoint_manager.directory, step)
 
     def _check_best_metric(self) -> None:
         name = self.experiment.checkpoints.best_metric
@@ -276,7 +276,7 @@ class _Loop:
             metric = self.scores.get(checkpoints.best_metric)
         replay = self.trainer.replay
         self.log.sync()
-        self.store.save(
+        self.checkpoint_manager.save(
             step,
             self.state if replay is None else replay.attach(self.state),
             {
@@ -299,6 +299,6 @@ class _Loop:
         """Ends what was begun; `alone` where the other processes may not be ending."""
         with contextlib.ExitStack() as stack:  # Each, whatever becomes of those before.
             stack.callback(self.profiler.close)
-            stack.callback(self.store.close, alone=alone)
+            stack.callback(self.checkpoint_manager.close, alone=alone)
             stack.callback(self.iterator.close)
             stack.callback(self.log.close)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from gkd_jax.checkpoints import load
-from gkd_jax.checkpoints.store import CheckpointStore, newest_step
+from gkd_jax.checkpoints.manager import CheckpointManager, newest_step
 from gkd_jax.common.array_types import Params
 from gkd_jax.devices.partitioning import Partitioner, process_zero_decides
 from gkd_jax.distillation.teachers import Teacher
@@ -167,9 +167,9 @@ def _newest(experiment: Experiment, part: str, frozen: Params | None) -> Trained
         frozen = load_frozen(experiment) if frozen is None else frozen
         params = lora.join(init_params(experiment), frozen)
         return TrainedStudent(params, 0, experiment.student.initial_checkpoint)
-    with CheckpointStore(experiment.model_dir, read_only=True) as store:
-        step = store.choose()
-        source = str(store.folder(step))
+    with CheckpointManager(experiment.model_dir, read_only=True) as manager:
+        step = manager.choose()
+        source = str(manager.folder(step))
     logging.info("student: %s from %s", "parameters" if part == "params" else part, source)
     trained, _ = lora.split(model, sharded_abstract_params(experiment, model))
     params = load.load_params(source, trained, part=part)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from gkd_jax.checkpoints import load
+from gkd_jax.checkpoints.manager import CheckpointManager
 from gkd_jax.checkpoints.manifest import CorruptCheckpointError
-from gkd_jax.checkpoints.store import CheckpointStore, save_params
+from gkd_jax.checkpoints.save import save_params
 from gkd_jax.devices.partitioning import Partitioner
 
 
@@ -41,11 +42,11 @@ def partitioner():
 def saved(tmp_path_factory):
     """A run with steps 10 and 20, and exported parameters; to be copied, not changed."""
     folder = tmp_path_factory.mktemp("saved")
-    with CheckpointStore(folder / "run", keep=None) as store:
+    with CheckpointManager(folder / "run", keep=None) as manager:
         for step in (10, 20):
             moments = {"kernel": np.zeros((16, 8), np.float32)}
             state = {"step": np.int32(step), "params": make_params(step), "moments": moments}
-            store.save(step, state, {"position": step})
+            manager.save(step, state, {"position": step})
     save_params(folder / "exported", make_params(5), {"name": "student"})
     return folder
 

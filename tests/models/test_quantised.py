@@ -10,7 +10,7 @@ import pytest
 import small_runs
 
 from gkd_jax.checkpoints import load, pretrained
-from gkd_jax.checkpoints.store import save_params
+from gkd_jax.checkpoints.save import save_params
 from gkd_jax.data.pipeline import Dataset, DatasetConfig
 from gkd_jax.data.recipes import arithmetic
 from gkd_jax.data.vocabularies import ByteVocabulary

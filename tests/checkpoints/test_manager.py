@@ -21,8 +21,8 @@ from absl import logging as absl_logging
 from jax.sharding import PartitionSpec
 
 from gkd_jax.checkpoints import layout, manifest
+from gkd_jax.checkpoints.manager import CheckpointManager
 from gkd_jax.checkpoints.manifest import CorruptCheckpointError
-from gkd_jax.checkpoints.store import CheckpointStore
 from gkd_jax.devices.partitioning import Partitioner
 from gkd_jax.distillation import optimizers
 
@@ -91,9 +91,9 @@ def assert_same(got, want):
 def saved(tmp_path_factory, abstract):
     """A run with good checkpoints of steps 10, 20 and 30; to be copied, not changed."""
     folder = tmp_path_factory.mktemp("saved") / "run"
-    with CheckpointStore(folder, keep=None) as store:
+    with CheckpointManager(folder, keep=None) as manager:
         for step in (10, 20, 30):
-            store.save(step, make_state(step, abstract), {"position": step * 4})
+            manager.save(step, make_state(step, abstract), {"position": step * 4})
     return folder
 
 
@@ -124,16 +124,16 @@ def flip(path, position, bit):
 
 
 def test_restore_gives_what_was_saved(run, abstract):
-    store = CheckpointStore(run)
-    assert store.all_steps() == [10, 20, 30]
-    assert store.latest_step() == 30
-    state, host, step = store.restore(abstract)
+    manager = CheckpointManager(run)
+    assert manager.all_steps() == [10, 20, 30]
+    assert manager.latest_step() == 30
+    state, host, step = manager.restore(abstract)
     assert (step, host) == (30, {"position": 120})
     assert isinstance(state, State)
     assert_same(state, make_values(30))
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
-    state, host, step = store.restore(abstract, step=10)
+    state, host, step = manager.restore(abstract, step=10)
     assert (step, host) == (10, {"position": 40})
     assert_same(state, make_values(10))
 
@@ -141,7 +141,7 @@ def test_restore_gives_what_was_saved(run, abstract):
 @pytest.mark.parametrize("model", [1, 4])
 def test_restore_on_another_mesh_gives_equal_arrays(run, model):
     other = Partitioner(model_parallelism=model)
-    state, _, _ = CheckpointStore(run).restore(make_abstract(other))
+    state, _, _ = CheckpointManager(run).restore(make_abstract(other))
     assert_same(state, make_values(30))
     kernel = state.params["dense"]["kernel"]
     assert kernel.sharding.mesh == other.mesh
@@ -150,7 +150,7 @@ def test_restore_on_another_mesh_gives_equal_arrays(run, model):
 
 @pytest.mark.pitfall(43)
 def test_restored_optimizer_makes_the_same_next_update(run, abstract):
-    state, _, _ = CheckpointStore(run).restore(abstract)
+    state, _, _ = CheckpointManager(run).restore(abstract)
     grads = jax.tree.map(lambda x: jnp.ones(x.shape), state.params)
 
     @jax.jit
@@ -162,7 +162,7 @@ def test_restored_optimizer_makes_the_same_next_update(run, abstract):
 
 
 def test_save_is_not_changed_by_a_donated_next_step(tmp_path, abstract):
-    store = CheckpointStore(tmp_path)
+    manager = CheckpointManager(tmp_path)
     state = make_state(7, abstract)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     step_fn = jax.jit(
@@ -170,36 +170,36 @@ def test_save_is_not_changed_by_a_donated_next_step(tmp_path, abstract):
     )
     state = step_fn.lower(state).compile()(make_state(7, abstract))  # Compiled beforehand.
     state = make_state(7, abstract)
-    store.save(1, state)
+    manager.save(1, state)
     for _ in range(5):
         state = step_fn(state)
     jax.block_until_ready(state)
-    restored, _, _ = store.restore(abstract)
+    restored, _, _ = manager.restore(abstract)
     assert_same(restored, make_values(7))
-    store.close()
+    manager.close()
 
 
 def test_checkpoint_counts_only_with_its_manifest(tmp_path, abstract, monkeypatch):
-    store = CheckpointStore(tmp_path)
+    manager = CheckpointManager(tmp_path)
     seen = []
     real = layout.write_manifest
 
     def spy(folder, **kwargs):
         assert (folder / "arrays" / "_METADATA").exists()  # committed by Orbax, yet
-        seen.append((store.all_steps(), store.latest_step()))
+        seen.append((manager.all_steps(), manager.latest_step()))
         real(folder, **kwargs)
 
     monkeypatch.setattr(layout, "write_manifest", spy)
-    store.save(5, make_state(5, abstract))
-    store.wait()
+    manager.save(5, make_state(5, abstract))
+    manager.wait()
     assert seen == [([], None)]
-    assert store.latest_step() == 5
+    assert manager.latest_step() == 5
     listed = json.loads((tmp_path / "checkpoint_5" / "MANIFEST.json").read_text())["files"]
     on_disk = {str(p.relative_to(tmp_path / "checkpoint_5")) for p in files_of(tmp_path)}
     assert set(listed) == on_disk - {"MANIFEST.json"}
     assert "host.json" in listed
     assert any(name.startswith("arrays/") and "/d/" in name for name in listed)
-    store.close()
+    manager.close()
 
 
 def test_a_flipped_bit_in_any_file_is_found(run, abstract, warnings):
@@ -207,22 +207,22 @@ def test_a_flipped_bit_in_any_file_is_found(run, abstract, warnings):
     files = files_of(folder)
     assert len(files) > 8
     rng = np.random.default_rng(0)
-    store = CheckpointStore(run)
+    manager = CheckpointManager(run)
     for path in files:
         original = path.read_bytes()
         size = len(original)
         for position in {0, size // 2, size - 1, int(rng.integers(size))}:
             flip(path, position, int(rng.integers(8)))
-            assert store.choose() == 20, (path, position)
+            assert manager.choose() == 20, (path, position)
             assert path.name in warnings().splitlines()[-1]
             assert "Using step 20 instead" in warnings().splitlines()[-1]
             with pytest.raises(CorruptCheckpointError, match=path.name.replace(".", r"\.")):
-                CheckpointStore(run).choose(30)
+                CheckpointManager(run).choose(30)
             path.write_bytes(original)
-    assert CheckpointStore(run).choose() == 30
+    assert CheckpointManager(run).choose() == 30
     # And end to end: what is restored is the checkpoint before.
     flip(max(files, key=lambda p: p.stat().st_size), 100, 3)
-    state, host, step = CheckpointStore(run).restore(abstract)
+    state, host, step = CheckpointManager(run).restore(abstract)
     assert (step, host["position"]) == (20, 80)
     assert_same(state, make_values(20))
 
@@ -241,7 +241,7 @@ def test_every_bit_of_the_manifest_itself_is_guarded(run):
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "delete", "append"])
 def test_truncated_and_deleted_files_are_found(run, damage):
-    store = CheckpointStore(run)
+    manager = CheckpointManager(run)
     for path in files_of(run / "checkpoint_30"):
         original = path.read_bytes()
         if damage == "delete":
@@ -249,67 +249,67 @@ def test_truncated_and_deleted_files_are_found(run, damage):
         else:
             changed = {"truncate": original[:-1], "empty": b"", "append": original + b"\0"}
             path.write_bytes(changed[damage])
-        assert store.choose() == 20, path
+        assert manager.choose() == 20, path
         path.write_bytes(original)
-    assert store.choose() == 30
+    assert manager.choose() == 30
 
 
 def test_latest_step_after_the_fallback_goes_on_and_sets_the_corrupt_one_aside(
     run, abstract, warnings
 ):
     (run / "checkpoint_30" / "host.json").unlink()
-    store = CheckpointStore(run, keep=1)
-    _, _, step = store.restore(abstract)
+    manager = CheckpointManager(run, keep=1)
+    _, _, step = manager.restore(abstract)
     assert step == 20
-    store.save(25, make_state(25, abstract))
-    store.wait()
-    assert store.all_steps() == [25]
+    manager.save(25, make_state(25, abstract))
+    manager.wait()
+    assert manager.all_steps() == [25]
     assert (run / "corrupt_checkpoint_30.0").is_dir()
     assert "moved the corrupt checkpoint" in warnings()
-    store.save(30, make_state(31, abstract))
-    store.wait()
-    state, _, step = store.restore(abstract)
+    manager.save(30, make_state(31, abstract))
+    manager.wait()
+    state, _, step = manager.restore(abstract)
     assert step == 30
     assert_same(state, make_values(31))
-    store.close()
+    manager.close()
 
 
 def test_all_corrupt_is_an_error_never_a_fresh_start(run, abstract):
     for step in (10, 20, 30):
         flip(run / f"checkpoint_{step}" / "host.json", 5, 0)
-    store = CheckpointStore(run)
-    assert store.latest_step() == 30
+    manager = CheckpointManager(run)
+    assert manager.latest_step() == 30
     with pytest.raises(CorruptCheckpointError, match=r"Step 10: .*host\.json .* Step 30: .*start"):
-        store.restore(abstract)
+        manager.restore(abstract)
 
 
 def test_lost_manifests_are_an_error_never_a_fresh_start(run):
     for step in (10, 20, 30):
         (run / f"checkpoint_{step}" / "MANIFEST.json").unlink()
     with pytest.raises(CorruptCheckpointError, match=r"MANIFEST\.json is missing"):
-        CheckpointStore(run).latest_step()
+        CheckpointManager(run).latest_step()
 
 
 def test_a_first_save_cut_off_counts_as_no_checkpoint(tmp_path, abstract):
     folder = tmp_path / "checkpoint_10"
     folder.mkdir()
     (folder / "UNFINISHED").write_text("")
-    store = CheckpointStore(tmp_path)
-    assert store.latest_step() is None
+    manager = CheckpointManager(tmp_path)
+    assert manager.latest_step() is None
     with pytest.raises(FileNotFoundError, match=r"no complete checkpoint"):
-        store.restore(abstract)
-    store.save(10, make_state(10, abstract))
-    store.wait()
-    assert store.latest_step() == 10
+        manager.restore(abstract)
+    manager.save(10, make_state(10, abstract))
+    manager.wait()
+    assert manager.latest_step() == 10
     assert not (folder / "UNFINISHED").exists()
-    store.close()
+    manager.close()
 
 
 def test_unfinished_later_checkpoint_is_skipped_loudly(run, abstract, warnings):
     shutil.copytree(run / "checkpoint_30", run / "checkpoint_40")
     (run / "checkpoint_40" / "MANIFEST.json").unlink()
     (run / "checkpoint_40" / "UNFINISHED").write_text("")
-    _, _, step = CheckpointStore(run).restore(abstract)
+    _, _, step = CheckpointManager(run).restore(abstract)
     assert step == 30
     assert "checkpoint_40 is unfinished" in warnings()
     assert "step 30 instead" in warnings()
@@ -317,7 +317,7 @@ def test_unfinished_later_checkpoint_is_skipped_loudly(run, abstract, warnings):
 
 def test_explicit_step_that_is_missing_lists_those_there(run, abstract):
     with pytest.raises(FileNotFoundError, match=r"checkpoint_15; there are steps \[10, 20, 30\]"):
-        CheckpointStore(run).restore(abstract, step=15)
+        CheckpointManager(run).restore(abstract, step=15)
 
 
 def steps_on_disk(folder):
@@ -337,61 +337,63 @@ def steps_on_disk(folder):
 def test_kept_are_the_last_the_best_and_every_nth(tmp_path, abstract, options, left):
     metrics = {1: 0.5, 2: 0.9, 3: 0.1, 4: float("nan"), 5: None, 6: 0.9}
     state = make_state(1, abstract)
-    with CheckpointStore(tmp_path, **options) as store:
+    with CheckpointManager(tmp_path, **options) as manager:
         for step, metric in metrics.items():
-            store.save(step, state, metric=metric)
+            manager.save(step, state, metric=metric)
     assert steps_on_disk(tmp_path) == left
-    assert CheckpointStore(tmp_path, **options).best_step() == (3 if "best_mode" in options else 2)
+    assert CheckpointManager(tmp_path, **options).best_step() == (
+        3 if "best_mode" in options else 2
+    )
 
 
 def test_old_checkpoint_stays_until_the_new_one_is_complete(tmp_path, abstract, monkeypatch):
-    store = CheckpointStore(tmp_path, keep=1)
-    store.save(1, make_state(1, abstract))
-    store.wait()
+    manager = CheckpointManager(tmp_path, keep=1)
+    manager.save(1, make_state(1, abstract))
+    manager.wait()
 
     def fail(*_, **__):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
         patch.setattr(layout, "write_manifest", fail)
-        store.save(2, make_state(2, abstract))
+        manager.save(2, make_state(2, abstract))
         with pytest.raises(OSError, match="disk full"):
-            store.wait()
-    state, _, step = store.restore(abstract)
+            manager.wait()
+    state, _, step = manager.restore(abstract)
     assert step == 1
     assert_same(state, make_values(1))
-    store.save(2, make_state(2, abstract))
-    store.wait()
+    manager.save(2, make_state(2, abstract))
+    manager.wait()
     assert steps_on_disk(tmp_path) == [2]
-    store.close()
+    manager.close()
 
 
 def test_error_of_the_thread_surfaces_at_the_next_save(tmp_path, abstract, monkeypatch):
-    store = CheckpointStore(tmp_path)
+    manager = CheckpointManager(tmp_path)
 
     def fail(*_):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
         patch.setattr(layout, "finish", fail)
-        store.save(1, make_state(1, abstract))
+        manager.save(1, make_state(1, abstract))
         with pytest.raises(OSError, match="disk full") as caught:
-            store.save(2, make_state(2, abstract))
+            manager.save(2, make_state(2, abstract))
     assert "checkpoint_1" in caught.value.__notes__[0]
-    store.save(2, make_state(2, abstract))  # Raised once, and no longer in the way.
-    store.close()
-    assert store.all_steps() == [2]
+    manager.save(2, make_state(2, abstract))  # Raised once, and no longer in the way.
+    manager.close()
+    assert manager.all_steps() == [2]
 
 
 def test_a_later_checkpoint_is_never_overwritten(run, abstract):
-    store = CheckpointStore(run)
-    store.restore(abstract, step=20)
+    manager = CheckpointManager(run)
+    manager.restore(abstract, step=20)
     with pytest.raises(ValueError, match=r"steps \[30\]; got step 25 .* new directory"):
-        store.save(25, make_state(25, abstract))
-    store.restore(abstract)
-    assert store.save(30, make_state(30, abstract)) is False
+        manager.save(25, make_state(25, abstract))
+    manager.restore(abstract)
+    assert manager.save(30, make_state(30, abstract)) is False
     with pytest.raises(ValueError, match=r"steps \[30\]; got step 30"):
-        CheckpointStore(run).save(30, make_state(30, abstract))
+        CheckpointManager(run).save(30, make_state(30, abstract))
 
 
 def changed(abstract, **params):
@@ -404,21 +406,21 @@ def test_other_shapes_name_the_parameter_and_both_shapes(run, abstract):
         ValueError,
         match=r"params/dense/kernel is float32\[16, 32\], wanted float32\[16, 64\]\. Set the model",
     ):
-        CheckpointStore(run).restore(changed(abstract, dense={"kernel": kernel}))
+        CheckpointManager(run).restore(changed(abstract, dense={"kernel": kernel}))
 
 
 def test_other_structure_names_missing_and_unwanted(run, abstract):
     extra = jax.ShapeDtypeStruct((3,), np.float32)
     with pytest.raises(ValueError, match=r"params/bias float32\[3\] is missing"):
-        CheckpointStore(run).restore(changed(abstract, bias=extra))
+        CheckpointManager(run).restore(changed(abstract, bias=extra))
     with pytest.raises(ValueError, match=r"opt_state/\S+ \S+\[.*\] is not wanted"):
-        CheckpointStore(run).restore(abstract.replace(opt_state=()))
+        CheckpointManager(run).restore(abstract.replace(opt_state=()))
 
 
 def test_other_dtype_is_an_error_for_a_state(run, abstract):
     scale = jax.ShapeDtypeStruct((16,), np.float32)
     with pytest.raises(ValueError, match=r"bfloat16\[16\], wanted float32\[16\]"):
-        CheckpointStore(run).restore(changed(abstract, norm={"scale": scale}))
+        CheckpointManager(run).restore(changed(abstract, norm={"scale": scale}))
 
 
 def test_format_of_another_version_is_named(run, abstract):
@@ -429,29 +431,29 @@ def test_format_of_another_version_is_named(run, abstract):
     with pytest.raises(
         ValueError, match=r"checkpoint_30 has checkpoint format 2, .* reads format 1"
     ):
-        CheckpointStore(run).restore(abstract)
+        CheckpointManager(run).restore(abstract)
 
 
 def test_host_part_must_be_json(tmp_path, abstract):
-    store = CheckpointStore(tmp_path)
+    manager = CheckpointManager(tmp_path)
     with pytest.raises(ValueError, match=r"must be JSON; .*object"):
-        store.save(1, make_state(1, abstract), {"bad": object()})
-    store.save(1, make_state(1, abstract), {"loss": np.float32(0.5), "n": np.int64(3)})
-    assert store.restore(abstract)[1] == {"loss": 0.5, "n": 3}
-    store.close()
+        manager.save(1, make_state(1, abstract), {"bad": object()})
+    manager.save(1, make_state(1, abstract), {"loss": np.float32(0.5), "n": np.int64(3)})
+    assert manager.restore(abstract)[1] == {"loss": 0.5, "n": 3}
+    manager.close()
 
 
 def test_random_keys_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"random key at rng/dropout"):
-        CheckpointStore(tmp_path).save(1, {"rng": {"dropout": jax.random.key(0)}})
+        CheckpointManager(tmp_path).save(1, {"rng": {"dropout": jax.random.key(0)}})
 
 
 def test_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot be written to .*file/run: .* Set MODEL_DIR"):
-        CheckpointStore(tmp_path / "file" / "run")
+        CheckpointManager(tmp_path / "file" / "run")
     with pytest.raises(FileNotFoundError, match=r"there is no directory .*absent"):
-        CheckpointStore(tmp_path / "absent", read_only=True)
+        CheckpointManager(tmp_path / "absent", read_only=True)
     assert not (tmp_path / "absent").exists()
 
 
@@ -465,7 +467,7 @@ def test_directory_that_cannot_be_written_is_named(tmp_path):
 )
 def test_wrong_settings_are_named(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        CheckpointStore(tmp_path, **options)
+        CheckpointManager(tmp_path, **options)
 
 
 # Saves step 1, starts to save step 2, and is killed at a stage of that.
@@ -473,7 +475,7 @@ KILLED = textwrap.dedent(
     """
     import os, signal, sys, threading, time
     import jax.numpy as jnp
-    from gkd_jax.checkpoints import layout, manifest, store as store_lib
+    from gkd_jax.checkpoints import layout, manager as manager_lib, manifest
 
     folder, stage = sys.argv[1:]
 
@@ -488,9 +490,9 @@ KILLED = textwrap.dedent(
     def make(value):
         return {"params": {"w": jnp.full((512, 1024), value, jnp.float32)}}
 
-    store = store_lib.CheckpointStore(folder, keep=1)
-    store.save(1, make(1.0), {"position": 1})
-    store.wait()
+    manager = manager_lib.CheckpointManager(folder, keep=1)
+    manager.save(1, make(1.0), {"position": 1})
+    manager.wait()
     if stage == "arrays written":
         layout.finish = kill
     elif stage == "host part written":
@@ -501,10 +503,10 @@ KILLED = textwrap.dedent(
         layout.delete = delete_half
     elif stage != "at once":
         threading.Timer(float(stage), kill).start()
-    store.save(2, make(2.0), {"position": 2})
+    manager.save(2, make(2.0), {"position": 2})
     if stage == "at once":
         kill()
-    store.wait()
+    manager.wait()
     time.sleep(60)
     """
 )
@@ -532,18 +534,18 @@ def test_killed_while_saving_leaves_a_good_checkpoint(tmp_path, stage, left):
         check=False,
     )
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    store = CheckpointStore(tmp_path, keep=1)
+    manager = CheckpointManager(tmp_path, keep=1)
     abstract = {"params": {"w": jax.ShapeDtypeStruct((512, 1024), np.float32)}}
-    state, host, step = store.restore(abstract)
+    state, host, step = manager.restore(abstract)
     assert step in (1, 2)
     assert left in (step, None)
     assert host == {"position": step}
     np.testing.assert_array_equal(np.asarray(state["params"]["w"]), float(step))
     # And the run goes on from there.
     if step == 1:
-        store.save(2, state, host)
-    store.save(3, state, host)
-    store.close()
+        manager.save(2, state, host)
+    manager.save(3, state, host)
+    manager.close()
     assert steps_on_disk(tmp_path) == [3]
 
 
@@ -553,9 +555,9 @@ def test_a_deletion_may_be_cut_off_anywhere(tmp_path, monkeypatch):
 
     state = {"params": {"w": np.zeros(3)}}
     for allowed in range(100):
-        store = CheckpointStore(tmp_path / str(allowed), keep=1)
-        store.save(1, state)
-        store.wait()
+        manager = CheckpointManager(tmp_path / str(allowed), keep=1)
+        manager.save(1, state)
+        manager.wait()
         removed = []
 
         def count(remove, removed=removed, allowed=allowed):
@@ -571,15 +573,15 @@ def test_a_deletion_may_be_cut_off_anywhere(tmp_path, monkeypatch):
             for name in ("unlink", "remove", "rmdir"):
                 patch.setattr(os, name, count(getattr(os, name)))
             try:
-                layout.delete(store.folder(1))
+                layout.delete(manager.folder(1))
             except KilledError:
-                assert store.all_steps() == [1] or layout.is_unfinished(store.folder(1))
+                assert manager.all_steps() == [1] or layout.is_unfinished(manager.folder(1))
             else:
                 assert allowed > 5
                 return
-        store.save(2, state)
-        store.close()
-        assert steps_on_disk(store.directory) == [2]
+        manager.save(2, state)
+        manager.close()
+        assert steps_on_disk(manager.directory) == [2]
     pytest.fail("deleting a checkpoint takes fewer than 100 removals")
 
 
@@ -594,7 +596,8 @@ TWO_PROCESSES = textwrap.dedent(
     import numpy as np
     from jax.experimental import multihost_utils
     from gkd_jax.checkpoints import layout, load
-    from gkd_jax.checkpoints.store import CheckpointStore, save_params
+    from gkd_jax.checkpoints.manager import CheckpointManager
+from gkd_jax.checkpoints.save import save_params
     from gkd_jax.devices.partitioning import Partitioner, fetch_to_host
 
     partitioner = Partitioner(model_parallelism=2)
@@ -615,12 +618,12 @@ TWO_PROCESSES = textwrap.dedent(
         got = fetch_to_host(state)["params"]["w"]
         np.testing.assert_array_equal(got, np.arange(64.0 * 32).reshape(64, 32) * k)
 
-    store = CheckpointStore(folder / "run", keep=None)
+    manager = CheckpointManager(folder / "run", keep=None)
     for step in (1, 2):
-        store.save(step, make(step), {"position": step})
-    store.wait()
-    assert store.all_steps() == [1, 2]
-    state, host, step = store.restore(abstract)
+        manager.save(step, make(step), {"position": step})
+    manager.wait()
+    assert manager.all_steps() == [1, 2]
+    state, host, step = manager.restore(abstract)
     assert (step, host) == (2, {"position": 2})
     check(state, 2)
 
@@ -629,26 +632,26 @@ TWO_PROCESSES = textwrap.dedent(
         path = folder / "run" / "checkpoint_2" / "host.json"
         path.write_text(path.read_text().replace("position", "positiom"))
     multihost_utils.sync_global_devices("after damage")
-    state, host, step = store.restore(abstract)
+    state, host, step = manager.restore(abstract)
     assert (step, host) == (1, {"position": 1})
     check(state, 1)
     try:
-        store.restore(abstract, step=2)
+        manager.restore(abstract, step=2)
     except ValueError as error:
         assert "step 2 cannot be used" in str(error) or "process 0" in str(error)
     else:
         raise AssertionError("a corrupt checkpoint was restored")
-    store.save(2, state, host)
-    store.wait()
-    assert store.restore(abstract)[2] == 2
+    manager.save(2, state, host)
+    manager.wait()
+    assert manager.restore(abstract)[2] == 2
 
     def fail(*_):
         raise OSError("disk full")
 
     real, layout.finish = layout.finish, fail
-    store.save(3, state, host)
+    manager.save(3, state, host)
     try:
-        store.wait()
+        manager.wait()
     except (OSError, RuntimeError) as error:
         assert isinstance(error, OSError) == (rank == 0)
     else:
@@ -662,7 +665,7 @@ TWO_PROCESSES = textwrap.dedent(
     else:
         raise AssertionError("an export was overwritten")
     check({"params": load.load_params(folder / "exported", abstract["params"])}, 1)
-    store.close()
+    manager.close()
     print("finished")
     """
 )

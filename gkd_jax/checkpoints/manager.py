@@ -1,4 +1,4 @@
-"""A run's checkpoints: saved while training goes on, verified before they are restored."""
+"""Checkpoints of a run: saved asynchronously, verified before they are restored."""
 
 import re
 import threading
@@ -14,20 +14,22 @@ from jax.experimental import multihost_utils
 
 from gkd_jax.checkpoints import layout
 from gkd_jax.checkpoints.manifest import MANIFEST, CorruptCheckpointError, verify_manifest
-from gkd_jax.common.array_types import Params, PyTree
+from gkd_jax.common.array_types import PyTree
 from gkd_jax.common.growing_files import children, is_in_bucket
+from gkd_jax.common.moved import load_moved
 from gkd_jax.devices.partitioning import process_zero_decides
 
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 
 
-class CheckpointStore:
-    """Checkpoints `checkpoint_<step>` of one run in one directory.
+class CheckpointManager:
+    """Saves, verifies, restores and deletes the checkpoints of one run.
 
-    A save copies the arrays to the host and returns; a thread writes them, then the manifest of
-    digests, and then deletes what is not to be kept. A checkpoint counts only with its manifest,
-    so that a process may be killed at any moment. All processes of a run must make the same
-    calls, on a directory that they share.
+    Each checkpoint is a folder `checkpoint_<step>` in the run's directory. `save` copies the
+    arrays to the host and returns; a background thread then writes them, writes the manifest of
+    digests, and deletes checkpoints that are no longer kept. A checkpoint is complete only if it
+    has its manifest, so the process may be killed at any time. All processes of a run must make
+    the same calls, on a directory that they share.
     """
 
     def __init__(
@@ -39,29 +41,29 @@ class CheckpointStore:
         best_mode: str = "max",
         read_only: bool = False,
     ):
-        """Opens a directory, and makes it if need be.
+        """Opens a directory of checkpoints; creates it if it does not exist.
 
         Args:
-          directory: local, or a bucket such as gs://bucket/run.
-          keep: how many of the latest checkpoints to keep; None for all. The best by metric is
-            kept besides.
-          keep_every: keep also those whose step is a multiple of this.
-          best_mode: 'max' or 'min': which metric given to `save` is best.
-          read_only: neither makes the directory nor saves.
+          directory: local directory, or a bucket path such as gs://bucket/run.
+          keep: number of latest checkpoints to keep; None keeps all. The checkpoint with the best
+            metric is kept in addition.
+          keep_every: also keep checkpoints whose step is a multiple of this.
+          best_mode: 'max' or 'min': whether the highest or the lowest metric is the best.
+          read_only: if True, the directory is not created, and `save` raises an error.
 
         Raises:
-          ValueError: a setting is wrong, or the directory is not writable.
-          FileNotFoundError: read-only, and there is no such directory.
+          ValueError: a setting is invalid, or the directory is not writable.
+          FileNotFoundError: `read_only` is set and the directory does not exist.
         """
         for name, value in (("keep", keep), ("keep_every", keep_every)):
             if value is not None and value < 1:
                 raise ValueError(
-                    f"CheckpointStore.{name} must be at least 1; got {value}. Set it to None to "
+                    f"CheckpointManager.{name} must be at least 1; got {value}. Set it to None to "
                     f"{'keep all' if name == 'keep' else 'keep no others'}."
                 )
         if best_mode not in ("max", "min"):
             raise ValueError(
-                f"CheckpointStore.best_mode must be 'max' or 'min'; got {best_mode!r}. Set it to "
+                f"CheckpointManager.best_mode must be 'max' or 'min'; got {best_mode!r}. Set it to "
                 "'min' for a loss."
             )
         self.directory = layout.absolute(directory)
@@ -81,7 +83,7 @@ class CheckpointStore:
         if not read_only and jax.process_index() == 0:
             layout.check_writable(self.directory)
 
-    def __enter__(self) -> "CheckpointStore":
+    def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -95,26 +97,29 @@ class CheckpointStore:
         *,
         metric: float | None = None,
     ) -> bool:
-        """Starts to save; waits first for the save before.
+        """Starts saving a checkpoint, after waiting for the previous save to complete.
 
-        The state may be donated or changed as soon as this returns.
+        The state may be donated or modified as soon as this returns.
 
         Args:
           step: number of updates made.
           state: any tree of arrays, sharded or not.
-          host: what else a resumed run needs, as JSON: position of the iterator, fingerprints.
-          metric: value by which the best checkpoint is chosen; None or NaN never is the best.
+          host: JSON values that a resumed run needs beside the arrays, such as the position of
+            the data iterator and fingerprints.
+          metric: value that decides which checkpoint is the best; a checkpoint with None or NaN
+            is never the best.
 
         Returns:
-          False if this very checkpoint is the one that the run was restored from.
+          False if nothing is saved because the run was restored from this checkpoint.
 
         Raises:
-          ValueError: `host` is not JSON, or the directory has this or a later step already.
-          Exception: whatever went wrong with the save before.
+          ValueError: `host` is not JSON, or the directory already has this or a later step.
+          Exception: the error of the previous save.
         """
         if self._read_only:
             raise ValueError(
-                f"the store of {self.directory} is read-only. Set read_only=False to save."
+                f"the checkpoint manager of {self.directory} is read-only. Set read_only=False "
+                "to save."
             )
         self.wait()
         header = layout.Header(
@@ -146,11 +151,11 @@ class CheckpointStore:
         """Waits until the last save is complete.
 
         Args:
-          alone: whether the other processes may not be waiting too: they are not asked how their
-            part of the save went.
+          alone: if True, this process does not ask the others whether their part of the save
+            succeeded. Use it if the other processes may not be calling `wait`.
 
         Raises:
-          Exception: whatever went wrong with it.
+          Exception: the error of that save.
         """
         if self._thread is None:
             return
@@ -165,7 +170,7 @@ class CheckpointStore:
             raise error
 
     def close(self, *, alone: bool = False) -> None:
-        """Waits as `wait` does, and frees threads. The store can be used again."""
+        """Waits as `wait` does and stops the threads. The manager can still be used afterwards."""
         try:
             self.wait(alone=alone)
         finally:
@@ -174,17 +179,17 @@ class CheckpointStore:
                 self._checkpointer = None
 
     def folder(self, step: int) -> epath.Path:
-        """Where the checkpoint of a step is, or would be."""
+        """Returns the folder of the checkpoint of a step, whether or not it exists."""
         return self.directory / f"checkpoint_{step}"
 
     def all_steps(self) -> list[int]:
-        """Steps of complete checkpoints, ascending; a save under way does not count yet."""
+        """Returns the steps of complete checkpoints, ascending; excludes a save in progress."""
         return [step for step in self._step_folders() if self._is_complete(step)]
 
     def latest_step(self) -> int | None:
-        """The last complete checkpoint's step; None if there never was one.
+        """Returns the step of the last complete checkpoint; None if none was ever saved.
 
-        Files are not verified here but in `restore`, which may have to use an earlier one.
+        Digests are not verified here but in `restore`, which may fall back to an earlier step.
 
         Raises:
           CorruptCheckpointError: there are checkpoints, but all have lost their manifest.
@@ -198,7 +203,7 @@ class CheckpointStore:
         return None
 
     def best_step(self) -> int | None:
-        """The complete checkpoint with the best metric (the earliest of equals), or None."""
+        """Returns the step with the best metric (the earliest among equals), or None."""
         return self._best(self.all_steps())
 
     def restore(
@@ -207,17 +212,20 @@ class CheckpointStore:
         """Verifies and restores a checkpoint.
 
         Args:
-          abstract_state: `ShapeDtypeStruct`s with the shardings wanted, on any mesh.
-          step: which checkpoint; None takes the last good one, with a warning for each later one
-            that is unfinished or corrupt.
+          abstract_state: tree of `jax.ShapeDtypeStruct` with the requested shardings, on any
+            mesh.
+          step: step to restore; None restores the last intact checkpoint, with a warning for each
+            later one that is unfinished or corrupt.
 
         Returns:
-          The state in the containers of `abstract_state`, the host's part, and the step.
+          The state in the containers of `abstract_state`, the host values given to `save`, and
+          the step.
 
         Raises:
-          FileNotFoundError: there is none, or not that of `step`.
-          CorruptCheckpointError: that of `step` is corrupt, or all are.
-          ValueError: its arrays are not those wanted, or its format is another version's.
+          FileNotFoundError: there is no checkpoint, or none of `step`.
+          CorruptCheckpointError: the checkpoint of `step` is corrupt, or all checkpoints are.
+          ValueError: its arrays differ from `abstract_state`, or another version of the format
+            wrote it.
         """
         self.wait()
         chosen = self.choose(step)
@@ -231,8 +239,8 @@ class CheckpointStore:
         return layout.from_nested(nested, abstract_state), header.host, chosen
 
     def choose(self, step: int | None = None) -> int:
-        """Verifies checkpoints until one is good; returns its step. Raises as `restore` does."""
-        # Process 0 alone reads every byte; all restore what it chose.
+        """Returns the step that `restore` would restore, verified; raises as `restore` does."""
+        # Only process 0 reads every byte; all processes restore the step that it chose.
         chosen = process_zero_decides(lambda: self._choose(step))
         if step is None:
             self._corrupt |= {s for s in self.all_steps() if s > chosen}
@@ -305,7 +313,11 @@ class CheckpointStore:
         return layout.is_unfinished(self.folder(step))
 
     def _make_room(self, step: int) -> bool:
-        """Clears remains at and after `step`; False if the step is there, restored from it."""
+        """Removes unusable checkpoints at and after `step`.
+
+        Returns:
+          False if `step` is already saved and the run was restored from it.
+        """
         later = [s for s in self._step_folders() if s >= step]
         usable = [s for s in later if self._is_complete(s) and s not in self._corrupt]
         if usable == [step] and step == self._restored_step:
@@ -330,7 +342,7 @@ class CheckpointStore:
         logging.warning("moved the corrupt checkpoint %s to %s", self.folder(step), target)
 
     def _finish(self, step: int, header: str) -> None:
-        """The thread: waits for the arrays, completes the checkpoint, deletes old ones."""
+        """Waits for the arrays, completes the checkpoint, deletes old ones. Runs in a thread."""
         try:
             assert self._checkpointer is not None
             self._checkpointer.wait_until_finished()
@@ -363,54 +375,17 @@ class CheckpointStore:
         return self._metrics[step]
 
 
-def save_params(
-    path: epath.PathLike, params: Params, metadata: Mapping[str, Any] | None = None
-) -> None:
-    """Saves parameters alone, with a manifest; `load_params` reads them.
-
-    Args:
-      path: a new folder.
-      params: the parameters.
-      metadata: anything to keep with them, as JSON.
-
-    Raises:
-      ValueError: `path` is not empty or not writable, or `metadata` is not JSON.
-    """
-    folder = layout.absolute(path)
-    tree = {"params": params}
-    header = layout.Header(
-        kind="params",
-        step=None,
-        shapes=layout.shapes_of(tree),
-        metric=None,
-        host=dict(metadata or {}),
-    ).dump()
-
-    def make_folder() -> bool:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"the path to save to must be new; got {folder}. Choose another.")
-        layout.check_writable(folder)
-        layout.begin(folder)
-        return True
-
-    # Decided once: another process would find the folder begun by the first.
-    process_zero_decides(make_folder)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        args = ocp.args.PyTreeSave(layout.to_nested(tree))
-        checkpointer.save(folder / layout.ARRAYS, args=args)
-    if jax.process_index() == 0:
-        layout.finish(folder, header)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"save_params {folder}")
-
-
 def newest_step(model_dir: str) -> int | None:
-    """The step of the newest complete checkpoint of a run; None if it has none.
+    """Returns the step of the newest complete checkpoint of a run; None if it has none.
 
     Raises:
       ValueError: there are checkpoints, but none is complete.
     """
     if not is_in_bucket(model_dir) and not epath.Path(model_dir).is_dir():
         return None
-    with CheckpointStore(model_dir, read_only=True) as store:
-        return store.latest_step()
+    with CheckpointManager(model_dir, read_only=True) as manager:
+        return manager.latest_step()
+
+
+def __getattr__(name: str) -> Any:
+    return load_moved(__name__, name)
