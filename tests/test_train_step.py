@@ -91,7 +91,7 @@ def run_steps(
 
 
 def assert_equal_runs(one, other, num_steps=5):
-    """Equal as the framework defines it: see 'Numbers' in WORKSPACE.md."""
+    """Equal as the framework defines it: see docs/design/numbers.md."""
     np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
     np.testing.assert_allclose(one[1][0], other[1][0], rtol=1e-5)
     limit = 0.02 * num_steps * LEARNING_RATE
