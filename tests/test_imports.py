@@ -206,6 +206,7 @@ def test_no_room_exports_a_name_that_one_of_its_modules_has():
                 names = {name for several in exports.values() for name in several}
                 assert names.isdisjoint(other.stem for other in path.parent.iterdir()), path
                 for module, several in exports.items():
-                    text = path.with_name(f"{module}.py").read_text()
+                    file = path.parent.joinpath(*module.split(".")).with_suffix(".py")
+                    text = file.read_text()
                     defined = set(structure.names_defined(ast.parse(text)))
                     assert set(several) <= defined, (path, module)

@@ -55,6 +55,7 @@ _AFTER = {
     "gin_configs/lora.gin": "gin_configs/gsm8k.gin",
     "gin_configs/methods/seqkd.gin": "gin_configs/sft/wmt_ende.gin",
     "examples/entailment_reward.gin": "gin_configs/xsum.gin",
+    "examples/json_lines/headlines.gin": "gin_configs/sft/arithmetic.gin",
 }
 
 

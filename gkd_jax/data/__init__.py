@@ -1,7 +1,8 @@
-"""Text to batches: sources of raw examples, tasks, vocabularies, the pipeline; metrics of texts.
+"""Data: sources of raw examples, tasks, vocabularies, the input pipeline, and metrics of texts.
 
-It knows no network. Start with `task`, which says what is learnt, and `pipeline`, which makes
-batches of it; `recipes` has the tasks of the paper, `metrics` scores generated texts.
+This package does not depend on models. Start with `task`, which defines a task, and `pipeline`,
+which makes batches of it. `recipes` contains the tasks of the paper, `metrics` scores generated
+texts.
 """
 
 from typing import Any
@@ -9,18 +10,12 @@ from typing import Any
 from gkd_jax.common.lazy import load_export
 
 _EXPORTS = {
-    "pipeline": (
-        "Dataset",
-        "DatasetConfig",
-    ),
-    "task": (
-        "Task",
-        "TextExample",
-    ),
-    "registry": (
-        "get_task",
-        "register_task",
-    ),
+    "pipeline": ("Dataset", "DatasetConfig"),
+    "task": ("Task", "TextExample"),
+    "recipes.text": ("FieldsToText",),
+    "registry": ("get_task", "register_task"),
+    "sources": ("InMemory", "JsonLines", "ParallelText", "TfdsSource", "Tsv"),
+    "mixtures": ("Mixture", "Templated"),
 }
 
 

@@ -329,6 +329,18 @@ class Dataset:
         """
         return self._examples[index]
 
+    def check_metrics(self) -> None:
+        """Scores a few of the references, so that a metric that cannot be computed fails now.
+
+        Raises:
+          ValueError: a metric's package is not installed.
+        """
+        examples = [self.raw(index) for index in range(min(2, self.num_examples))]
+        references = [list(example.references) for example in examples]
+        outputs = [self.task.output_parser(example.targets) for example in examples]
+        for metric in self.task.metrics:
+            metric(references, outputs)
+
     def source_index(self, position: int) -> int:
         """Returns the number in the source of the example at a position of the training order."""
         return self._iterators.example_at(position)

@@ -1,7 +1,8 @@
-"""What is learnt: a task joins sources of raw examples, their text, and its metrics.
+"""Tasks: sources of raw examples, the text made of them, and the metrics of generated outputs.
 
-A source is where raw examples come from (a file, TFDS, memory, a generator). A task turns a raw
-example into text. Tokens, lengths, order and batches are the pipeline's, the same for all tasks.
+A source gives raw examples (from a file, TFDS, memory or a generator). A task turns a raw example
+into text. Token ids, lengths, order and batches are made by the pipeline, in the same way for all
+tasks.
 """
 
 import dataclasses
@@ -12,18 +13,18 @@ from typing import Any, Protocol, TypeAlias
 from gkd_jax.common.moved import load_moved
 
 RawExample: TypeAlias = Mapping[str, Any]
-"""Field name to a str or a list of str, as the source holds them."""
+"""Field name to a str or a list of str, as stored in the source."""
 
 MetricFn: TypeAlias = Callable[[list[list[str]], list[str]], Mapping[str, Any]]
 """(references of each example, predictions) -> metric name to `data.metrics.score.Score`."""
 
 
 class Source(Protocol):
-    """Raw examples in random access. Safe to read from several threads."""
+    """Raw examples in random access. Can be read from several threads."""
 
     @property
     def fingerprint(self) -> str:
-        """Digest bound to the content: another content has another fingerprint."""
+        """Digest of the content: sources of different content have different fingerprints."""
         ...
 
     def __len__(self) -> int: ...
@@ -32,17 +33,17 @@ class Source(Protocol):
 
 
 class SourceConfig(Protocol):
-    """A frozen dataclass that says where examples are, without touching them.
+    """A frozen dataclass that names examples without reading them.
 
-    What costs nothing to open may be its own source: its `open` returns itself.
+    A source that costs nothing to open may be its own configuration: its `open` returns itself.
     """
 
     def open(self) -> Source:
         """Finds and checks the examples.
 
         Raises:
-          FileNotFoundError: there is no such file.
-          ValueError: the content is empty or broken; says where, and the remedy.
+          FileNotFoundError: a file does not exist.
+          ValueError: the content is empty or broken; the message names the place and the remedy.
         """
         ...
 
@@ -52,14 +53,14 @@ class TextExample:
     """One example as text.
 
     Attributes:
-      inputs: the whole prompt, prefix and exemplars included.
+      inputs: the whole prompt, including prefix and exemplars.
       targets: the output to learn.
-      references: what metrics compare a prediction with, in the form that the task's
-        `output_parser` gives (e.g. only the final number); `(targets,)` where none is given.
-      inputs_ids: token ids of `inputs`, from a source that holds tokens already (a seqio task):
-        they are used as they are and not made again from text. Their final end-of-sequence
-        token may be there or not; it is in the batch exactly once either way.
-      targets_ids: the same for `targets`.
+      references: texts that metrics compare a prediction with, in the form that the task's
+        `output_parser` returns (for example only the final number); defaults to `(targets,)`.
+      inputs_ids: token ids of `inputs`, from a source that is already tokenized (a seqio task).
+        They are used instead of encoding the text. The final end-of-sequence token is optional;
+        the batch contains it exactly once in both cases.
+      targets_ids: token ids of `targets`, likewise.
     """
 
     inputs: str
@@ -74,25 +75,45 @@ class TextExample:
 
 
 def as_it_is(output: str) -> str:
-    """The output parser of tasks that need none."""
+    """Returns the output unchanged: the default output parser."""
     return output
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task of text to text.
+    """A text-to-text task.
+
+    Examples:
+      >>> from gkd_jax import data
+      >>> from gkd_jax.data import metrics
+      >>> source = data.InMemory([{"article": "Rain closed the road.", "headline": "Road closed"}])
+      >>> task = data.Task(
+      ...     name="headlines",
+      ...     sources={"train": source},
+      ...     to_text=data.FieldsToText("article", "headline", prefix="headline: "),
+      ...     metrics=(metrics.exact_match,),
+      ... )
+      >>> example = task.to_text(task.source_config("train").open()[0])
+      >>> example.inputs
+      'headline: Rain closed the road.'
+      >>> example.targets
+      'Road closed'
+      >>> score = task.metrics[0]([list(example.references)], ["Road  closed"])["exact_match"]
+      >>> print(score)
+      100.00 ± 0.00
 
     Attributes:
-      name: how logs and gin files (`MIXTURE_OR_TASK_NAME`) call it.
-      sources: split name ('train', 'validation', 'test') to where its examples are.
+      name: name of the task in logs and gin files (`MIXTURE_OR_TASK_NAME`).
+      sources: maps each split ('train', 'validation', 'test') to its source.
       to_text: makes the prompt (with prefix, exemplars or template) and the output of a raw
-        example. Must be a pure function: it is called again each epoch, from several threads.
+        example. Must be a pure function: it is called in every epoch and from several threads.
+        `FieldsToText` reads both from fields of the example.
       metrics: functions of (references, parsed predictions).
-      output_parser: applied to each decoded prediction before the metrics; `to_text` gives
-        references that are in this form already.
-      inputs_eos: whether the prompt ends with the end-of-sequence token (T5: it does).
-      vocabulary_fingerprint: of the vocabulary that made the tokens, where the sources hold
-        tokens; a `DatasetConfig` with another vocabulary is then refused.
+      output_parser: applied to each decoded prediction before the metrics are computed. The
+        references that `to_text` returns are already in this form.
+      inputs_eos: whether the prompt ends with the end-of-sequence token, as in T5.
+      vocabulary_fingerprint: fingerprint of the vocabulary that the sources were tokenized with,
+        if they contain token ids; a `DatasetConfig` with another vocabulary is refused.
     """
 
     name: str
@@ -106,17 +127,28 @@ class Task:
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("Task.name must not be empty. Set it to the task's name.")
+        if not isinstance(self.sources, Mapping):
+            raise ValueError(
+                f"Task.sources of task {self.name!r} must map names of splits to sources; got "
+                f"{self.sources!r}. Write a single source as {{'train': source}}."
+            )
         if not self.sources:
             raise ValueError(
                 f"Task.sources of task {self.name!r} is empty. Give at least one split, "
                 "e.g. {'train': JsonLines('train.jsonl')}."
             )
+        if callable(self.metrics) or not all(callable(metric) for metric in self.metrics):
+            raise ValueError(
+                f"Task.metrics of task {self.name!r} must be a tuple of functions; got "
+                f"{self.metrics!r}. Write a single metric as (metric,), with its comma."
+            )
+        object.__setattr__(self, "metrics", tuple(self.metrics))
 
     def source_config(self, split: str) -> SourceConfig:
-        """The source of a split.
+        """Returns the source of a split.
 
         Raises:
-          ValueError: the task has no such split; names those it has.
+          ValueError: the task has no such split; the message names its splits.
         """
         if split not in self.sources:
             raise ValueError(
@@ -131,13 +163,13 @@ def import_task_module(module: str) -> None:
     """Imports the module that registers a user's tasks.
 
     Raises:
-      ValueError: there is no such module.
+      ValueError: the module does not exist.
     """
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # The module is there; something that it imports is not.
+            raise  # The module exists, but one of its own imports does not.
         raise ValueError(
             f"MIXTURE_OR_TASK_MODULE {module!r} cannot be imported: {error}. Give a module's "
             "dotted name and put its folder on PYTHONPATH."
@@ -145,5 +177,5 @@ def import_task_module(module: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """What this module used to define."""
+    """Returns a name that this module defined in earlier versions."""
     return load_moved(__name__, name)

@@ -254,6 +254,8 @@ class _Check:
     def _open(self, name: str, config: DatasetConfig, num_microbatches: int = 1) -> None:
         with self.problems.collecting():
             self.opened[name] = Dataset(config)
+            if name == "eval_data":
+                self.opened[name].check_metrics()
             attach_teacher(self._experiment, name, self.opened[name])
         with self.problems.collecting():
             self._experiment.partitioner.check_batch_size(config.batch_size, num_microbatches)

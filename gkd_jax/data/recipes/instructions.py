@@ -59,7 +59,7 @@ def instruction(
         name=name,
         sources={split: source for split, source in given.items() if source is not None},
         to_text=FieldsToText(inputs_field, targets_field, output_parser=output_parser),
-        metrics=tuple(metrics),
+        metrics=metrics,
         output_parser=output_parser,
     )
 

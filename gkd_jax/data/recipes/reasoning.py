@@ -154,7 +154,7 @@ def gsm8k(
         name=name,
         sources=sources,
         to_text=dataclasses.replace(to_text, exemplars=pairs, num_exemplars=num_exemplars),
-        metrics=tuple(metrics),
+        metrics=metrics,
     )
 
 
@@ -212,4 +212,4 @@ def arithmetic(
         for split, count in counts.items()
     }
     to_text = FieldsToText("question", "answer")
-    return Task(name=name, sources=sources, to_text=to_text, metrics=tuple(metrics))
+    return Task(name=name, sources=sources, to_text=to_text, metrics=metrics)

@@ -43,5 +43,5 @@ def xsum(
             "test": test or TfdsSource("xsum", "test"),
         },
         to_text=FieldsToText(inputs_field, targets_field, prefix),
-        metrics=tuple(metrics),
+        metrics=metrics,
     )

@@ -1,4 +1,4 @@
-"""How most tasks make text: a prefix, a field for the prompt and a field for the output."""
+"""Text of an example from its fields: a prefix, the field of the prompt, that of the output."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,16 +8,16 @@ from gkd_jax.data.task import RawExample, TextExample, as_it_is
 
 @dataclasses.dataclass(frozen=True)
 class FieldsToText:
-    """A prompt and an output that are fields of the raw example.
+    """Reads prompt and output from two fields of the raw example.
 
-    Examples whose fields are called 'inputs' and 'targets', as parallel text and templated
-    sources have them, are understood as well, so that files at hand need no renaming.
+    Examples with the fields 'inputs' and 'targets', such as those of parallel text and of
+    templates, are accepted under any settings, so that local files need no renaming.
 
     Attributes:
-      inputs_field: the field with the prompt's text.
-      targets_field: the field with the output.
-      prefix: put before the prompt's text.
-      output_parser: makes the reference of metrics from the output, e.g. its final answer.
+      inputs_field: field with the prompt's text.
+      targets_field: field with the output.
+      prefix: prepended to the prompt's text.
+      output_parser: makes the reference for metrics from the output, e.g. its final answer.
     """
 
     inputs_field: str = "inputs"
@@ -26,7 +26,11 @@ class FieldsToText:
     output_parser: Callable[[str], str] = as_it_is
 
     def __call__(self, example: RawExample) -> TextExample:
-        """Makes the text; a KeyError names a missing field."""
+        """Returns the text.
+
+        Raises:
+          KeyError: the example lacks a field.
+        """
         names = (self.inputs_field, self.targets_field)
         if not all(name in example for name in names) and "inputs" in example:
             names = ("inputs", "targets")

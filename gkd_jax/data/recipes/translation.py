@@ -45,5 +45,5 @@ def wmt14_en_de(
             "test": test or TfdsSource(_WMT14, "test"),
         },
         to_text=FieldsToText(inputs_field, targets_field, prefix),
-        metrics=tuple(metrics),
+        metrics=metrics,
     )
