@@ -21,7 +21,8 @@ from gkd_jax.common.array_types import Params
 from gkd_jax.common.batch import Batch
 from gkd_jax.distillation.optimizers import AdamW, Constant
 from gkd_jax.distillation.stored_distributions import Draws, Full, Support, TopK
-from gkd_jax.distillation.train_step import TrainState, init_train_state, make_train_step
+from gkd_jax.distillation.train_state import TrainState, init_train_state
+from gkd_jax.distillation.train_step import make_train_step
 from gkd_jax.models.t5 import T5
 from gkd_jax.models.t5_config import T5Config
 from gkd_jax.objectives import ForwardKL, Objective

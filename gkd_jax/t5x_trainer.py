@@ -28,8 +28,8 @@ from gkd_jax.common.array_types import Array, Float, Int, Params
 from gkd_jax.common.batch import Batch
 from gkd_jax.common.mesh_axes import use_mesh_axes
 from gkd_jax.devices.mesh import axes_of
+from gkd_jax.distillation.loss import make_loss_fn
 from gkd_jax.distillation.rollout import Rollout, rollout_metrics, sample_outputs
-from gkd_jax.distillation.train_step import make_loss_fn
 from gkd_jax.models.t5 import T5
 from gkd_jax.models.t5_config import T5Config
 from gkd_jax.objectives.mixing import OutputMix

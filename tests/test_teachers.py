@@ -13,8 +13,16 @@ import small_runs
 from gkd_jax.checkpoints.save import save_params
 from gkd_jax.common.batch import Batch
 from gkd_jax.devices.partitioning import Partitioner
-from gkd_jax.distillation import train_step
+from gkd_jax.distillation import parameter_sources, train_step
 from gkd_jax.distillation.optimizers import AdamW, Constant
+from gkd_jax.distillation.parameter_sources import (
+    Average,
+    FrozenBase,
+    Initial,
+    Live,
+    ParameterSource,
+    Restored,
+)
 from gkd_jax.distillation.teachers import (
     AverageStudent,
     InitialStudent,
@@ -88,21 +96,21 @@ def test_a_mixtures_divergence_is_that_of_the_mixed_distributions():
 
     loss_fn = train_step.make_loss_fn(student, model, OBJECTIVE)
     grad_fn = jax.jit(jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True))
-    (loss, fused), (grads, of_teacher) = grad_fn(own, params, batch, weights)
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves(of_teacher))
+    (loss, fused), (grads, teacher_grads) = grad_fn(own, params, batch, weights)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(teacher_grads))
     assert optax.tree.norm(grads) > 0
 
     @jax.jit
     def plain_form(own, params):
-        of_student = Predictions(
+        student_predictions = Predictions(
             student.hidden_states(own, batch), student.head(own), student.unembed
         )
-        of_teacher = Predictions(
+        teacher_predictions = Predictions(
             model.hidden_states(params, batch), model.head(params), model.unembed
         )
         return weighted_loss(
-            OBJECTIVE, student=of_student, teacher=of_teacher, targets=batch.targets,
-            weights=weights,
+            OBJECTIVE, student=student_predictions, teacher=teacher_predictions,
+            targets=batch.targets, weights=weights,
         )[1]  # fmt: skip
 
     plain = plain_form(own, params)
@@ -267,11 +275,11 @@ def test_states_without_an_average_have_none():
     np.testing.assert_array_equal(state.average["w"], params["w"])
 
 
-def step_of(part: str | None, *, dropout_rate: float, decay: float | None = None):
+def step_of(source: ParameterSource, *, dropout_rate: float):
     model = small_runs.model(dropout_rate=dropout_rate)
     step = train_step.make_train_step(
         model, model, Objective(ForwardKL()), optax.sgd(0.1),
-        teacher_part=part, average_decay=decay,
+        sources=(source,),
     )  # fmt: skip
     return jax.jit(step)
 
@@ -287,12 +295,12 @@ def state():
 def test_the_live_student_teaches_what_dropout_changes(state):
     """Without it nothing: the gradient of equal distributions is exactly 0."""
     batch, key = random_batch(), jax.random.key(7)
-    after, metrics = step_of("params", dropout_rate=0.0)(state, None, batch, key)
+    after, metrics = step_of(Live(), dropout_rate=0.0)(state, None, batch, key)
     assert float(metrics["loss"][0]) == float(metrics["grad_norm"][0]) == 0.0
     small_runs.assert_equal_bits(after.params, state.params)
 
-    live, _ = step_of("params", dropout_rate=0.1)(state, None, batch, key)
-    given, _ = step_of(None, dropout_rate=0.1)(state, state.params, batch, key)
+    live, _ = step_of(Live(), dropout_rate=0.1)(state, None, batch, key)
+    given, _ = step_of(Restored(), dropout_rate=0.1)(state, state.params, batch, key)
     small_runs.assert_equal_bits(live.params, given.params)
     assert optax.tree.norm(jax.tree.map(jnp.subtract, live.params, state.params)) > 1e-3
 
@@ -300,14 +308,66 @@ def test_the_live_student_teaches_what_dropout_changes(state):
 def test_the_average_teaches_as_a_network_of_its_parameters_would(state):
     """It is that before the update, gets no gradient, and then follows the student."""
     batch, key = random_batch(), jax.random.key(7)
-    own, _ = step_of("average", dropout_rate=0.0, decay=0.5)(state, None, batch, key)
-    given, _ = step_of(None, dropout_rate=0.0)(state, state.average, batch, key)
+    own, _ = step_of(Average(0.5), dropout_rate=0.0)(state, None, batch, key)
+    given, _ = step_of(Restored(), dropout_rate=0.0)(state, state.average, batch, key)
     small_runs.assert_equal_bits(own.params, given.params)
     small_runs.assert_equal_bits(given.average, state.average)
     jax.tree.map(
         lambda new, old, p: np.testing.assert_allclose(new, (old + p) / 2, rtol=1e-5, atol=1e-6),
         own.average, state.average, own.params,
     )  # fmt: skip
+
+
+class FromTwoSources(TeacherMixture):
+    """The mixture of the student's average and of another network."""
+
+    def parameter_sources(self, student):
+        return (Average(0.5), Restored())
+
+    def restricted_models(self, student):
+        return (student, self.teachers[0].network)
+
+    def restore_networks(self, network):
+        return network(self.teachers[0])
+
+
+def test_a_teacher_combines_sources(state):
+    """Each is resolved within the step: as if both were networks that do not change."""
+    student, other = small_runs.model(), small_runs.model(16)
+    network = Teacher(other, "unread")
+    teacher = FromTwoSources((network, network), (1, 3))
+    teacher_params = teacher.restore(
+        student, network=lambda one: params_of(one.model, 2), initial_student=pytest.fail
+    )
+    assert teacher_params[0] is None
+    arguments = (student, teacher.model_for(student), OBJECTIVE, optax.sgd(0.1))
+    step = jax.jit(
+        train_step.make_train_step(*arguments, sources=teacher.parameter_sources(student))
+    )
+    frozen_step = jax.jit(train_step.make_train_step(*arguments))
+    batch, key = random_batch(), jax.random.key(7)
+    own, metrics = step(state, teacher_params, batch, key)
+    both = (state.average, teacher_params[1])
+    given, _ = frozen_step(state, both, batch, key)
+    small_runs.assert_equal_bits(own.params, given.params)
+    assert float(metrics["loss"][0]) > 0
+    # The average has followed: the next step has another teacher.
+    after, _ = step(own, teacher_params, batch, key)
+    fixed, _ = frozen_step(given, both, batch, key)
+    difference = jax.tree.map(jnp.subtract, after.params, fixed.params)
+    assert optax.tree.norm(difference) > 1e-6
+
+
+def test_sources_are_resolved_in_order(state):
+    sources = (Initial(), Live(), FrozenBase(), Average(0.5), Restored())
+    adapters = dataclasses.replace(state, params="trained", average="averaged")
+    got = parameter_sources.resolve(sources, adapters, ("a", None, None, None, "b"), "base")
+    wanted = [{"adapters": one, "base": "base"} for one in ("trained", "averaged")]
+    assert got == ("a", wanted[0], "base", wanted[1], "b")
+    assert parameter_sources.state_fields(sources) == ("params", "average")
+    assert parameter_sources.average_decay(sources) == 0.5
+    with pytest.raises(ValueError, match=r"decays \[0\.5, 0\.9\]\. Give all of them the same"):
+        parameter_sources.average_decay((*sources, Average(0.9)))
 
 
 TEACHER = Teacher(small_runs.model(), "/nowhere/one")
@@ -355,7 +415,7 @@ def test_an_average_lies_as_its_parameters_do():
     functions = jit_step_functions(
         student, student, OBJECTIVE, AdamW(Constant(1e-2)),
         Partitioner(model_parallelism=2, rules="fsdp"),
-        num_microbatches=1, teacher_part="average", average_decay=0.9,
+        num_microbatches=1, sources=(Average(0.9),),
     )  # fmt: skip
     state = functions.abstract_state
     shardings = [jax.tree.map(lambda x: x.sharding, tree) for tree in (state.params, state.average)]

@@ -20,8 +20,8 @@ from gkd_jax.data.hf_tokenizer import HFTokenizer
 from gkd_jax.data.pipeline import Dataset, DatasetConfig
 from gkd_jax.data.recipes import instruction
 from gkd_jax.data.sources import JsonLines
+from gkd_jax.distillation.loss import make_loss_fn
 from gkd_jax.distillation.rollout import Rollout, sample_outputs
-from gkd_jax.distillation.train_step import make_loss_fn
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.decoder_only import DecoderOnly
 from gkd_jax.objectives.divergences import ForwardKL, NegativeLogLikelihood, ReverseKL

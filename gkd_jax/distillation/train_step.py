@@ -1,247 +1,42 @@
-"""One training step: hidden states, divergence, gradient, update. Pure, jitted by the loop.
+"""One training step: loss, gradient, update. Pure functions, jitted by the training loop.
 
-The step cannot tell where the batch's targets came from, so supervised and on-policy
-distillation, and plain fine-tuning, are this one function.
+The step does not depend on where the batch's targets came from, so supervised distillation,
+on-policy distillation and plain fine-tuning are the same function. The loss itself is in `loss`.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Metrics, Params
-from gkd_jax.common.batch import Batch, TeacherDistributions
+from gkd_jax.common.array_types import Array, Bool, Float, Key, Metrics, Params
+from gkd_jax.common.batch import Batch
+from gkd_jax.distillation import parameter_sources
+from gkd_jax.distillation.loss import (
+    batch_weights,
+    loss_metrics,
+    make_loss_fn,
+    make_returns_fn,
+    mean_over_sequences,
+)
+from gkd_jax.distillation.parameter_sources import ALL_RESTORED, Sources
+from gkd_jax.distillation.train_state import TrainState, init_train_state, update_average
 from gkd_jax.models import lora
 from gkd_jax.models.base import LanguageModel
-from gkd_jax.objectives.divergences import NegativeLogLikelihood
-from gkd_jax.objectives.fused import fused_weighted_loss
-from gkd_jax.objectives.objective import Objective, Predictions, count_outputs, final_weights
+from gkd_jax.objectives.objective import Objective
 from gkd_jax.objectives.policy_gradient import divergence_alone
-from gkd_jax.objectives.sequence_kl import importance_weights, returns_to_go
-from gkd_jax.objectives.spans import SpanObjective, span_loss
 
-StepFn = Callable[..., tuple["TrainState", Metrics]]
-
-
-@flax.struct.dataclass
-class TrainState:
-    """All arrays that training changes; what a checkpoint holds.
-
-    Attributes:
-      step: number of updates made; a step that was skipped made none.
-      params: those of the student's parameters that are trained, float32.
-      opt_state: the optimizer's state.
-      average: the average of those parameters, where it teaches; None where no average
-        is kept, and then no part of the tree.
-    """
-
-    step: Int[Array, ""]
-    params: Params
-    opt_state: Any
-    average: Params | None = None
-
-
-def init_train_state(
-    params: Params, optimizer: optax.GradientTransformation, *, with_average: bool = False
-) -> TrainState:
-    """Makes the state before the first step; an average starts as the parameters."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-        # Arrays of its own: a state whose leaves share them could not be donated.
-        average=jax.tree.map(jnp.copy, params) if with_average else None,
-    )
-
-
-def teacher_params_of(
-    state: TrainState,
-    restored: Params | None,
-    state_part: str | None,
-    frozen: Params | None = None,
-) -> Params | None:
-    """The parameters that teach at this state: those restored, or a part of the state.
-
-    Args:
-      state: the state before the update.
-      restored: parameters of a teacher that the state does not hold.
-      state_part: 'params' or 'average'; None for the restored ones.
-      frozen: the student's frozen parameters, which that part is joined to.
-    """
-    return restored if state_part is None else lora.join(getattr(state, state_part), frozen)
-
-
-def follow(average: Params, params: Params, *, decay: float) -> Params:
-    """Moves an average towards new parameters: decay * average + (1 - decay) * params."""
-    # In this form an average of equal numbers stays what it is.
-    return jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), average, params)
-
-
-def make_loss_fn(
-    student: LanguageModel, teacher: LanguageModel | None, objective: Objective
-) -> Callable[..., tuple[Float[Array, ""], Float[Array, "B T"]]]:
-    """Makes the loss of one batch, as a function of both models' parameters.
-
-    Args:
-      student: the model that is trained.
-      teacher: the model that scores; None for an objective that needs none, and where batches
-        hold a stored teacher.
-      objective: divergence, temperatures and reduction.
-
-    Returns:
-      A function `(student_params, teacher_params, batch, weights, dropout_key)` to the sum of
-      `weights` times per-token values, and the per-token values. Teacher parameters are an
-      argument, never closed over, and get no gradient. The teacher never drops out.
-
-    Raises:
-      ValueError: from that function, if the objective needs a teacher and there is none.
-    """
-    needs_teacher = objective.divergence.needs_teacher
-
-    def loss_fn(
-        student_params: Params,
-        teacher_params: Params | None,
-        batch: Batch,
-        weights: Float[Array, "B T"],
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-        hidden = student.hidden_states(student_params, batch, dropout_key=dropout_key)
-        of_student = Predictions(hidden, student.head(student_params), student.unembed)
-        of_teacher: Predictions | TeacherDistributions | None = None
-        if needs_teacher and teacher is not None:
-            teacher_params = jax.lax.stop_gradient(teacher_params)
-            hidden = teacher.hidden_states(teacher_params, batch.as_teacher_reads())
-            of_teacher = Predictions(hidden, teacher.head(teacher_params), teacher.unembed)
-        elif needs_teacher:
-            of_teacher = batch.stored_teacher
-            if of_teacher is None:
-                raise ValueError(
-                    f"{type(objective.divergence).__name__} compares the student with a teacher; "
-                    "got no teacher, and a batch without a stored one. Set Experiment.teacher, or "
-                    "train with NegativeLogLikelihood."
-                )
-        if isinstance(objective, SpanObjective):
-            assert isinstance(of_teacher, Predictions)
-            assert batch.teacher_tokens is not None, "a TeacherReader gives it"
-            return span_loss(
-                objective,
-                student=of_student,
-                teacher=of_teacher,
-                targets=batch.targets,
-                tokens=batch.teacher_tokens,
-                weights=weights,
-            )
-        return fused_weighted_loss(
-            objective,
-            student=of_student,
-            teacher=of_teacher,
-            targets=batch.targets,
-            weights=weights,
-            advantages=batch.advantages,
-        )
-
-    return loss_fn
-
-
-def make_returns_fn(
-    student: LanguageModel,
-    teacher: LanguageModel,
-    *,
-    length_normalized: bool,
-    teacher_share: float = 0.0,
-) -> Callable[[Params, Params, Batch], tuple[Array, Array | None, Metrics]]:
-    """Makes `(student_params, teacher_params, batch)` to what MiniLLM adds to a batch of samples.
-
-    Both models score the outputs, without dropout and without an array of all positions and the
-    whole vocabulary.
-
-    Args:
-      student: who learns.
-      teacher: who judges.
-      length_normalized: as `returns_to_go` has it.
-      teacher_share: of the mixture that wrote the outputs; 0 where the student wrote them alone.
-
-    Returns:
-      A function to advantages and importance per token, the latter None for a share of 0; and the
-      metrics 'return' (sum of log p - log q of an output) and, with a share, 'importance'.
-    """
-    likelihood = make_loss_fn(student, None, Objective(NegativeLogLikelihood()))
-    of_teacher = make_loss_fn(teacher, None, Objective(NegativeLogLikelihood()))
-
-    def returns(
-        student_params: Params, teacher_params: Params, batch: Batch
-    ) -> tuple[Array, Array | None, Metrics]:
-        weights = batch.loss_weights
-        log_q = -likelihood(student_params, None, batch, weights)[1]
-        log_p = -of_teacher(teacher_params, None, batch.as_teacher_reads(), weights)[1]
-        advantages = returns_to_go(log_p - log_q, weights, length_normalized=length_normalized)
-        num_outputs = jnp.sum(jnp.any(weights > 0, axis=1).astype(jnp.float32))
-        metrics: Metrics = {"return": (jnp.sum(log_p - log_q), num_outputs)}
-        if teacher_share == 0.0:
-            return advantages, None, metrics
-        importance = importance_weights(log_q, log_p, weights, teacher_share=teacher_share)
-        metrics["importance"] = (jnp.sum(importance * weights), jnp.sum(weights))
-        return advantages, importance, metrics
-
-    return returns
-
-
-def _final_weights(batch: Batch, objective: Objective) -> Float[Array, "B T"]:
-    return final_weights(
-        batch.measured_weights, reduction=objective.reduction, segments=batch.targets_segments
-    )
-
-
-def loss_metrics(
-    per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
-) -> Metrics:
-    """Sums and weights of what a step reports, comparable over batches of any size.
-
-    `weights` are final weights, so their sum over everything is 1 (0 for an empty batch), before
-    factors such as `Batch.importance`.
-    """
-    measured = batch.measured_weights
-    metrics = {
-        "loss": _mean_over_sequences(per_token, batch, weights),
-        "loss_per_token": (
-            jnp.sum(jnp.where(measured > 0, measured * per_token, 0.0)),
-            jnp.sum(measured),
-        ),
-        "target_tokens": (jnp.sum(batch.loss_weights), jnp.float32(1)),
-    }
-    return metrics | _packing_metrics(batch)
-
-
-def _packing_metrics(batch: Batch) -> Metrics:
-    """Of packed rows, how many examples a batch has and what share of its places are tokens."""
-    if batch.inputs_segments is None or batch.targets_segments is None:
-        return {}
-    places = [batch.inputs_segments > 0, batch.targets_segments > 0]
-    filled = sum(jnp.sum(part.astype(jnp.float32)) for part in places)
-    examples = count_outputs(batch.loss_weights, batch.targets_segments)
-    return {
-        "packed_examples": (examples, jnp.float32(1)),
-        "packed_share": (filled, jnp.float32(sum(part.size for part in places))),
-    }
-
-
-def _mean_over_sequences(
-    per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    num_sequences = count_outputs(batch.measured_weights, batch.targets_segments)
-    # where, not a product: an infinite value at a masked position must not become NaN.
-    mean = jnp.sum(jnp.where(weights != 0, weights * per_token, 0.0))
-    return mean * num_sequences, num_sequences
+StepFn = Callable[..., tuple[TrainState, Metrics]]
 
 
 def split_microbatches(tree: Any, num_microbatches: int) -> Any:
     """Reshapes every leaf [B, ...] to [num_microbatches, B / num_microbatches, ...].
 
-    Microbatch m takes the rows m, m + M, m + 2M, ...: with the batch sharded in contiguous
-    blocks over devices, each device keeps its own rows, and nothing is sent.
+    With M microbatches, microbatch m takes the rows m, m + M, m + 2M, ... If the batch is sharded
+    over devices in contiguous blocks, every device keeps its own rows and no communication is
+    needed.
     """
 
     def split(leaf: Array) -> Array:
@@ -251,6 +46,15 @@ def split_microbatches(tree: Any, num_microbatches: int) -> Any:
     return jax.tree.map(split, tree)
 
 
+def _step_metrics(objective: Objective, per_token: Array, batch: Batch, weights: Array) -> Metrics:
+    """Adds the divergence alone to the metrics, if the objective has other terms as well."""
+    metrics = loss_metrics(per_token, batch, weights)
+    divergence = divergence_alone(objective.divergence, per_token)
+    if divergence is not None:
+        metrics["divergence"] = mean_over_sequences(divergence, batch, weights)
+    return metrics
+
+
 def make_gradient_fn(
     student: LanguageModel,
     teacher: LanguageModel | None,
@@ -258,10 +62,19 @@ def make_gradient_fn(
     *,
     num_microbatches: int,
 ) -> Callable[..., tuple[Params, Metrics]]:
-    """Makes `(params, teacher_params, batch, weights, key, frozen)` to gradient and metrics.
+    """Builds the function that computes gradient and metrics of one batch.
 
-    Microbatches add up, in float32: `weights` are final weights of the whole batch. `params` are
-    those that are trained; `frozen`, None by default, is the rest of the student.
+    Args:
+      student: model that is trained.
+      teacher: model whose distributions the student is compared with, or None.
+      objective: divergence, temperatures and reduction.
+      num_microbatches: number of parts that the batch is split into. Their gradients are summed in
+        float32.
+
+    Returns:
+      A function `(params, teaching_params, batch, weights, key, frozen)` that returns the gradient
+      with respect to `params`, and metrics. `params` are the student's trained parameters and
+      `frozen`, None by default, the others; `weights` are the final weights of the whole batch.
     """
     loss_fn = make_loss_fn(student, teacher, objective)
 
@@ -270,16 +83,9 @@ def make_gradient_fn(
 
     grad_fn = jax.value_and_grad(loss_of_trained, has_aux=True)
 
-    def metrics_of(per_token: Array, batch: Batch, weights: Array) -> Metrics:
-        metrics = loss_metrics(per_token, batch, weights)
-        divergence = divergence_alone(objective.divergence, per_token)
-        if divergence is not None:
-            metrics["divergence"] = _mean_over_sequences(divergence, batch, weights)
-        return metrics
-
     def gradients(
         params: Params,
-        teacher_params: Params | None,
+        teaching_params: Params | None,
         batch: Batch,
         weights: Float[Array, "B T"],
         key: Key[Array, ""],
@@ -287,27 +93,40 @@ def make_gradient_fn(
     ) -> tuple[Params, Metrics]:
         def of_microbatch(index: Any, batch: Batch, weights: Array) -> Any:
             dropout_key = jax.random.fold_in(key, index)
-            return grad_fn(params, frozen, teacher_params, batch, weights, dropout_key)
+            return grad_fn(params, frozen, teaching_params, batch, weights, dropout_key)
 
         if num_microbatches == 1:
             (_, per_token), grads = of_microbatch(0, batch, weights)
-            return grads, metrics_of(per_token, batch, weights)
-
-        def accumulate(carry: Params, part: Any) -> tuple[Params, Array]:
-            index, batch_part, weights_part = part
-            (_, per_token), grads = of_microbatch(index, batch_part, weights_part)
-            return jax.tree.map(jnp.add, carry, grads), per_token
-
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        parts = (
-            jnp.arange(num_microbatches),
-            *split_microbatches((batch, weights), num_microbatches),
-        )
-        grads, per_token = jax.lax.scan(accumulate, zeros, parts)
-        per_token = jnp.swapaxes(per_token, 0, 1).reshape(batch.targets.shape)
-        return grads, metrics_of(per_token, batch, weights)
+        else:
+            grads, per_token = _accumulate(
+                of_microbatch, params, batch, weights, num_microbatches=num_microbatches
+            )
+        return grads, _step_metrics(objective, per_token, batch, weights)
 
     return gradients
+
+
+def _accumulate(
+    of_microbatch: Callable[..., Any],
+    params: Params,
+    batch: Batch,
+    weights: Float[Array, "B T"],
+    *,
+    num_microbatches: int,
+) -> tuple[Params, Float[Array, "B T"]]:
+    """Sums the gradients of all microbatches; returns them and the per-token values of all rows."""
+
+    def accumulate(carry: Params, microbatch: Any) -> tuple[Params, Array]:
+        (_, per_token), grads = of_microbatch(*microbatch)
+        return jax.tree.map(jnp.add, carry, grads), per_token
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    microbatches = (
+        jnp.arange(num_microbatches),
+        *split_microbatches((batch, weights), num_microbatches),
+    )
+    grads, per_token = jax.lax.scan(accumulate, zeros, microbatches)
+    return grads, jnp.swapaxes(per_token, 0, 1).reshape(batch.targets.shape)
 
 
 def make_train_step(
@@ -317,35 +136,36 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     num_microbatches: int = 1,
-    teacher_part: str | None = None,
-    average_decay: float | None = None,
+    sources: Sources = ALL_RESTORED,
     skips_non_finite: bool = False,
 ) -> StepFn:
-    """Makes the training step.
+    """Builds the training step.
 
-    Loss and gradient do not depend on `num_microbatches`: the weight of every token is fixed
-    over the whole batch first, and microbatches only add up (in float32). Dropout masks do
-    depend on it.
+    Loss and gradient do not depend on `num_microbatches`: the weight of every token is computed
+    over the whole batch first, and the microbatches' gradients are summed in float32. Dropout masks
+    do depend on it.
 
     Args:
-      student: the model that is trained.
-      teacher: the model that scores; None for an objective that needs none.
+      student: model that is trained.
+      teacher: model whose distributions the student is compared with; None if the objective needs
+        no teacher, or if batches contain precomputed distributions.
       objective: divergence, temperatures and reduction.
-      optimizer: makes the update.
-      num_microbatches: parts of the batch whose gradients are added up.
-      teacher_part: 'params' or 'average', if that part of the state teaches; None where the
-        teacher's parameters are those given.
-      average_decay: of the state's average, which follows each update; None where none is kept.
-      skips_non_finite: whether a step whose loss or gradient is NaN or infinite changes nothing,
-        and counts in no metric but its tokens.
+      optimizer: computes the update from the gradient.
+      num_microbatches: number of parts that the batch is split into.
+      sources: sources of the teacher's parameters. By default they are the `teacher_params` given
+        to the step. If one source is an `Average`, the state's average follows each update.
+      skips_non_finite: whether a step with a NaN or infinite loss or gradient leaves the state
+        unchanged and counts in no metric except 'target_tokens'.
 
     Returns:
-      A function `(state, teacher_params, batch, key, frozen)` to the new state and metrics, of
-      which 'non_finite' is 1 if loss or gradient are NaN or infinite, else 0; `key` must differ at
-      every step. `frozen`, None by default, are the student's parameters that are not trained: they
-      are not differentiated, and no part of the state.
+      A function `(state, teacher_params, batch, key, frozen)` that returns the new state and
+      metrics. `teacher_params` are the restored parameters of the teacher, from which `sources`
+      are resolved. `key` must differ in every step. `frozen`, None by default, are the student's
+      parameters that are not trained; they are not differentiated and not part of the state. The
+      metric 'non_finite' is 1 if loss or gradient are NaN or infinite, else 0.
     """
     gradients = make_gradient_fn(student, teacher, objective, num_microbatches=num_microbatches)
+    average_decay = parameter_sources.average_decay(sources)
 
     def train_step(
         state: TrainState,
@@ -354,20 +174,13 @@ def make_train_step(
         key: Key[Array, ""],
         frozen: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
-        weights = _final_weights(batch, objective)
+        weights = batch_weights(batch, objective)
         if batch.importance is not None:
             weights = weights * batch.importance
-        teacher_params = teacher_params_of(state, teacher_params, teacher_part, frozen)
-        grads, metrics = gradients(state.params, teacher_params, batch, weights, key, frozen)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        teaching_params = parameter_sources.resolve(sources, state, teacher_params, frozen)
+        grads, metrics = gradients(state.params, teaching_params, batch, weights, key, frozen)
+        new_state = _updated(state, grads, optimizer, average_decay)
         metrics["grad_norm"] = (optax.tree.norm(grads), jnp.float32(1))
-        average = state.average
-        if average_decay is not None:
-            average = follow(average, params, decay=average_decay)
-        new_state = TrainState(
-            step=state.step + 1, params=params, opt_state=opt_state, average=average
-        )
         is_finite = jnp.isfinite(metrics["grad_norm"][0]) & jnp.isfinite(metrics["loss"][0])
         if skips_non_finite:
             new_state, metrics = _unless_finite(is_finite, state, new_state, metrics)
@@ -377,10 +190,24 @@ def make_train_step(
     return train_step
 
 
+def _updated(
+    state: TrainState,
+    grads: Params,
+    optimizer: optax.GradientTransformation,
+    average_decay: float | None,
+) -> TrainState:
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if average_decay is not None:
+        average = update_average(average, params, decay=average_decay)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, average=average)
+
+
 def _unless_finite(
     is_finite: Bool[Array, ""], state: TrainState, new_state: TrainState, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
-    """The new state and metrics; if not finite the old state, and metrics of no weight."""
+    """Returns the new state and metrics; if not finite, the old state and metrics of weight 0."""
     kept: TrainState = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old), new_state, state
     )
@@ -394,12 +221,26 @@ def _unless_finite(
 def make_eval_step(
     student: LanguageModel, teacher: LanguageModel | None, objective: Objective
 ) -> Callable[[Params, Params | None, Batch], Metrics]:
-    """Makes `(student_params, teacher_params, batch)` to the objective's metrics, no dropout."""
+    """Builds `(student_params, teaching_params, batch)` -> metrics of the loss, without dropout."""
     loss_fn = make_loss_fn(student, teacher, objective)
 
-    def eval_step(student_params: Params, teacher_params: Params | None, batch: Batch) -> Metrics:
-        weights = _final_weights(batch, objective)
-        _, per_token = loss_fn(student_params, teacher_params, batch, weights)
+    def eval_step(student_params: Params, teaching_params: Params | None, batch: Batch) -> Metrics:
+        weights = batch_weights(batch, objective)
+        _, per_token = loss_fn(student_params, teaching_params, batch, weights)
         return loss_metrics(per_token, batch, weights)
 
     return eval_step
+
+
+__all__ = [
+    "StepFn",
+    "TrainState",
+    "init_train_state",
+    "loss_metrics",
+    "make_eval_step",
+    "make_gradient_fn",
+    "make_loss_fn",
+    "make_returns_fn",
+    "make_train_step",
+    "split_microbatches",
+]

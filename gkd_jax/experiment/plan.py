@@ -22,7 +22,7 @@ def describe_plan(experiment: Experiment, prepared: Prepared) -> str:
     if teacher is not None:
         used = "" if experiment.objective.divergence.needs_teacher else " (not used in training)"
         size = "stored" if teacher_model is None else f"{num_params(teacher_model):,} parameters"
-        lines.append(f"teacher: {size}, from {teacher.source(experiment.start)}{used}")
+        lines.append(f"teacher: {size}, from {teacher.describe(experiment.start)}{used}")
         if prepared.train_data is not None and prepared.train_data.stored_teacher is not None:
             lines.append(f"  {prepared.train_data.stored_teacher}")
     vocabulary = experiment.train_data.vocabulary

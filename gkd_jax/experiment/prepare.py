@@ -15,6 +15,7 @@ from gkd_jax.data.pipeline import Dataset, DatasetConfig
 from gkd_jax.data.prompts import with_prompts
 from gkd_jax.data.vocabularies import Vocabulary, check_same_vocabulary
 from gkd_jax.devices.partitioning import layer_of
+from gkd_jax.distillation.parameter_sources import FrozenBase, Initial, state_fields
 from gkd_jax.distillation.rewards import RewardMix
 from gkd_jax.distillation.teachers import Teacher
 from gkd_jax.experiment.checks import adapters
@@ -301,10 +302,11 @@ class _Check:
             with self.problems.collecting():
                 check_own_tokens(self._experiment, self._experiment.train_data.vocabulary)
             vocabulary = own.vocabulary
-        self._experiment.teacher.restore(
-            network=lambda teacher: self._check_network(teacher, vocabulary),
-            initial_student=lambda: self._check_initial_student(vocabulary),
-        )
+        for network in self._experiment.teacher.networks:
+            self._check_network(network, vocabulary)
+        sources = self._experiment.teacher.parameter_sources(self._experiment.student.model)
+        if any(isinstance(source, Initial | FrozenBase) for source in sources):
+            self._check_initial_student(vocabulary)
 
     def _check_network(self, teacher: Teacher, vocabulary: Vocabulary) -> None:
         student, collecting = self._experiment.student, self.problems.collecting
@@ -329,14 +331,18 @@ class _Check:
         """Outside training a teacher in the state must be in the run's checkpoint."""
         experiment, teacher = self._experiment, self._experiment.teacher
         self._check_teacher(vocabulary)
-        if teacher is None or teacher.state_part is None:
+        if teacher is None:
+            return
+        fields = state_fields(teacher.parameter_sources(experiment.student.model))
+        if not fields:
             return
         self._check_student_to_use(vocabulary)
         with self.problems.collecting():
             if manager.newest_step(experiment.model_dir) is not None:
                 model = experiment.student.model
                 trained, _ = lora.split(model, model.abstract_params())
-                load.check_compatible(experiment.model_dir, trained, part=teacher.state_part)
+                for field in fields:
+                    load.check_compatible(experiment.model_dir, trained, part=field)
 
     def _check_checkpoint(
         self, setting: str, path: str, model: LanguageModel, vocabulary: Vocabulary

@@ -84,13 +84,13 @@ class Evaluator:
         self._reader = make_reader(experiment, vocabulary)
 
     def __call__(
-        self, params: Params, teacher_params: Params | None, *, step: int = 0
+        self, params: Params, teaching_params: Params | None, *, step: int = 0
     ) -> EvalResult:
         """Decodes and scores every example once, over all processes.
 
         Args:
           params: the student's parameters.
-          teacher_params: the teacher's; None leaves divergences to it out.
+          teaching_params: the teacher's; None leaves divergences to it out.
           step: names the file of predictions; also part of the random keys.
         """
         sums = metric_sums.MetricSums()
@@ -102,7 +102,7 @@ class Evaluator:
             texts.update(self._texts(decoded))
             watchdog.beat()
             if number * self.dataset.config.batch_size < self.config.num_divergence_examples:
-                self._add_objective(sums, params, teacher_params, batch, step)
+                self._add_objective(sums, params, teaching_params, batch, step)
         means = sums.means()
         scores = {
             name: Score(value) for name, value in means.items() if "target_tokens" not in name
@@ -117,7 +117,7 @@ class Evaluator:
         self,
         sums: metric_sums.MetricSums,
         params: Params,
-        teacher_params: Params | None,
+        teaching_params: Params | None,
         batch: Batch,
         step: int,
     ) -> None:
@@ -125,16 +125,16 @@ class Evaluator:
 
         A stored teacher knows the data's outputs alone.
         """
-        can_score = teacher_params is not None or batch.stored_teacher is not None
+        can_score = teaching_params is not None or batch.stored_teacher is not None
         if self._objective is None or (self._needs_teacher and not can_score):
             return
-        sums.add("on_data", self._objective(params, teacher_params, self._read(batch)))
-        if self._needs_teacher and teacher_params is not None:
+        sums.add("on_data", self._objective(params, teaching_params, self._read(batch)))
+        if self._needs_teacher and teaching_params is not None:
             key = make_key(self.experiment.seed, Purpose.EVALUATION_SAMPLES, step)
             sampled = self._rollout(params, batch, key)
             sums.add("samples", self._output_metrics(sampled))
             sampled = jitted_functions.without_log_probs(sampled)
-            sums.add("on_samples", self._objective(params, teacher_params, self._read(sampled)))
+            sums.add("on_samples", self._objective(params, teaching_params, self._read(sampled)))
 
     def _read(self, batch: Batch) -> Batch:
         """Has a teacher with its own tokens read the outputs."""
@@ -209,11 +209,11 @@ def evaluate(experiment: Experiment) -> EvalResult:
     frozen = parameters.load_frozen(experiment)
     student = parameters.student_to_use(experiment, frozen=frozen)
     needs_teacher = experiment.objective.divergence.needs_teacher
-    teacher_params = None
+    teaching_params = None
     if needs_teacher and experiment.teacher is not None:
-        teacher_params = parameters.teacher_to_use(experiment, frozen=frozen).params
+        teaching_params = parameters.teacher_to_use(experiment, frozen=frozen).params
     evaluator = Evaluator(experiment, prepared.eval_data)
-    result = evaluator(student.params, teacher_params, step=student.step)
+    result = evaluator(student.params, teaching_params, step=student.step)
     for name, score in result.scores.items():
         logging.info("eval/%s: %s", name, score)
     return result

@@ -106,7 +106,7 @@ def _write_model(experiment: Experiment, params: Params, folder: epath.Path) -> 
 
 
 def _write_t5x(
-    experiment: Experiment, student: parameters.TrainedStudent, folder: epath.Path
+    experiment: Experiment, student: parameters.LoadedParams, folder: epath.Path
 ) -> None:
     """The whole student, its adapters merged, as T5X keeps a step of a run."""
     assert experiment.export is not None
@@ -145,7 +145,7 @@ def _generation_config(config: Any, vocabulary: Vocabulary) -> dict[str, Any]:
     return contents
 
 
-def _card(experiment: Experiment, student: parameters.TrainedStudent) -> str:
+def _card(experiment: Experiment, student: parameters.LoadedParams) -> str:
     teacher, data = experiment.teacher, experiment.train_data
     task = data.task if isinstance(data.task, str) else data.task.name
     assert experiment.export is not None
@@ -155,7 +155,7 @@ def _card(experiment: Experiment, student: parameters.TrainedStudent) -> str:
         source=student.source,
         num_params=num_params(experiment.student.model),
         written=_written(experiment),
-        teacher="none" if teacher is None else teacher.source(experiment.start),
+        teacher="none" if teacher is None else teacher.describe(experiment.start),
         start=experiment.start,
         objective=experiment.objective,
         outputs=experiment.outputs,

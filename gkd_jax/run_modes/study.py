@@ -244,14 +244,10 @@ def _given_networks(study: Study) -> list[tuple[str, Experiment]]:
 
 def _networks(teacher: AbstractTeacher | None) -> list[Student]:
     """The networks that a teacher consists of, each as a run's student."""
-    networks: list[Student] = []
     # The test is in the student's tokens.
-    if teacher is not None and teacher.own_tokens is None:
-        teacher.restore(
-            network=lambda one: networks.append(Student(one.model, one.checkpoint)),
-            initial_student=lambda: None,
-        )
-    return networks
+    if teacher is None or teacher.own_tokens is not None:
+        return []
+    return [Student(one.model, one.checkpoint) for one in teacher.networks]
 
 
 def _for_test(study: Study, experiment: Experiment) -> Experiment:

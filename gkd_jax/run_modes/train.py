@@ -17,7 +17,7 @@ from gkd_jax.checkpoints import layout
 from gkd_jax.checkpoints.manager import CheckpointManager
 from gkd_jax.data import vocabularies
 from gkd_jax.devices.partitioning import process_zero_decides
-from gkd_jax.distillation.train_step import TrainState
+from gkd_jax.distillation.train_state import TrainState
 from gkd_jax.experiment import prepare
 from gkd_jax.experiment.checks import adapters
 from gkd_jax.experiment.experiment import Experiment
@@ -222,9 +222,9 @@ class _Loop:
         # Steps that are still under way are training's time, all that follows is not.
         jax.block_until_ready(self.state)
         start = time.monotonic()
-        teacher_params = self.trainer.teacher_params_of(self.state)
+        teaching_params = self.trainer.teaching_params(self.state)
         params = self.trainer.student_params(self.state)
-        result = self.evaluator(params, teacher_params, step=step)
+        result = self.evaluator(params, teaching_params, step=step)
         self.scores, self.scored_step = result.values(), step
         self.scores["seconds"] = time.monotonic() - start
         self.log.write_evaluation(step, self.scores)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,10 @@ from gkd_jax.checkpoints import load
 from gkd_jax.checkpoints.manager import CheckpointManager, newest_step
 from gkd_jax.common.array_types import Params
 from gkd_jax.devices.partitioning import Partitioner, process_zero_decides
+from gkd_jax.distillation import parameter_sources
+from gkd_jax.distillation.parameter_sources import FrozenBase
 from gkd_jax.distillation.teachers import Teacher
+from gkd_jax.distillation.train_state import TrainState
 from gkd_jax.experiment.checks.adapters import check_base, check_frozen, describe_frozen
 from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.experiment.prepare import no_student
@@ -91,11 +95,12 @@ def load_frozen(experiment: Experiment) -> Params | None:
     return load.load_params(student.initial_checkpoint, frozen)
 
 
-def load_teacher(experiment: Experiment, *, frozen: Params | None = None) -> Params | None:
-    """What the step is given of the teacher: parameters in their compute dtype, sharded.
+def load_teacher(experiment: Experiment) -> Params | None:
+    """Restores the `teacher_params`: sharded, in the compute dtype of each network.
 
-    None where there is no teacher, or where the training state holds it. `frozen` is what
-    `load_frozen` gave, if it was called: a base that teaches is then not restored again.
+    Returns:
+      Parameters as the jitted step takes them (see `distillation.parameter_sources`); None if there
+      is no teacher or none of its sources has to be restored.
     """
     if experiment.teacher is None:
         return None
@@ -111,68 +116,114 @@ def load_teacher(experiment: Experiment, *, frozen: Params | None = None) -> Par
 
     def initial_student() -> Params:
         logging.info("teacher: the initial student")
-        base = load_frozen(experiment) if frozen is None else frozen
-        if base is not None:
-            return base
         return init_params(experiment, dtype=jnp.dtype(experiment.student.model.config.dtype))
 
-    return experiment.teacher.restore(network=network, initial_student=initial_student)
+    return experiment.teacher.restore(
+        experiment.student_model, network=network, initial_student=initial_student
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedStudent:
-    """Parameters of a student or teacher, the step that they are of, and where they come from."""
+class LoadedParams:
+    """Parameters of a model outside training.
+
+    Attributes:
+      params: the parameters, sharded.
+      step: number of the step that they were saved after; 0 if they are not from this run.
+      source: description of where they come from.
+    """
 
     params: Params
     step: int
     source: str
 
 
-def student_to_use(experiment: Experiment, *, frozen: Params | None = None) -> TrainedStudent:
-    """The student's newest parameters in `model_dir`, or else its initial ones.
+@dataclasses.dataclass(frozen=True)
+class _SavedState:
+    """The fields of the run's newest training state that were asked for, None for the others."""
 
-    `frozen` is what `load_frozen` gave, if it was called.
+    state: TrainState
+    frozen: Params | None
+    step: int
+    source: str
+
+
+def student_to_use(experiment: Experiment, *, frozen: Params | None = None) -> LoadedParams:
+    """Loads the student's newest parameters in `model_dir`, or its initial ones if there are none.
+
+    Args:
+      experiment: the run.
+      frozen: frozen parameters as returned by `load_frozen`; None loads them if needed.
 
     Raises:
       ValueError: there are neither.
     """
-    return _newest(experiment, "params", frozen)
+    saved = _newest_state(experiment, ("params",), frozen)
+    params = lora.join(saved.state.params, saved.frozen)
+    return LoadedParams(params, saved.step, saved.source)
 
 
-def teacher_to_use(experiment: Experiment, *, frozen: Params | None = None) -> TrainedStudent:
-    """The teacher's parameters outside training.
+def teacher_to_use(experiment: Experiment, *, frozen: Params | None = None) -> LoadedParams:
+    """Loads the parameters of the teacher's model outside training.
 
-    One that the training state holds comes from the newest checkpoint in `model_dir`; where there
-    is none yet, it is still the initial student. `frozen` is what `load_frozen` gave, if it was
-    called.
+    Sources in the training state are read from the newest checkpoint in `model_dir`. If there is
+    none yet, they are the initial student.
+
+    Args:
+      experiment: the run.
+      frozen: frozen parameters as returned by `load_frozen`; None loads them if needed.
 
     Raises:
-      ValueError: it is made from the student, and there are no parameters of that.
+      ValueError: the teacher is made from the student, and the student has no parameters.
     """
     teacher = experiment.teacher
     assert teacher is not None
-    source = teacher.source(experiment.start)
-    if teacher.state_part is None:
-        return TrainedStudent(load_teacher(experiment, frozen=frozen), 0, source)
-    found = _newest(experiment, teacher.state_part, frozen)
-    return dataclasses.replace(found, source=f"{source}, from {found.source}")
+    sources = teacher.parameter_sources(experiment.student_model)
+    source, step, state = teacher.describe(experiment.start), 0, None
+    teacher_params = load_teacher(experiment)
+    fields = parameter_sources.state_fields(sources)
+    if fields:
+        saved = _newest_state(experiment, fields, frozen)
+        source, step = f"{source}, from {saved.source}", saved.step
+        state, frozen = saved.state, saved.frozen
+    elif frozen is None and any(isinstance(one, FrozenBase) for one in sources):
+        frozen = load_frozen(experiment)
+    params = parameter_sources.resolve(sources, state, teacher_params, frozen)
+    return LoadedParams(params, step, source)
 
 
-def _newest(experiment: Experiment, part: str, frozen: Params | None) -> TrainedStudent:
-    """A part of the newest state in `model_dir`, shaped like the student, or the initial one."""
+def _newest_state(
+    experiment: Experiment, fields: Sequence[str], frozen: Params | None
+) -> _SavedState:
+    """Loads some fields of the newest state in `model_dir`, each shaped like `TrainState.params`.
+
+    Without a checkpoint, every field is the initial student.
+    """
     model = experiment.student.model
     if process_zero_decides(lambda: newest_step(experiment.model_dir) or 0) == 0:
         if experiment.student.initial_checkpoint is None:
             raise ValueError(no_student(experiment))
         frozen = load_frozen(experiment) if frozen is None else frozen
-        params = lora.join(init_params(experiment), frozen)
-        return TrainedStudent(params, 0, experiment.student.initial_checkpoint)
+        initial = init_params(experiment)
+        state = _state_of(dict.fromkeys(fields, initial), step=0)
+        return _SavedState(state, frozen, 0, experiment.student.initial_checkpoint)
     with CheckpointManager(experiment.model_dir, read_only=True) as manager:
         step = manager.choose()
         source = str(manager.folder(step))
-    logging.info("student: %s from %s", "parameters" if part == "params" else part, source)
     trained, _ = lora.split(model, sharded_abstract_params(experiment, model))
-    params = load.load_params(source, trained, part=part)
+    loaded = {}
+    for field in fields:
+        logging.info("student: %s from %s", "parameters" if field == "params" else field, source)
+        loaded[field] = load.load_params(source, trained, part=field)
     frozen = load_frozen(experiment) if frozen is None else frozen
     check_frozen(experiment, describe_frozen(frozen), load.describe_checkpoint(source).host)
-    return TrainedStudent(lora.join(params, frozen), step, source)
+    return _SavedState(_state_of(loaded, step=step), frozen, step, source)
+
+
+def _state_of(fields: Mapping[str, Params], *, step: int) -> TrainState:
+    return TrainState(
+        step=jnp.int32(step),
+        params=fields.get("params"),
+        opt_state=None,
+        average=fields.get("average"),
+    )

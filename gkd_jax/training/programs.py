@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from gkd_jax.common.array_types import PyTree
 from gkd_jax.common.batch import Batch
 from gkd_jax.devices import flops
+from gkd_jax.distillation import parameter_sources
 from gkd_jax.distillation.replay import ReplayBuffer
 from gkd_jax.distillation.rollout import Rollout
 from gkd_jax.distillation.teachers import Teacher
-from gkd_jax.distillation.train_step import teacher_params_of
 from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.experiment.step_objectives import measured_objective, on_policy_objective
 from gkd_jax.models import lora
@@ -61,10 +61,10 @@ class Arguments:
         _, self.frozen = lora.split(student, abstract)
         self.needs_teacher = experiment.objective.divergence.needs_teacher
         teacher = experiment.teacher if self.needs_teacher else None
-        self.teacher = None
+        self.teacher_params = None
         if teacher is not None:
-            self.teacher = teacher.restore(
-                network=self._network, initial_student=self._initial_student
+            self.teacher_params = teacher.restore(
+                student, network=self._network, initial_student=self._initial_student
             )
         functions = self.step_functions(experiment.student_model)
         self.state = functions.abstract_state
@@ -91,8 +91,6 @@ class Arguments:
         )
 
     def _initial_student(self) -> PyTree[jax.ShapeDtypeStruct]:
-        if self.frozen is not None:
-            return self.frozen
         model = self._experiment.student.model
         dtype = jnp.dtype(model.config.dtype)
         return parameters.sharded_abstract_params(self._experiment, model, dtype=dtype)
@@ -109,11 +107,10 @@ class Arguments:
         return lora.join(self.state.params, self.frozen)
 
     @property
-    def teacher_or_state(self) -> PyTree[jax.ShapeDtypeStruct] | None:
-        """The parameters that teach, of which the state may hold some; None where nobody does."""
-        teacher = self._experiment.teacher if self.needs_teacher else None
-        part = teacher.state_part if teacher else None
-        return teacher_params_of(self.state, self.teacher, part, self.frozen)
+    def teaching_params(self) -> PyTree[jax.ShapeDtypeStruct] | None:
+        """Parameters of the teacher's model, as resolved from its sources; None without one."""
+        sources = trainer.teacher_sources(self._experiment)
+        return parameter_sources.resolve(sources, self.state, self.teacher_params, self.frozen)
 
     def residents(self) -> dict[str, int]:
         """Bytes a chip of what lies there from step to step."""
@@ -122,8 +119,7 @@ class Arguments:
             "student's frozen parameters": self.frozen,
             "optimizer": self.state.opt_state,
             "average of the student": self.state.average,
-            # A base that teaches is there once.
-            "teacher": None if self.teacher is self.frozen else self.teacher,
+            "teacher": self.teacher_params,
             "replay buffer": self._replay_buffer(),
         }
         return {what: size for what, tree in found.items() if (size := _bytes_a_chip(tree))}
@@ -232,7 +228,7 @@ def _train_step(experiment: Experiment, arguments: Arguments) -> Function:
         batch = dataclasses.replace(batch, advantages=batch.loss_weights)
     student = experiment.student_model
     plain = with_remat_policy(student, "none")
-    values = (arguments.state, arguments.teacher, batch, arguments.key, arguments.frozen)
+    values = (arguments.state, arguments.teacher_params, batch, arguments.key, arguments.frozen)
     return Function(
         "train step",
         arguments.step_functions(student).step,
@@ -271,7 +267,7 @@ def _rollout(experiment: Experiment, arguments: Arguments) -> Function:
     if policy is not None:
         assert experiment.teacher_model is not None
         writer = policy.combine(writer, experiment.teacher_model)
-        params = (params, arguments.teacher_or_state)
+        params = (params, arguments.teaching_params)
     function = jitted_functions.jit_rollout(
         experiment.rollout, writer, experiment.partitioner, **_TOKENS
     )
@@ -296,7 +292,7 @@ def _of_evaluation(experiment: Experiment, arguments: Arguments) -> Iterator[Fun
     divergence = jitted_functions.jit_eval_step(
         experiment.student_model, teacher, objective, partitioner
     )
-    values = (arguments.student, arguments.teacher_or_state, batch)
+    values = (arguments.student, arguments.teaching_params, batch)
     yield Function("divergence", divergence, values, positions=batch.targets.size)
 
 

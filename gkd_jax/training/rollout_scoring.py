@@ -13,6 +13,7 @@ from gkd_jax.common.array_types import Array, Float, Metrics, Params
 from gkd_jax.common.batch import Batch
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.distillation.loss import make_returns_fn
 from gkd_jax.distillation.rewards import (
     Baseline,
     HostReward,
@@ -22,7 +23,6 @@ from gkd_jax.distillation.rewards import (
     reward_metrics,
     subtract_baseline,
 )
-from gkd_jax.distillation.train_step import make_returns_fn
 from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.objective import Reduction
@@ -98,13 +98,13 @@ class RewardScorer:
         self._metrics = _jit_metrics(num_samples)
 
     def __call__(
-        self, params: Params, teacher_params: Params | None, data: Batch, sampled: Batch
+        self, params: Params, teaching_params: Params | None, data: Batch, sampled: Batch
     ) -> tuple[Batch, Metrics]:
         """Scores the outputs of a step.
 
         Args:
           params: not read.
-          teacher_params: not read.
+          teaching_params: not read.
           data: the training data's batch, with its own outputs.
           sampled: outputs that were sampled for its prompts, the samples of one side by side.
 
@@ -114,7 +114,7 @@ class RewardScorer:
         Raises:
           ValueError: a host's reward gave something else than one finite number a sample.
         """
-        del params, teacher_params
+        del params, teaching_params
         if isinstance(self._reward, HostReward):
             local: Any = self._score_texts(self._reward, data, sampled)
             rewards = self._partitioner.shard_batch(local)
@@ -174,11 +174,11 @@ class ReturnScorer:
         self._returns = jax.jit(partitioner.annotate(returns), out_shardings=shardings)
 
     def __call__(
-        self, params: Params, teacher_params: Params | None, data: Batch, sampled: Batch
+        self, params: Params, teaching_params: Params | None, data: Batch, sampled: Batch
     ) -> tuple[Batch, Metrics]:
         """Scores the outputs of a step by both models at their present parameters."""
         del data
-        advantages, importance, metrics = self._returns(params, teacher_params, sampled)
+        advantages, importance, metrics = self._returns(params, teaching_params, sampled)
         sampled = dataclasses.replace(sampled, advantages=advantages, importance=importance)
         return sampled, metrics
 

@@ -11,10 +11,11 @@ from gkd_jax.common.array_types import Metrics, Params, PyTree
 from gkd_jax.common.batch import Batch
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.devices.partitioning import Partitioner
-from gkd_jax.distillation import train_step
+from gkd_jax.distillation import parameter_sources, train_step
 from gkd_jax.distillation.optimizers import Optimizer
+from gkd_jax.distillation.parameter_sources import ALL_RESTORED, Sources
 from gkd_jax.distillation.replay import ReplayBuffer
-from gkd_jax.distillation.train_step import TrainState
+from gkd_jax.distillation.train_state import TrainState, init_train_state
 from gkd_jax.experiment.checks import adapters
 from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.experiment.step_objectives import measured_objective, on_policy_objective
@@ -47,16 +48,15 @@ def jit_step_functions(
     partitioner: Partitioner,
     *,
     num_microbatches: int,
-    teacher_part: str | None = None,
-    average_decay: float | None = None,
+    sources: Sources = ALL_RESTORED,
     skips_non_finite: bool = False,
 ) -> StepFunctions:
-    """Jits `train_step.init_train_state` and `train_step.make_train_step`."""
+    """Jits `init_train_state` and `train_step.make_train_step`."""
     transformation = optimizer.build()
     init = functools.partial(
-        train_step.init_train_state,
+        init_train_state,
         optimizer=transformation,
-        with_average=average_decay is not None,
+        with_average=parameter_sources.average_decay(sources) is not None,
     )
     trained, _ = lora.split(student, student.abstract_params())
     abstract = jax.eval_shape(init, trained)
@@ -68,8 +68,7 @@ def jit_step_functions(
         objective,
         transformation,
         num_microbatches=num_microbatches,
-        teacher_part=teacher_part,
-        average_decay=average_decay,
+        sources=sources,
         skips_non_finite=skips_non_finite,
     )
     return StepFunctions(
@@ -97,18 +96,23 @@ def step_functions_of(
       objective: that of steps on the data, or on samples.
       student: one that takes the place of the run's, such as without rematerialisation.
     """
-    teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
+    sources = teacher_sources(experiment)
     return jit_step_functions(
         student or experiment.student_model,
-        experiment.teacher_model if teacher else None,
+        experiment.teacher_model if experiment.objective.divergence.needs_teacher else None,
         objective,
         experiment.optimizer,
         experiment.partitioner,
         num_microbatches=experiment.num_microbatches,
-        teacher_part=teacher.state_part if teacher else None,
-        average_decay=teacher.average_decay if teacher else None,
+        sources=sources,
         skips_non_finite=experiment.non_finite.action == "skip",
     )
+
+
+def teacher_sources(experiment: Experiment) -> Sources:
+    """Returns the sources of the teacher's parameters; empty if training uses no teacher."""
+    teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
+    return () if teacher is None else teacher.parameter_sources(experiment.student_model)
 
 
 class Trainer:
@@ -118,13 +122,10 @@ class Trainer:
         self.experiment = experiment
         self.dataset = dataset
         student, partitioner = experiment.student_model, experiment.partitioner
-        teacher = experiment.teacher if experiment.objective.divergence.needs_teacher else None
         self.frozen = parameters.load_frozen(experiment)
         self.frozen_description = adapters.describe_frozen(self.frozen)
-        self.teacher_params = None
-        if teacher is not None:
-            self.teacher_params = parameters.load_teacher(experiment, frozen=self.frozen)
-        self._teacher_part = teacher.state_part if teacher else None
+        self._sources = teacher_sources(experiment)
+        self.teacher_params = parameters.load_teacher(experiment) if self._sources else None
         vocabulary = dataset.config.vocabulary
         functions = step_functions_of(experiment, measured_objective(experiment, vocabulary))
         # The same function where no reward joins the divergence.
@@ -169,14 +170,12 @@ class Trainer:
         """Parameters of whoever writes the outputs: the student, or it and the teacher."""
         student_params = self.student_params(state)
         if self._teacher_helps:
-            return (student_params, self.teacher_params_of(state))
+            return (student_params, self.teaching_params(state))
         return student_params
 
-    def teacher_params_of(self, state: TrainState) -> Params | None:
-        """The parameters that teach at this state; None where nobody does."""
-        return train_step.teacher_params_of(
-            state, self.teacher_params, self._teacher_part, self.frozen
-        )
+    def teaching_params(self, state: TrainState) -> Params | None:
+        """Returns the parameters of the teacher's model at this state; None without a teacher."""
+        return parameter_sources.resolve(self._sources, state, self.teacher_params, self.frozen)
 
     def step(
         self, state: TrainState, batch: Batch, step: int
@@ -224,10 +223,10 @@ class Trainer:
         groups["rollout"] = self.rollout_metrics_fn(sampled)
         written = sampled = jitted_functions.without_log_probs(sampled)
         if self._scorer is not None:
-            judge = self.teacher_params_of(state)
-            params = self.student_params(state)
+            params, teaching_params = self.student_params(state), self.teaching_params(state)
             with self.phases.phase("reward") as wait:
-                sampled, groups["reward"] = wait(self._scorer(params, judge, batch, sampled))
+                scored = self._scorer(params, teaching_params, batch, sampled)
+                sampled, groups["reward"] = wait(scored)
         if self.replay is not None:
             self.replay.add(written, step)
         return sampled

@@ -176,7 +176,7 @@ def test_a_teacher_is_kept_in_int8(tmp_path):
     """Beside another in a mixture too; its source tells, and with it what it generated."""
     run = small_run(tmp_path)
     teacher = run.teacher
-    assert teacher.source("").endswith("teacher in int8")
+    assert teacher.describe("").endswith("teacher in int8")
     held = parameters.load_teacher(run)["weights"]["encoder"]["layers_0"]["mlp"]["wo"]["kernel"]
     assert held.dtype == jnp.int8
     prepare.prepare(run, run_mode="train")
