@@ -467,8 +467,9 @@ def _check_settings(output_mix: OutputMix, rollout: Rollout) -> None:
             "OutputMix.per_example must be False in T5X's trainer: the coin is a step's. Set it to "
             "False, or use gkd_jax's own trainer."
         )
-    if rollout.policy is not None:
+    if rollout.teacher_assistance is not None:
         raise ValueError(
-            f"Rollout.policy must be None in T5X's trainer; got {type(rollout.policy).__name__}. "
+            "Rollout.teacher_assistance must be None in T5X's trainer; got "
+            f"{type(rollout.teacher_assistance).__name__}. "
             "Remove it, or use gkd_jax's own trainer for a rollout with the teacher's help."
         )

@@ -163,8 +163,8 @@ def test_what_cannot_be_is_refused(teacher, pieces, tmp_path):
         with pytest.raises(prepare.ConfigurationError, match=match):
             prepare.prepare(experiment, run_mode=run_mode)
 
-    refused(r"Rollout\.policy = TeacherMixed.*got CrossTokenizerTeacher",
-            rollout=Rollout(policy=TeacherMixed()))  # fmt: skip
+    refused(r"Rollout\.teacher_assistance = TeacherMixed.*got CrossTokenizerTeacher",
+            rollout=Rollout(teacher_assistance=TeacherMixed()))  # fmt: skip
     refused(r"Experiment\.reward weighs the student's tokens.*got CrossTokenizerTeacher",
             reward=RewardMix(HostReward(lambda *_: 0.0), alpha=0.5))  # fmt: skip
     refused(r"Objective\.z_loss .*on spans", objective=Objective(ForwardKL(), z_loss=0.1))

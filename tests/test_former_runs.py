@@ -192,6 +192,7 @@ def test_renamed_settings_and_macros_are_told_once(monkeypatch, caplog):
         present = parsed("NON_FINITE_ACTION = 'skip'")
         text = present.text.replace("NON_FINITE_ACTION", "NON_FINITE_POLICY")
         text = text.replace("NonFinite.action", "NonFinite.policy")
+        text = text.replace("Rollout.teacher_assistance", "Rollout.policy")
         former.append(configuration.parse_text(text, roots=(Experiment,), name="config.gin"))
     assert [config.settings == present.settings for config in former] == [True] * 4
     assert former[-1].build() == present.build()
@@ -199,6 +200,7 @@ def test_renamed_settings_and_macros_are_told_once(monkeypatch, caplog):
     assert told == [
         "the macro NON_FINITE_POLICY is now NON_FINITE_ACTION. Use that in gin files and flags.",
         "experiment.NonFinite.policy is now experiment.NonFinite.action. Use that in gin files.",
+        "rollout.Rollout.policy is now rollout.Rollout.teacher_assistance. Use that in gin files.",
     ]
 
 

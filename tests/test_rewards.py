@@ -171,8 +171,8 @@ def rl(model_dir, teacher, *, alpha=0.25, baseline="leave_one_out", **changes):
         ({"rollout": Rollout(), "baseline": "group_mean"}, r"baseline = 'group_mean' compares"),
         ({"replay": Replay(8)}, r"Set Experiment\.replay to None"),
         (
-            {"rollout": Rollout(num_samples=2, policy=TeacherMixed())},
-            r"policy = TeacherMixed.* Set them to Sample\(.* and None",
+            {"rollout": Rollout(num_samples=2, teacher_assistance=TeacherMixed())},
+            r"teacher_assistance = TeacherMixed.* Set them to Sample\(.* and None",
         ),
         ({"rollout": Rollout(Sample(top_k=5), num_samples=2)}, "drawn from the very distribution"),
         ({"rollout": Rollout(Greedy()), "baseline": "none"}, "drawn from the very distribution"),
@@ -352,7 +352,7 @@ def minillm(model_dir, teacher, **changes):
     """MiniLLM at every step."""
     settings = {
         "objective": Objective(ReverseKL(), reduction="per_token"),
-        "rollout": Rollout(policy=TeacherMixed(0.2)),
+        "rollout": Rollout(teacher_assistance=TeacherMixed(0.2)),
         "reward": SequenceReverseKL(),
     }
     return rl(model_dir, teacher, **settings | changes)
@@ -364,7 +364,7 @@ def minillm(model_dir, teacher, **changes):
         ({"objective": Objective(ForwardKL())}, r"Set Objective\.divergence to ReverseKL\(\)"),
         ({"objective": Objective(ReverseKL(), teacher_temperature=0.5)}, "temperatures to 1"),
         ({"rollout": Rollout(Sample(0.5))}, r"Set them to Sample\(\), and to None or TeacherMixed"),
-        ({"rollout": Rollout(policy=Corrected())}, "None or TeacherMixed"),
+        ({"rollout": Rollout(teacher_assistance=Corrected())}, "None or TeacherMixed"),
         ({"replay": Replay(8)}, r"Set Experiment\.replay to None"),
     ],
 )

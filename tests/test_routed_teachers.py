@@ -129,7 +129,7 @@ def test_a_run_with_replay_goes_on_as_if_it_had_not_stopped(tmp_path, tiny_teach
 def test_what_cannot_be_routed_is_refused(tmp_path, tiny_teacher):
     good = Teacher(small_runs.model(small_runs.TEACHER_WIDTH), str(tiny_teacher))
     experiment = routed_run(tmp_path, tiny_teacher)
-    rollout = dataclasses.replace(experiment.rollout, policy=TeacherMixed())
+    rollout = dataclasses.replace(experiment.rollout, teacher_assistance=TeacherMixed())
     generation = Generation(
         small_runs.data("validation"), str(tmp_path / "out.jsonl"), model="teacher"
     )
@@ -138,7 +138,11 @@ def test_what_cannot_be_routed_is_refused(tmp_path, tiny_teacher):
         (dict(train_data=small_runs.data()), "train", r"each of 3 sources of a mixture; got 1 in"),
         (dict(evaluation=Evaluation(plain)), "eval", r"each of 3 .* got 1 in split 'validation'"),
         (dict(teacher=RoutedTeachers((good,), (0, 0))), "train", r"each of 2 sources .* got 3 in"),
-        (dict(rollout=rollout), "train", r"Rollout\.policy .* RoutedTeachers, which score"),
+        (
+            dict(rollout=rollout),
+            "train",
+            r"Rollout\.teacher_assistance .* RoutedTeachers, which score",
+        ),
         (dict(generation=generation), "generate", r"RoutedTeachers, which score outputs only"),
     ):
         with pytest.raises(ConfigurationError, match=message):

@@ -300,8 +300,8 @@ REFUSED = {
         r"output layer has 259 entries, and the student's has 300",
     ),
     "policy": (
-        {"rollout": Rollout(policy=TeacherMixed(0.2))},
-        r"Rollout\.policy = .* asks the teacher for its next token",
+        {"rollout": Rollout(teacher_assistance=TeacherMixed(0.2))},
+        r"Rollout\.teacher_assistance = .* asks the teacher for its next token",
     ),
 }
 

@@ -348,7 +348,7 @@ def test_settings_that_t5x_cannot_have_are_refused(tiny, teacher_sizes, features
     with pytest.raises(ValueError, match="per_example must be False"):
         make(output_mix=OutputMix(0.5, per_example=True))
     with pytest.raises(ValueError, match="got TeacherMixed"):
-        make(rollout=Rollout(policy=TeacherMixed(0.2)))
+        make(rollout=Rollout(teacher_assistance=TeacherMixed(0.2)))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         make(teacher_checkpoint="nowhere")
     with pytest.raises(ValueError, match=r"pack = False"):

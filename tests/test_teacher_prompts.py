@@ -125,7 +125,7 @@ def test_a_store_holds_what_the_teacher_says_of_its_own_prompts(template, tiny_t
 
 def test_a_policy_of_both_is_refused(template, tiny_teacher, tmp_path):
     experiment = run_with(
-        template, tmp_path / "run", tiny_teacher, rollout=Rollout(policy=TeacherMixed())
+        template, tmp_path / "run", tiny_teacher, rollout=Rollout(teacher_assistance=TeacherMixed())
     )
-    with pytest.raises(prepare.ConfigurationError, match=r"Rollout\.policy .*teacher_chat"):
+    with pytest.raises(prepare.ConfigurationError, match=r"teacher_assistance .*teacher_chat"):
         prepare.prepare(experiment, run_mode="train")

@@ -93,6 +93,7 @@ _MODULES = {
 _NAMES = {
     "checkpoints.manager.CheckpointStore": "checkpoints.manager.CheckpointManager",
     "checkpoints.manager.save_params": "checkpoints.save.save_params",
+    "sampling.teacher_assisted.Policy": "sampling.teacher_assisted.TeacherAssistance",
     "data.task.get_task": "data.registry.get_task",
     "data.task.register_task": "data.registry.register_task",
 }
@@ -100,6 +101,7 @@ _NAMES = {
 # Settings: the present name of the class or function, with the module that defines it, and the
 # former parameter; to the present parameter. Subclasses inherit the entry.
 _SETTINGS = {
+    "distillation.rollout.Rollout.policy": "teacher_assistance",
     "experiment.settings.NonFinite.policy": "action",
 }
 

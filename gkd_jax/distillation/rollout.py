@@ -12,7 +12,7 @@ from gkd_jax.models.base import LanguageModel
 from gkd_jax.sampling.decode import CHUNK_SIZE, DecodingMethod, check_num_samples, decode
 from gkd_jax.sampling.methods import Sample
 from gkd_jax.sampling.outputs import is_any_of, repeat_rows
-from gkd_jax.sampling.teacher_assisted import Policy
+from gkd_jax.sampling.teacher_assisted import TeacherAssistance
 
 REPETITION_GRAM = 4
 
@@ -27,15 +27,15 @@ class Rollout:
       num_samples: N outputs a prompt; the batch grows N-fold.
       target_length: longest output; the length of the batch's `targets` by default.
       chunk_size: the most steps between two looks at whether all outputs have ended.
-      policy: who writes the outputs in training: the student alone (None), or with the teacher's
-        help. An evaluation samples from the student alone.
+      teacher_assistance: how the teacher takes part in sampling the outputs of training steps;
+        None samples from the student alone. Evaluations always sample from the student alone.
     """
 
     method: DecodingMethod = dataclasses.field(default_factory=Sample)
     num_samples: int = 1
     target_length: int | None = None
     chunk_size: int = CHUNK_SIZE
-    policy: Policy | None = None
+    teacher_assistance: TeacherAssistance | None = None
 
     def __post_init__(self) -> None:
         check_num_samples(self.method, self.num_samples)

@@ -1,32 +1,35 @@
-"""Who writes the outputs of a rollout besides the student: teachers that help it along."""
+"""Teacher-assisted sampling: outputs that the student samples with the teacher's help."""
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
+from gkd_jax.common.moved import load_moved
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.combined import CorrectedModel, MixtureModel
 
 
-class Policy(Protocol):
-    """Makes one model, which writes the outputs, of the student's and the teacher's."""
+class TeacherAssistance(Protocol):
+    """Combines the student and the teacher into one model, from which outputs are sampled."""
 
     def combine(self, student: LanguageModel, teacher: LanguageModel) -> LanguageModel:
-        """A model whose parameters are the tuple of the student's and the teacher's."""
+        """Returns a model whose parameters are the tuple (student's, teacher's)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherMixed:
-    """At every token the teacher's distribution is mixed in: MiniLLM (arXiv 2306.08543, 2.2).
+    """Samples each token from a mixture of the student's and the teacher's distributions.
 
-    It keeps a weak student from outputs that collapse. A sampling method's temperature and cuts
-    act on the mixture.
+    Teacher-mixed sampling of "MiniLLM: Knowledge Distillation of Large Language Models"
+    (arXiv 2306.08543, section 2.2). It keeps a weak student from degenerate outputs. The sampling
+    method's temperature, top-k and top-p apply to the mixture.
 
     Attributes:
-      teacher_share: between 0 and 1, ends excluded; the paper takes 0.2.
+      teacher_share: weight of the teacher's distribution, in the open interval (0, 1); the paper
+        uses 0.2.
 
     Raises:
-      ValueError: the share is outside (0, 1).
+      ValueError: `teacher_share` is outside (0, 1).
     """
 
     teacher_share: float = 0.2
@@ -36,11 +39,11 @@ class TeacherMixed:
         if not (isinstance(share, (int, float)) and 0.0 < share < 1.0):
             raise ValueError(
                 f"TeacherMixed.teacher_share must be between 0 and 1, ends excluded; got {share!r}."
-                " Set Rollout.policy to None for the student alone."
+                " Set Rollout.teacher_assistance to None for the student alone."
             )
 
     def combine(self, student: LanguageModel, teacher: LanguageModel) -> MixtureModel:
-        """(1 - teacher_share) Q + teacher_share P."""
+        """Returns the model with the distribution (1 - teacher_share) Q + teacher_share P."""
         return MixtureModel(
             (student, teacher), weights=(1.0 - self.teacher_share, self.teacher_share)
         )
@@ -48,17 +51,19 @@ class TeacherMixed:
 
 @dataclasses.dataclass(frozen=True)
 class Corrected:
-    """The student proposes, the teacher replaces: speculative KD (arXiv 2410.11325).
+    """Samples each token from the student; the teacher replaces tokens that it finds unlikely.
 
-    A token that is not among the teacher's `top_k` best is drawn again from the teacher. That is
-    exact at a sampling temperature of 1; another temperature, top-k or top-p of the sampling
-    method act on the distribution that results.
+    Interleaved sampling of "Speculative Knowledge Distillation: Bridging the Teacher-Student Gap
+    Through Interleaved Sampling" (arXiv 2410.11325). A token that is not among the teacher's
+    `top_k` most likely is sampled again from the teacher. The result is exact at a sampling
+    temperature of 1; another temperature, top-k or top-p of the sampling method applies to the
+    resulting distribution.
 
     Attributes:
-      top_k: K; the paper takes 25.
+      top_k: K; the paper uses 25.
 
     Raises:
-      ValueError: K is not a whole number from 1.
+      ValueError: `top_k` is not a positive integer.
     """
 
     top_k: int = 25
@@ -71,5 +76,9 @@ class Corrected:
             )
 
     def combine(self, student: LanguageModel, teacher: LanguageModel) -> CorrectedModel:
-        """The model that `CorrectedModel` describes."""
+        """Returns the model with the resulting distribution; see `CorrectedModel`."""
         return CorrectedModel((student, teacher), top_k=self.top_k)
+
+
+def __getattr__(name: str) -> Any:
+    return load_moved(__name__, name)

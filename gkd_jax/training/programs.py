@@ -262,11 +262,11 @@ def num_chunks(experiment: Experiment, one: Function) -> int:
 
 
 def _rollout(experiment: Experiment, arguments: Arguments) -> Function:
-    policy, writer = experiment.rollout.policy, experiment.student_model
+    assistance, writer = experiment.rollout.teacher_assistance, experiment.student_model
     params = arguments.student
-    if policy is not None:
+    if assistance is not None:
         assert experiment.teacher_model is not None
-        writer = policy.combine(writer, experiment.teacher_model)
+        writer = assistance.combine(writer, experiment.teacher_model)
         params = (params, arguments.teaching_params)
     function = jitted_functions.jit_rollout(
         experiment.rollout, writer, experiment.partitioner, **_TOKENS

@@ -54,13 +54,13 @@ def make_scorer(experiment: Experiment, dataset: Dataset) -> Scorer | None:
             reduction=experiment.objective.reduction,
         )
     assert experiment.teacher_model is not None
-    policy = rollout.policy
+    assistance = rollout.teacher_assistance
     return ReturnScorer(
         reward,
         experiment.student_model,
         experiment.teacher_model,
         experiment.partitioner,
-        teacher_share=policy.teacher_share if isinstance(policy, TeacherMixed) else 0.0,
+        teacher_share=assistance.teacher_share if isinstance(assistance, TeacherMixed) else 0.0,
     )
 
 

@@ -136,11 +136,11 @@ class Trainer:
         self.phases = PhaseTimes()
         self.abstract_state: PyTree[jax.ShapeDtypeStruct] = functions.abstract_state
         self._init_fn, self.step_fn = functions.init, functions.step
-        policy, writer = experiment.rollout.policy, student
-        self._teacher_helps = policy is not None
-        if policy is not None:
+        assistance, writer = experiment.rollout.teacher_assistance, student
+        self._teacher_helps = assistance is not None
+        if assistance is not None:
             assert experiment.teacher_model is not None
-            writer = policy.combine(student, experiment.teacher_model)
+            writer = assistance.combine(student, experiment.teacher_model)
         self.rollout_fn = jitted_functions.jit_rollout(
             experiment.rollout,
             writer,

@@ -17,42 +17,46 @@ def check_policy(experiment: Experiment) -> None:
     Raises:
       ValueError: naming what is missing.
     """
-    policy, teacher = experiment.rollout.policy, experiment.teacher
-    if policy is None:
+    assistance, teacher = experiment.rollout.teacher_assistance, experiment.teacher
+    if assistance is None:
         return
     if teacher is None or not experiment.objective.divergence.needs_teacher:
         missing = "Experiment.teacher = None"
         if teacher is not None:
             missing = f"{type(experiment.objective.divergence).__name__}, which reads no teacher"
         raise ValueError(
-            f"Rollout.policy = {policy} lets a teacher into the rollout; got {missing}. Set "
-            "Experiment.teacher and a divergence to it, or Rollout.policy to None."
+            f"Rollout.teacher_assistance = {assistance} lets a teacher into the rollout; got "
+            f"{missing}. Set Experiment.teacher and a divergence to it, or "
+            "Rollout.teacher_assistance to None."
         )
     if teacher.own_tokens is not None:
         raise ValueError(
-            f"Rollout.policy = {policy} asks the teacher for its next token; got "
-            "CrossTokenizerTeacher, whose tokens are not the student's. Set Rollout.policy to None."
+            f"Rollout.teacher_assistance = {assistance} asks the teacher for its next token; got "
+            "CrossTokenizerTeacher, whose tokens are not the student's. Set "
+            "Rollout.teacher_assistance to None."
         )
     student = experiment.student_model
     network = teacher.model_for(student)
     if network is None:
         raise ValueError(
-            f"Rollout.policy = {policy} asks the teacher for its next token; got {teacher}, which "
-            "holds what it said of the data's outputs. Set Rollout.policy to None."
+            f"Rollout.teacher_assistance = {assistance} asks the teacher for its next token; got "
+            f"{teacher}, which holds what it said of the data's outputs. Set "
+            "Rollout.teacher_assistance to None."
         )
     if experiment.train_data.teacher_chat is not None:
         raise ValueError(
-            f"Rollout.policy = {policy} lets student and teacher go on from one prompt; got "
-            "DatasetConfig.teacher_chat, which gives the teacher its own. Set one of the two to "
-            "None."
+            f"Rollout.teacher_assistance = {assistance} lets student and teacher go on from one "
+            "prompt; got DatasetConfig.teacher_chat, which gives the teacher its own. Set one of "
+            "the two to None."
         )
     if isinstance(network, RoutedModel):
         raise ValueError(
-            f"Rollout.policy = {policy} asks the teacher for its next token; got RoutedTeachers, "
-            "which score outputs only. Set Rollout.policy to None."
+            f"Rollout.teacher_assistance = {assistance} asks the teacher for its next token; got "
+            "RoutedTeachers, which score outputs only. Set Rollout.teacher_assistance to None."
         )
-    policy.combine(student, network)
-    _check_not_estimated(experiment, f"Rollout.policy = {policy}", "Rollout.policy")
+    assistance.combine(student, network)
+    setting = "Rollout.teacher_assistance"
+    _check_not_estimated(experiment, f"{setting} = {assistance}", setting)
 
 
 def check_packing(experiment: Experiment) -> None:
@@ -158,10 +162,11 @@ def _check_reward_mix(experiment: Experiment, reward: RewardMix) -> None:
             "or RewardMix.baseline to 'none'."
         )
     own = Sample(temperature=experiment.objective.student_temperature)
-    if reward.alpha < 1.0 and (rollout.method != own or rollout.policy is not None):
+    if reward.alpha < 1.0 and (rollout.method != own or rollout.teacher_assistance is not None):
         raise ValueError(
             "RewardMix needs outputs drawn from the very distribution that learns; got "
-            f"Rollout.method = {rollout.method} and Rollout.policy = {rollout.policy}. Set them to "
+            f"Rollout.method = {rollout.method} and Rollout.teacher_assistance = "
+            f"{rollout.teacher_assistance}. Set them to "
             f"{own} and None."
         )
     num_rows = experiment.num_steps * experiment.train_data.batch_size
@@ -182,12 +187,14 @@ def _check_sequence_reverse_kl(experiment: Experiment) -> None:
             f"temperatures of 1; got {objective}. Set Objective.divergence to ReverseKL() and both "
             "temperatures to 1.0, or Experiment.reward to None."
         )
-    is_known = rollout.policy is None or isinstance(rollout.policy, TeacherMixed)
+    assistance = rollout.teacher_assistance
+    is_known = assistance is None or isinstance(assistance, TeacherMixed)
     if rollout.method != Sample() or not is_known:
         raise ValueError(
             "SequenceReverseKL knows the importance of outputs that the student, or its mixture "
-            f"with the teacher, draws; got Rollout.method = {rollout.method} and Rollout.policy = "
-            f"{rollout.policy}. Set them to Sample(), and to None or TeacherMixed()."
+            f"with the teacher, draws; got Rollout.method = {rollout.method} and "
+            f"Rollout.teacher_assistance = {assistance}. Set them to Sample(), and to None or "
+            "TeacherMixed()."
         )
 
 

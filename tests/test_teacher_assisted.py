@@ -21,12 +21,12 @@ from gkd_jax.run_modes import train
 from gkd_jax.sampling.teacher_assisted import Corrected, TeacherMixed
 from gkd_jax.training import jitted_functions, keys
 
-POLICIES = {"mixed": TeacherMixed(0.3), "corrected": Corrected(top_k=60)}
+ASSISTANCES = {"mixed": TeacherMixed(0.3), "corrected": Corrected(top_k=60)}
 
 
-def gkd(model_dir, teacher, policy, **changes):
+def gkd(model_dir, teacher, assistance, **changes):
     settings = {
-        "rollout": Rollout(policy=policy),
+        "rollout": Rollout(teacher_assistance=assistance),
         "outputs": OutputMix(1.0),
         "student": Student(small_runs.model()),
         "evaluation": None,
@@ -47,26 +47,26 @@ def next_token_probs(model, params, batch):
     return probs / probs.sum(-1, keepdims=True)
 
 
-def combined_probs(policy, student, teacher):
-    """The distribution that a policy stands for, in NumPy."""
-    if isinstance(policy, TeacherMixed):
-        return (1 - policy.teacher_share) * student + policy.teacher_share * teacher
-    best = np.argsort(-teacher, axis=-1)[..., : policy.top_k]
+def combined_probs(assistance, student, teacher):
+    """The distribution that outputs are sampled from, in NumPy."""
+    if isinstance(assistance, TeacherMixed):
+        return (1 - assistance.teacher_share) * student + assistance.teacher_share * teacher
+    best = np.argsort(-teacher, axis=-1)[..., : assistance.top_k]
     kept = np.zeros_like(student)
     np.put_along_axis(kept, best, np.take_along_axis(student, best, -1), -1)
     return kept + (1 - kept.sum(-1, keepdims=True)) * teacher
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ASSISTANCES)
 def test_samples_have_the_policys_log_probs(name, tiny_teacher, tmp_path):
     """Those of scoring the sampled outputs by both models, combined in NumPy."""
-    policy = POLICIES[name]
-    experiment = gkd(tmp_path, tiny_teacher, policy)
+    assistance = ASSISTANCES[name]
+    experiment = gkd(tmp_path, tiny_teacher, assistance)
     trainer, batch, params = make_trainer(experiment)
     sampled = trainer.rollout_fn((params, trainer.teacher_params), batch, jax.random.key(0))
     student = next_token_probs(experiment.student.model, params, sampled)
     teacher = next_token_probs(experiment.teacher.model, trainer.teacher_params, sampled)
-    expected = np.log(combined_probs(policy, student, teacher))
+    expected = np.log(combined_probs(assistance, student, teacher))
     expected = np.take_along_axis(expected, np.asarray(sampled.targets)[..., None], -1)[..., 0]
     counts = np.asarray(sampled.loss_weights) > 0
     got = np.asarray(sampled.sample_log_probs)
@@ -76,11 +76,15 @@ def test_samples_have_the_policys_log_probs(name, tiny_teacher, tmp_path):
 @pytest.mark.parametrize("name", ["corrected", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_first_tokens_are_drawn_from_the_policys_distribution(name, tiny_teacher, tmp_path):
     """Chi-squared over 4000 samples of one prompt."""
-    policy = POLICIES[name]
-    rollout = Rollout(policy=policy, num_samples=1000, target_length=1)
+    assistance = ASSISTANCES[name]
+    rollout = Rollout(teacher_assistance=assistance, num_samples=1000, target_length=1)
     # Four times the same prompt, so that the four positions' noise is independent.
     experiment = gkd(
-        tmp_path, tiny_teacher, policy, rollout=rollout, train_data=small_runs.data(num_examples=1)
+        tmp_path,
+        tiny_teacher,
+        assistance,
+        rollout=rollout,
+        train_data=small_runs.data(num_examples=1),
     )
     trainer, batch, params = make_trainer(experiment)
     # Away from uniform.
@@ -90,7 +94,7 @@ def test_first_tokens_are_drawn_from_the_policys_distribution(name, tiny_teacher
     sampled = trainer.rollout_fn((params, trainer.teacher_params), batch, jax.random.key(1))
     student = next_token_probs(experiment.student.model, params, batch)[0, 0]
     teacher = next_token_probs(experiment.teacher.model, trainer.teacher_params, batch)[0, 0]
-    expected = 4000 * combined_probs(policy, student, teacher)
+    expected = 4000 * combined_probs(assistance, student, teacher)
     counts = np.bincount(np.asarray(sampled.targets).ravel(), minlength=len(expected))
 
     def chi_squared(expected):
@@ -146,7 +150,7 @@ def test_the_teachers_parameters_are_an_argument(tiny_teacher, tmp_path):
     vocabulary = experiment.train_data.vocabulary
     jitted = jitted_functions.jit_rollout(
         experiment.rollout,
-        experiment.rollout.policy.combine(experiment.student.model, bfloat16.model),
+        experiment.rollout.teacher_assistance.combine(experiment.student.model, bfloat16.model),
         experiment.partitioner,
         eos_ids=vocabulary.eos_ids,
         pad_id=vocabulary.pad_id,
@@ -157,12 +161,17 @@ def test_the_teachers_parameters_are_an_argument(tiny_teacher, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_trains_on_them_and_evaluates_the_student_alone(tiny_teacher, tmp_path):
-    """Before the first step scores are those without a policy; what is trained on differs."""
+    """Before the first step scores are those of the student alone; what is trained on differs."""
     rows = {}
-    for name, policy in (("alone", None), ("corrected", Corrected(top_k=5))):
+    for name, assistance in (("alone", None), ("corrected", Corrected(top_k=5))):
         evaluation = small_runs.gkd(tmp_path, tiny_teacher).evaluation
         experiment = gkd(
-            tmp_path / name, tiny_teacher, policy, evaluation=evaluation, num_steps=2, log_period=1
+            tmp_path / name,
+            tiny_teacher,
+            assistance,
+            evaluation=evaluation,
+            num_steps=2,
+            log_period=1,
         )
         train.train(experiment)
         rows[name] = small_runs.metrics(tmp_path / name)
@@ -173,7 +182,7 @@ def test_a_run_trains_on_them_and_evaluates_the_student_alone(tiny_teacher, tmp_
 
 
 BAD = {
-    "no teacher": ({"teacher": None}, r"Rollout.policy = .* got Experiment.teacher = None"),
+    "no teacher": ({"teacher": None}, r"teacher_assistance = .* got Experiment.teacher = None"),
     "a divergence without": (
         {"objective": Objective(NegativeLogLikelihood()), "outputs": OutputMix(0.0)},
         "got NegativeLogLikelihood, which reads no teacher",
@@ -183,11 +192,12 @@ BAD = {
         r"got 300 \(teacher\) and 259 \(student\)",
     ),
     "more than there is": (
-        {"rollout": Rollout(policy=Corrected(top_k=260))},
+        {"rollout": Rollout(teacher_assistance=Corrected(top_k=260))},
         r"CorrectedModel.top_k must be from 1 to the vocabulary's size 259; got 260",
     ),
     "an estimate": (
-        {"objective": Objective(SampledReverseKL())}, "draws alone and now; .* Rollout.policy",
+        {"objective": Objective(SampledReverseKL())},
+        "draws alone and now; .* Rollout.teacher_assistance",
     ),
 }  # fmt: skip
 
@@ -204,7 +214,7 @@ def test_a_policy_that_cannot_be_followed_is_refused(case, tiny_teacher, tmp_pat
     ("make", "message"),
     [
         (lambda: TeacherMixed(0.0), r"TeacherMixed.teacher_share must be between .* got 0.0"),
-        (lambda: TeacherMixed(1.0), r"Set Rollout.policy to None"),
+        (lambda: TeacherMixed(1.0), r"Set Rollout.teacher_assistance to None"),
         (lambda: Corrected(0), r"Corrected.top_k must be a whole number from 1 on; got 0"),
         (lambda: Corrected(2.5), r"Corrected.top_k must be a whole number"),
     ],
