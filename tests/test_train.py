@@ -25,10 +25,11 @@ from gkd_jax.distillation.rollout import Rollout
 from gkd_jax.distillation.teachers import Teacher
 from gkd_jax.experiment import Alarms, Checkpoints, Evaluation, Student, prepare
 from gkd_jax.experiment.prepare import ConfigurationError
+from gkd_jax.objectives.divergence_sums import WeightedSum
 from gkd_jax.objectives.divergences import ForwardKL, NegativeLogLikelihood, ReverseKL
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective, final_weights
-from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
+from gkd_jax.objectives.other_divergences import SampledReverseKL
 from gkd_jax.run_modes import train
 from gkd_jax.sampling.methods import Greedy, Sample
 from gkd_jax.training import jitted_functions, parameters

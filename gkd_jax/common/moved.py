@@ -91,6 +91,8 @@ _MODULES = {
 # for each). The `__getattr__` of a room finds it for Python imports; a module needs one of its own
 # that calls `load_moved`.
 _NAMES = {
+    "objectives.other_divergences.EntropyAware": "objectives.divergence_sums.EntropyAware",
+    "objectives.other_divergences.WeightedSum": "objectives.divergence_sums.WeightedSum",
     "checkpoints.manager.CheckpointStore": "checkpoints.manager.CheckpointManager",
     "checkpoints.manager.save_params": "checkpoints.save.save_params",
     "sampling.teacher_assisted.Policy": "sampling.teacher_assisted.TeacherAssistance",

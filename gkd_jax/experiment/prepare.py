@@ -39,8 +39,9 @@ from gkd_jax.experiment.settings import Generation
 from gkd_jax.models import lora, stacking
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.combined import RoutedModel
+from gkd_jax.objectives.divergence_sums import WeightedSum
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
-from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
+from gkd_jax.objectives.other_divergences import SampledReverseKL
 from gkd_jax.sampling.methods import Sample
 
 

@@ -10,6 +10,10 @@ from typing import Any
 from gkd_jax.common.lazy import load_export
 
 _EXPORTS = {
+    "divergence_sums": (
+        "EntropyAware",
+        "WeightedSum",
+    ),
     "divergences": (
         "Divergence",
         "ForwardKL",
@@ -34,13 +38,11 @@ _EXPORTS = {
     "other_divergences": (
         "AlphaDivergence",
         "ClippedForwardKL",
-        "EntropyAware",
         "RenyiDivergence",
         "SampledReverseKL",
         "SkewForwardKL",
         "SkewReverseKL",
         "TotalVariation",
-        "WeightedSum",
     ),
     "policy_gradient": (
         "PolicyGradient",

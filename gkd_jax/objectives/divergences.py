@@ -1,13 +1,21 @@
-"""Divergences between teacher and student, each written once, as a term per vocabulary entry.
+"""Divergences between teacher and student, each defined by a term per vocabulary entry.
 
-D(P || Q) = sum over v of f(log q_v, log p_v), with P the teacher and Q the student. A class here
-gives f and its slope f'_v = df/d log q_v. Everything else is the framework's and is in
-`token_divergence`: normalising, temperatures, the sum over entries, and the gradient
-with respect to the student's logits, f'_v - q_v * sum_u f'_u.
+With P the teacher's and Q the student's distribution of the next token,
 
-That gradient does not change when a multiple of q_v is added to every f'_v, nor the sum when
-q_v - p_v is added to every f. The KL terms use this freedom: with it f and f' are exactly 0 where
-p_v = q_v, and rounding in a normaliser enters only to second order.
+    D(P || Q) = sum over v of f(log q_v, log p_v).
+
+A class here gives the term f and its slope f'_v, the derivative in log q_v. Everything else is the
+same for every divergence and is in `per_token`: normalisation, temperatures, the sum over entries,
+and the gradient in the student's logits,
+
+    f'_v - q_v * sum over u of f'_u.
+
+That gradient does not change if a multiple of q_v is added to every f'_v, nor does the sum if
+q_v - p_v is added to every f. The KL terms use this freedom: f and f' are then exactly 0 where
+p_v = q_v, and rounding errors of a normaliser enter only to second order.
+
+To add a divergence, subclass `Divergence` in `other_divergences`. Tests fail until it is exported,
+in the table of docs/objectives.md, and defined in float64 in tests/divergence_references.py.
 """
 
 import abc
@@ -40,9 +48,9 @@ class VocabularyEntries:
     replaced by 0 afterwards. Without a teacher nothing is replaced.
 
     Attributes:
-      student_log_probs: log q_v, normalised, student temperature applied.
-      teacher_log_probs: log p_v, normalised, teacher temperature applied; None if the divergence
-        needs no teacher.
+      student_log_probs: log q_v, normalised, with the student temperature applied.
+      teacher_log_probs: log p_v, normalised, with the teacher temperature applied; None if the
+        divergence needs no teacher.
       is_target: True on the entry of the output token.
       advantages: advantage of the output token, a constant; None if the divergence needs none.
     """
@@ -54,26 +62,26 @@ class VocabularyEntries:
 
     @property
     def student_probs(self) -> Float[Array, "*n V"]:
-        """q_v."""
+        """Student probabilities q_v."""
         return jnp.exp(self.student_log_probs)
 
     @property
     def teacher_probs(self) -> Float[Array, "*n V"]:
-        """p_v."""
+        """Teacher probabilities p_v."""
         return jnp.exp(self.checked_teacher_log_probs)
 
     @property
     def log_ratio(self) -> Float[Array, "*n V"]:
         """d_v = log p_v - log q_v; +inf where only q_v is 0, -inf where only p_v is 0.
 
-        Compilers contract multiplications with sums, so that with temperatures other than 1 it
-        may be a rounding away from 0 where P = Q: a slope that jumps at 0 needs a dead zone.
+        Compilers contract multiplications with sums, so with temperatures other than 1 it may be
+        a rounding error away from 0 where P = Q. A slope that jumps at 0 needs a dead zone.
         """
         return self.checked_teacher_log_probs - self.student_log_probs
 
     @property
     def checked_teacher_log_probs(self) -> Float[Array, "*n V"]:
-        """log p_v, for a divergence that needs a teacher."""
+        """`teacher_log_probs`, for a divergence that needs a teacher."""
         assert self.teacher_log_probs is not None, "a divergence that reads it needs_teacher"
         return self.teacher_log_probs
 
@@ -84,20 +92,37 @@ class VocabularyEntries:
 
     @property
     def teacher_entropy(self) -> Float[Array, "*n 1"]:
-        """H(P) of each token in nats."""
+        """Entropy of the teacher's distribution of each token, in nats."""
         terms = times_log(self.teacher_probs, self.checked_teacher_log_probs)
         return -jnp.sum(terms, axis=-1, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Divergence(abc.ABC):
-    """A divergence D(P || Q) as a sum of terms; subclass it to add one.
+    """A divergence D(P || Q) as a sum of terms; the base class of all of them.
 
     Attributes:
       needs_teacher: whether the term reads the teacher's log-probabilities.
       needs_advantages: whether it reads the advantages of the output tokens.
-      is_linear_in_teacher: whether the slopes are linear in the teacher's probabilities. Then the
-        gradient to an unbiased estimate of them, such as counts of draws, is unbiased.
+      is_linear_in_teacher: whether the slopes are linear in the teacher's probabilities. If they
+        are, an unbiased estimate of these, such as counts of sampled tokens, gives an unbiased
+        gradient.
+
+    Examples:
+      A divergence needs no more than a term:
+
+      >>> import dataclasses
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class SquaredDistance(objectives.Divergence):
+      ...     def term(self, entries):
+      ...         return jnp.square(entries.teacher_probs - entries.student_probs)
+      >>> student, teacher = jnp.log(jnp.array([[[0.25, 0.75]], [[0.5, 0.5]]]))
+      >>> divergence = SquaredDistance()
+      >>> values = objectives.token_divergence(divergence, student, teacher, jnp.array([0]))
+      >>> print(f"{values[0]:.4f}")
+      0.1250
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -106,19 +131,19 @@ class Divergence(abc.ABC):
 
     @abc.abstractmethod
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """Contribution f_v of each entry; their sum over a row is the divergence of a token.
+        """Returns the contribution f_v of each entry; their sum over a row is the divergence.
 
         Usually an elementwise function of log q_v and log p_v. A divergence that is no sum over
-        entries, such as a logarithm of one, may read its whole row and split its value among the
-        entries in any way, as `RenyiDivergence` does.
+        entries, such as the logarithm of one, may read its whole row and distribute its value over
+        the entries in any way, as `RenyiDivergence` does.
         """
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """Derivative of the divergence in log q_v, up to a common multiple of q_v.
+        """Returns the derivative of the divergence in log q_v, up to a common multiple of q_v.
 
         Each entry gets the derivative of its row's sum of terms,
 
-            f'_v = d/d(log q_v) sum_u f_u,
+            f'_v = d/d(log q_v) sum over u of f_u,
 
         which for an elementwise term is the derivative of f_v alone. This default differentiates
         `term` in reverse mode. Override it if a closed form is exact and the derivative of the
@@ -138,9 +163,21 @@ class Divergence(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class NegativeLogLikelihood(Divergence):
-    """-log q of the output token: supervised fine-tuning, or SeqKD on a teacher's outputs.
+    """Negative log-likelihood of the output token,
 
-    SeqKD is "Sequence-Level Knowledge Distillation" (arXiv 1606.07947).
+        -log q_y.
+
+    Supervised fine-tuning on the data's outputs; on outputs that a teacher wrote, SeqKD
+    ("Sequence-Level Knowledge Distillation", arXiv 1606.07947). It reads no teacher.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> student = jnp.log(jnp.array([[0.25, 0.75]]))
+      >>> divergence = objectives.NegativeLogLikelihood()
+      >>> values = objectives.token_divergence(divergence, student, None, jnp.array([1]))
+      >>> print(f"{values[0]:.4f}")
+      0.2877
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -157,9 +194,21 @@ class NegativeLogLikelihood(Divergence):
 
 @dataclasses.dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """KL(P || Q) = sum of p_v (log p_v - log q_v), from the teacher: covers its modes.
+    """Forward Kullback-Leibler divergence, the objective of supervised distillation,
 
-    +inf where the teacher gives probability to an entry that the student excludes.
+        KL(P || Q) = sum of p_v (log p_v - log q_v).
+
+    The student covers all modes of the teacher. The divergence is +inf if the student excludes an
+    entry to which the teacher gives probability.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> student, teacher = jnp.log(jnp.array([[[0.25, 0.75]], [[0.5, 0.5]]]))
+      >>> divergence = objectives.ForwardKL()
+      >>> values = objectives.token_divergence(divergence, student, teacher, jnp.array([0]))
+      >>> print(f"{values[0]:.4f}")
+      0.1438
     """
 
     is_linear_in_teacher: ClassVar[bool] = True
@@ -176,13 +225,23 @@ class ForwardKL(Divergence):
 
 @dataclasses.dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """KL(Q || P) = sum of q_v (log q_v - log p_v), from the student: seeks a mode.
+    """Reverse Kullback-Leibler divergence,
 
-    The divergence of "MiniLLM: Knowledge Distillation of Large Language Models"
-    (arXiv 2306.08543).
+        KL(Q || P) = sum of q_v (log q_v - log p_v).
 
-    +inf where the student gives probability to an entry that the teacher excludes; the gradient
-    of such a token does not exist.
+    The student concentrates on one mode of the teacher. "MiniLLM: Knowledge Distillation of Large
+    Language Models" (arXiv 2306.08543) minimises it over whole outputs: see
+    `objectives.sequence_kl`. The divergence is +inf if the teacher excludes an entry to which the
+    student gives probability; its gradient at such a token does not exist.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> student, teacher = jnp.log(jnp.array([[[0.25, 0.75]], [[0.5, 0.5]]]))
+      >>> divergence = objectives.ReverseKL()
+      >>> values = objectives.token_divergence(divergence, student, teacher, jnp.array([0]))
+      >>> print(f"{values[0]:.4f}")
+      0.1308
     """
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
@@ -197,24 +256,37 @@ class ReverseKL(Divergence):
 
 @dataclasses.dataclass(frozen=True)
 class GeneralizedJSD(Divergence):
-    """JSD_beta(P || Q) = beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q.
+    """Generalized Jensen-Shannon divergence,
 
-    The generalized Jensen-Shannon divergence of "On-Policy Distillation of Language Models:
-    Learning from Self-Generated Mistakes" (GKD, arXiv 2306.13649, section 2). With
-    d = log p - log q and r = log m - log q = log1p(beta expm1(d)) the term is
-    beta p (d - r) - (1 - beta) q r. In d/d log q the derivatives of the logarithm of m cancel,
-    which leaves the slope -(1 - beta) q r. All are exactly 0 where p = q.
+        JSD_beta(P || Q) = beta KL(P || M) + (1 - beta) KL(Q || M),  M = beta P + (1 - beta) Q.
 
-    JSD_beta tends to 0 at both ends, as beta KL(P || Q) and as (1 - beta) KL(Q || P), so the
-    ends are divergences of their own here: `ForwardKL` and `ReverseKL`.
+    "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (GKD,
+    arXiv 2306.13649, section 2).
+
+    JSD_beta tends to 0 at both ends of beta, as beta KL(P || Q) and as (1 - beta) KL(Q || P). The
+    ends are therefore divergences of their own: `ForwardKL` and `ReverseKL`.
+
+    With d = log p - log q and r = log m - log q = log1p(beta expm1(d)) the term is
+    beta p (d - r) - (1 - beta) q r. The derivatives of log m cancel, which leaves the slope
+    -(1 - beta) q r. All of these are exactly 0 where p = q.
 
     Attributes:
       beta: the teacher's share of the mixture M, 0 < beta < 1.
-      normalized: divides by beta (1 - beta), so that the values tend to the forward and the
-        reverse KL at the ends, and rates of learning compare across beta. The paper does not.
+      normalized: whether to divide by beta (1 - beta), so that the values tend to the forward and
+        the reverse KL at the ends and learning rates are comparable across beta. The paper does
+        not.
 
     Raises:
-      ValueError: beta is not inside (0, 1).
+      ValueError: `beta` is not inside (0, 1).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> student, teacher = jnp.log(jnp.array([[[0.25, 0.75]], [[0.5, 0.5]]]))
+      >>> divergence = objectives.GeneralizedJSD(beta=0.5)
+      >>> values = objectives.token_divergence(divergence, student, teacher, jnp.array([0]))
+      >>> print(f"{values[0]:.4f}")
+      0.0338
     """
 
     beta: float
@@ -235,9 +307,9 @@ class GeneralizedJSD(Divergence):
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """beta p (d - r) - (1 - beta) q r."""
         log_p_over_m, log_m_over_q = self._log_ratios_to_mixture(entries)
-        of_teacher = times_log(entries.teacher_probs, log_p_over_m)
-        of_student = times_log(entries.student_probs, log_m_over_q)
-        return self._scale * (self.beta * of_teacher - (1.0 - self.beta) * of_student)
+        teacher_part = times_log(entries.teacher_probs, log_p_over_m)
+        student_part = times_log(entries.student_probs, log_m_over_q)
+        return self._scale * (self.beta * teacher_part - (1.0 - self.beta) * student_part)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """-(1 - beta) q r."""
@@ -246,8 +318,8 @@ class GeneralizedJSD(Divergence):
         return -scale * times_log(entries.student_probs, log_m_over_q)
 
     def _log_ratios_to_mixture(self, entries: VocabularyEntries) -> tuple[Array, Array]:
-        """log p - log m and log m - log q, for any log-ratio from -inf to +inf."""
-        # The small share is always that of the first: near an end of beta the other order
+        """Returns log p - log m and log m - log q, for log-ratios from -inf to +inf."""
+        # The first distribution always has the smaller share: near an end of beta the other order
         # would lose the digits that are left of the divergence there.
         if self.beta <= 0.5:
             return mix(entries.log_ratio, self.beta)
@@ -256,10 +328,18 @@ class GeneralizedJSD(Divergence):
 
 
 def mix(log_ratio: Array, share: float) -> tuple[Array, Array]:
-    """log a - log m and log m - log b, with m = share a + (1 - share) b.
+    """Returns log a - log m and log m - log b for the mixture m = share a + (1 - share) b.
 
-    log m - log b = log1p(share expm1(log a - log b)). Where exp would overflow b no longer
-    counts in m, and log a - log m is -log(share).
+    Computed from the log-ratio alone:
+
+        log m - log b = log1p(share expm1(log a - log b)).
+
+    Where the exponential would overflow, b no longer matters in m, and log a - log m is
+    -log(share).
+
+    Args:
+      log_ratio: log a - log b, from -inf to +inf.
+      share: share of a in the mixture, between 0 and 1.
     """
     capped = jnp.minimum(log_ratio, _MAX_EXPONENT)
     log_m_over_b = jnp.log1p(share * jnp.expm1(capped))
@@ -269,7 +349,7 @@ def mix(log_ratio: Array, share: float) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def times_log(probs: Array, logs: Array) -> Array:
-    """probs * logs with the limit 0 where probs is 0, whatever the logarithm."""
+    """Returns probs * logs, and its limit 0 where probs is 0, whatever the logarithm is."""
     return jnp.where(probs > 0, probs * logs, 0.0)
 
 
@@ -277,7 +357,7 @@ def times_log(probs: Array, logs: Array) -> Array:
 def _times_log_derivative(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    # By itself the reverse mode would multiply a cotangent of 0 by an infinite logarithm.
+    # Otherwise the reverse mode would multiply a cotangent of 0 by an infinite logarithm.
     (probs, logs), (of_probs, of_logs) = primals, tangents
     finite = jnp.where(probs > 0, logs, 0.0)
     tangent = jnp.where(probs > 0, finite * of_probs + probs * of_logs, 0.0)

@@ -1,24 +1,21 @@
-"""Divergences of GKD's rivals and siblings, in the same form as those of `divergences`."""
+"""Further divergences, from other papers, and the sampled estimate of the reverse KL.
+
+The base class and the divergences of the GKD paper are in `divergences`.
+"""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gkd_jax.common.array_types import Array, Float
-from gkd_jax.objectives.divergences import (
-    Divergence,
-    ForwardKL,
-    ReverseKL,
-    VocabularyEntries,
-    mix,
-    times_log,
-)
+from gkd_jax.common.moved import load_moved
+from gkd_jax.objectives.divergences import Divergence, VocabularyEntries, mix, times_log
 
-# Log-ratios of float32 log-probabilities are rounded by some units in the last place of the larger.
+# Rounding of a log-ratio in float32, relative to the larger log-probability: some units in the last
+# place.
 _ROUNDING = 4 * 2.0**-23
 
 
@@ -31,10 +28,21 @@ def _check_between(setting: str, value: float, remedy: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TotalVariation(Divergence):
-    """TV(P, Q) = 1/2 sum of |p_v - q_v|, from 0 to 1.
+    """Total variation distance, from 0 to 1,
+
+        TV(P, Q) = 1/2 sum of |p_v - q_v|.
 
     "f-Divergence Minimization for Sequence-Level Knowledge Distillation" (f-distill,
     arXiv 2307.15190). Its slope jumps where p_v = q_v, and is 0 there.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> student, teacher = jnp.log(jnp.array([[[0.25, 0.75]], [[0.5, 0.5]]]))
+      >>> divergence = objectives.TotalVariation()
+      >>> values = objectives.token_divergence(divergence, student, teacher, jnp.array([0]))
+      >>> print(f"{values[0]:.4f}")
+      0.2500
     """
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
@@ -47,7 +55,7 @@ class TotalVariation(Divergence):
 
 
 def _teacher_minus_student(entries: VocabularyEntries) -> Array:
-    """p - q, which is exactly 0 where they differ by no more than rounding."""
+    """Returns p - q, exactly 0 where they differ by no more than rounding."""
     ratio = entries.log_ratio
     size = 1.0 + jnp.minimum(jnp.abs(entries.student_log_probs), 1e3)
     difference = entries.teacher_probs - entries.student_probs
@@ -56,17 +64,28 @@ def _teacher_minus_student(entries: VocabularyEntries) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class SkewForwardKL(Divergence):
-    """KL(P || alpha P + (1 - alpha) Q): the skew KL divergence.
+    """Skew KL divergence, from the teacher to a mixture,
+
+        KL(P || alpha P + (1 - alpha) Q).
 
     "DistiLLM: Towards Streamlined Distillation for Large Language Models" (arXiv 2402.03898).
-    Finite, at most -log(alpha), also where the student excludes an entry; its gradient is smaller
-    than that of the forward KL where q is far below p.
+    It is at most -log(alpha), also if the student excludes an entry. Its gradient is smaller than
+    that of the forward KL where q is far below p.
 
     Attributes:
       alpha: the teacher's share of the mixture, 0 < alpha < 1; DistiLLM takes 0.1.
 
     Raises:
-      ValueError: alpha is not inside (0, 1).
+      ValueError: `alpha` is not inside (0, 1).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> student, teacher = jnp.log(jnp.array([[[0.25, 0.75]], [[0.5, 0.5]]]))
+      >>> divergence = objectives.SkewForwardKL(alpha=0.1)
+      >>> values = objectives.token_divergence(divergence, student, teacher, jnp.array([0]))
+      >>> print(f"{values[0]:.4f}")
+      0.1131
     """
 
     alpha: float = 0.1
@@ -88,16 +107,27 @@ class SkewForwardKL(Divergence):
 
 @dataclasses.dataclass(frozen=True)
 class SkewReverseKL(Divergence):
-    """KL(Q || alpha Q + (1 - alpha) P): the skew reverse KL divergence.
+    """Skew reverse KL divergence, from the student to a mixture,
+
+        KL(Q || alpha Q + (1 - alpha) P).
 
     "DistiLLM: Towards Streamlined Distillation for Large Language Models" (arXiv 2402.03898).
-    Finite, at most -log(alpha), also where the teacher excludes an entry.
+    It is at most -log(alpha), also if the teacher excludes an entry.
 
     Attributes:
       alpha: the student's share of the mixture, 0 < alpha < 1; DistiLLM takes 0.1.
 
     Raises:
-      ValueError: alpha is not inside (0, 1).
+      ValueError: `alpha` is not inside (0, 1).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> student, teacher = jnp.log(jnp.array([[[0.25, 0.75]], [[0.5, 0.5]]]))
+      >>> divergence = objectives.SkewReverseKL(alpha=0.1)
+      >>> values = objectives.token_divergence(divergence, student, teacher, jnp.array([0]))
+      >>> print(f"{values[0]:.4f}")
+      0.1070
     """
 
     alpha: float = 0.1
@@ -120,17 +150,27 @@ class SkewReverseKL(Divergence):
 
 @dataclasses.dataclass(frozen=True)
 class AlphaDivergence(Divergence):
-    """(1 - sum of p^alpha q^(1 - alpha)) / (alpha (1 - alpha)), from the teacher's side.
+    """Alpha divergence of Amari, in the form of Cressie and Read,
 
-    Amari's family in the form of Cressie and Read: it tends to the forward KL as alpha tends to 1
-    and to the reverse KL as alpha tends to 0; alpha = 1/2 is 4 times the squared Hellinger
-    distance.
+        (1 - sum of p_v^alpha q_v^(1 - alpha)) / (alpha (1 - alpha)).
+
+    It tends to the forward KL as alpha tends to 1 and to the reverse KL as alpha tends to 0. With
+    alpha = 1/2 it is 4 times the squared Hellinger distance.
 
     Attributes:
-      alpha: 0 < alpha < 1.
+      alpha: exponent of the teacher's probabilities, 0 < alpha < 1.
 
     Raises:
-      ValueError: alpha is not inside (0, 1).
+      ValueError: `alpha` is not inside (0, 1).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> student, teacher = jnp.log(jnp.array([[[0.25, 0.75]], [[0.5, 0.5]]]))
+      >>> divergence = objectives.AlphaDivergence(alpha=0.5)
+      >>> values = objectives.token_divergence(divergence, student, teacher, jnp.array([0]))
+      >>> print(f"{values[0]:.4f}")
+      0.1363
     """
 
     alpha: float = 0.5
@@ -147,50 +187,61 @@ class AlphaDivergence(Divergence):
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """(q - p^alpha q^(1 - alpha)) / alpha."""
         ratio, student = entries.log_ratio, entries.student_probs
-        near = jnp.abs(ratio) < 1.0
-        of_close = -student * jnp.expm1(self.alpha * jnp.where(near, ratio, 0.0))
-        of_far = student - jnp.exp(_log_product(entries, self.alpha))
-        return jnp.where(near, of_close, of_far) / self.alpha
+        is_near = jnp.abs(ratio) < 1.0
+        near = -student * jnp.expm1(self.alpha * jnp.where(is_near, ratio, 0.0))
+        far = student - jnp.exp(_log_product(entries, self.alpha))
+        return jnp.where(is_near, near, far) / self.alpha
 
 
 def _log_product(entries: VocabularyEntries, alpha: float) -> Array:
-    """log(p^alpha q^(1 - alpha)); for alpha < 1 -inf if either probability is 0."""
+    """Returns log(p^alpha q^(1 - alpha)); for alpha < 1 -inf if either probability is 0."""
     student, teacher = entries.student_log_probs, entries.checked_teacher_log_probs
     return alpha * teacher + (1.0 - alpha) * student
 
 
 def _missing_product(entries: VocabularyEntries, alpha: float) -> Array:
-    """alpha p + (1 - alpha) q - p^alpha q^(1 - alpha), which sums to 1 - sum of the products."""
+    """Returns alpha p + (1 - alpha) q - p^alpha q^(1 - alpha) of each entry.
+
+    Its sum over a row is 1 - sum of the products p^alpha q^(1 - alpha).
+    """
     # Near p = q the three cancel: q times the difference of two expm1 keeps the digits.
     ratio = entries.log_ratio
-    near = jnp.abs(ratio) < 1.0
-    close = jnp.where(near, ratio, 0.0)
-    of_close = alpha * jnp.expm1(close) - jnp.expm1(alpha * close)
+    is_near = jnp.abs(ratio) < 1.0
+    close = jnp.where(is_near, ratio, 0.0)
+    near = alpha * jnp.expm1(close) - jnp.expm1(alpha * close)
     student, teacher = entries.student_probs, entries.teacher_probs
-    of_far = alpha * teacher + (1.0 - alpha) * student - jnp.exp(_log_product(entries, alpha))
-    return jnp.where(near, student * of_close, of_far)
+    far = alpha * teacher + (1.0 - alpha) * student - jnp.exp(_log_product(entries, alpha))
+    return jnp.where(is_near, student * near, far)
 
 
 @dataclasses.dataclass(frozen=True)
 class RenyiDivergence(Divergence):
-    """Rényi divergence of order alpha, from the teacher's side.
+    """Rényi divergence of order alpha,
 
-        D_alpha(P || Q) = log(sum of p_v^alpha q_v^(1 - alpha)) / (alpha - 1)
+        D_alpha(P || Q) = log(sum of p_v^alpha q_v^(1 - alpha)) / (alpha - 1).
 
-    "Rényi Divergence and Kullback-Leibler Divergence" (arXiv 1206.2459). It rises with alpha, and
-    tends to the forward KL as alpha tends to 1. Orders below 1 are finite unless the supports are
-    disjoint; orders above 1 are +inf if the student excludes an entry to which the teacher gives
-    probability.
+    "Rényi Divergence and Kullback-Leibler Divergence" (arXiv 1206.2459). It increases with alpha
+    and tends to the forward KL as alpha tends to 1. Orders below 1 are finite unless the supports
+    are disjoint. Orders above 1 are +inf if the student excludes an entry to which the teacher
+    gives probability.
 
-    It is a function of the sum over a whole row, not itself a sum over entries. Its gradient in
-    the student's logits is q_v - w_v, where w is the distribution proportional to
-    p^alpha q^(1 - alpha).
+    It is a function of a sum over the whole row, not itself a sum over entries. Its gradient in the
+    student's logits is q_v - w_v, with w the distribution proportional to p^alpha q^(1 - alpha).
 
     Attributes:
       alpha: the order, above 0 and not 1.
 
     Raises:
-      ValueError: alpha is not such a number.
+      ValueError: `alpha` is not such a number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> student, teacher = jnp.log(jnp.array([[[0.25, 0.75]], [[0.5, 0.5]]]))
+      >>> divergence = objectives.RenyiDivergence(alpha=2.0)
+      >>> values = objectives.token_divergence(divergence, student, teacher, jnp.array([0]))
+      >>> print(f"{values[0]:.4f}")
+      0.2877
     """
 
     alpha: float = 0.5
@@ -204,26 +255,26 @@ class RenyiDivergence(Divergence):
             )
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """The divergence of the row, split among its entries in proportion to p."""
+        """The divergence of the row, distributed over its entries in proportion to p."""
         value = self._log_sum(entries) / (self.alpha - 1.0)
-        # Not a factor of 0: the value may be infinite.
+        # The value may be infinite: 0 times it would be NaN.
         return times_log(entries.teacher_probs, value)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """q - w, with w = p^alpha q^(1 - alpha) divided by its sum."""
         log_sum, student = self._log_sum(entries), entries.student_probs
         exponent = self.alpha * entries.log_ratio - log_sum
-        near = jnp.abs(exponent) < 1.0
-        of_near = -student * jnp.expm1(jnp.where(near, exponent, 0.0))
-        of_far = student - jnp.exp(_log_product(entries, self.alpha) - log_sum)
-        return jnp.where(near, of_near, of_far)
+        is_near = jnp.abs(exponent) < 1.0
+        near = -student * jnp.expm1(jnp.where(is_near, exponent, 0.0))
+        far = student - jnp.exp(_log_product(entries, self.alpha) - log_sum)
+        return jnp.where(is_near, near, far)
 
     def _log_sum(self, entries: VocabularyEntries) -> Float[Array, "*n 1"]:
-        """log of the sum of p^alpha q^(1 - alpha) over each row, exactly 0 where P = Q."""
-        # If every product is 0, finite log-probabilities of excluded entries must not be left.
+        """Returns log(sum of p^alpha q^(1 - alpha)) of each row, exactly 0 where P = Q."""
+        # If every product is 0, the finite log-probabilities of excluded entries must not remain.
         logs = jnp.where(entries.is_excluded, -jnp.inf, _log_product(entries, self.alpha))
         log_sum = jax.nn.logsumexp(logs, axis=-1, keepdims=True)
-        # Near a sum of 1 its logarithm has no digits left but those of its distance from 1.
+        # The logarithm of a sum near 1 has only the digits of the sum's distance from 1.
         missing = jnp.sum(_missing_product(entries, self.alpha), axis=-1, keepdims=True)
         near = jnp.abs(log_sum) < 0.5
         return jnp.where(near, jnp.log1p(-jnp.where(near, missing, 0.0)), log_sum)
@@ -231,17 +282,28 @@ class RenyiDivergence(Divergence):
 
 @dataclasses.dataclass(frozen=True)
 class ClippedForwardKL(Divergence):
-    """Sum of min(p_v log(p_v / q_v), limit): the forward KL with each entry clipped from above.
+    """Forward KL divergence with the contribution of each entry clipped from above,
+
+        sum of min(p_v log(p_v / q_v), limit).
 
     "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models" (OPSD,
     arXiv 2601.18734): without the clipping a few entries, often of style, make up the gradient.
-    Not a divergence in the strict sense, since it may be negative.
+    It may be negative, so it is not a divergence in the strict sense.
 
     Attributes:
-      limit: the most that an entry may contribute, above 0; OPSD takes 0.05.
+      limit: largest contribution of an entry, above 0; OPSD takes 0.05.
 
     Raises:
-      ValueError: the limit is not above 0.
+      ValueError: `limit` is not above 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> student, teacher = jnp.log(jnp.array([[[0.25, 0.75]], [[0.5, 0.5]]]))
+      >>> divergence = objectives.ClippedForwardKL(limit=0.05)
+      >>> values = objectives.token_divergence(divergence, student, teacher, jnp.array([0]))
+      >>> print(f"{values[0]:.4f}")
+      -0.1527
     """
 
     limit: float = 0.05
@@ -258,115 +320,32 @@ class ClippedForwardKL(Divergence):
         return jnp.minimum(times_log(entries.teacher_probs, entries.log_ratio), self.limit)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """q - p, and q where the entry is clipped: its own slope is 0."""
-        of_entry = times_log(entries.teacher_probs, entries.log_ratio)
-        counted = jnp.where(of_entry < self.limit, entries.teacher_probs, 0.0)
-        return entries.student_probs - counted
-
-
-@dataclasses.dataclass(frozen=True)
-class EntropyAware(Divergence):
-    """Reverse KL, and forward KL besides where the teacher's entropy is high.
-
-    "Entropy-Aware On-Policy Distillation of Language Models" (arXiv 2603.07079). Seeks a mode where
-    the teacher is sure, and keeps to its alternatives where it is not.
-
-    Attributes:
-      threshold: teacher's entropy in nats from which the forward KL is added; not negative.
-      forward_weight: its factor, above 0.
-
-    Raises:
-      ValueError: a setting is outside its range.
-    """
-
-    threshold: float
-    forward_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, least in (("threshold", "not negative"), ("forward_weight", "above 0")):
-            value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and math.isfinite(value)
-            if not (is_number and (value > 0.0 or (name == "threshold" and value == 0.0))):
-                raise ValueError(
-                    f"EntropyAware.{name} must be {least}; got {value!r}. Set it to such a number."
-                )
-
-    def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """The reverse KL's term, plus the forward KL's where the entropy is high."""
-        return ReverseKL().term(entries) + self._where_high(entries, ForwardKL().term(entries))
-
-    def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """The two slopes, likewise."""
-        return ReverseKL().slope(entries) + self._where_high(entries, ForwardKL().slope(entries))
-
-    def _where_high(self, entries: VocabularyEntries, of_forward: Array) -> Array:
-        # Not a factor of 0: the forward KL may be infinite.
-        is_high = entries.teacher_entropy >= self.threshold
-        return jnp.where(is_high, self.forward_weight * of_forward, 0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightedSum(Divergence):
-    """Sum of several divergences, each with a factor: for example KL plus cross-entropy.
-
-    Attributes:
-      divergences: which.
-      weights: one factor for each, above 0.
-
-    Raises:
-      ValueError: there are none, not as many weights, or a weight that is not above 0.
-    """
-
-    divergences: tuple[Divergence, ...]
-    weights: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "divergences", tuple(self.divergences))
-        object.__setattr__(self, "weights", tuple(self.weights))
-        positive = all(isinstance(w, (int, float)) and 0.0 < w < math.inf for w in self.weights)
-        if not self.divergences or len(self.weights) != len(self.divergences) or not positive:
-            raise ValueError(
-                "WeightedSum needs one or more divergences, and a weight above 0 for each; got "
-                f"{self.divergences} and {self.weights}. Set both WeightedSum.divergences and "
-                "WeightedSum.weights."
-            )
-
-    @property
-    def needs_teacher(self) -> bool:  # type: ignore[override]
-        """Whether any of them does."""
-        return any(divergence.needs_teacher for divergence in self.divergences)
-
-    @property
-    def needs_advantages(self) -> bool:  # type: ignore[override]
-        """Whether any of them does."""
-        return any(divergence.needs_advantages for divergence in self.divergences)
-
-    @property
-    def is_linear_in_teacher(self) -> bool:  # type: ignore[override]
-        """Whether all of them are."""
-        return all(divergence.is_linear_in_teacher for divergence in self.divergences)
-
-    def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """The weighted sum of their terms."""
-        return self._sum(lambda divergence: divergence.term(entries))
-
-    def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """The weighted sum of their slopes."""
-        return self._sum(lambda divergence: divergence.slope(entries))
-
-    def _sum(self, part: Callable[[Divergence], Array]) -> Array:
-        parts = (w * part(d) for w, d in zip(self.weights, self.divergences, strict=True))
-        return functools.reduce(jnp.add, parts)
+        """q - p; q where the entry is clipped, whose own slope is 0."""
+        contributions = times_log(entries.teacher_probs, entries.log_ratio)
+        unclipped = jnp.where(contributions < self.limit, entries.teacher_probs, 0.0)
+        return entries.student_probs - unclipped
 
 
 @dataclasses.dataclass(frozen=True)
 class SampledReverseKL(Divergence):
-    """The reverse KL estimated at the output token alone, with the gradient of a policy's return.
+    """Reverse KL divergence estimated at the output token alone,
 
-    For outputs that the student has sampled: log q_y - log p_y is an unbiased estimate of
-    KL(Q || P), and -A grad log q_y, with the advantage A = log p_y - log q_y held fixed, one of
-    its gradient (the score function). Far noisier than `ReverseKL`, which sums over the
-    vocabulary; it is what methods use that see one token's probability only.
+        log q_y - log p_y.
+
+    For outputs sampled from the student this is an unbiased estimate of KL(Q || P). Its gradient is
+    that of a policy (the score function): -A grad log q_y, with the advantage A = log p_y - log q_y
+    held fixed, an unbiased estimate of the gradient of KL(Q || P). It is far noisier than
+    `ReverseKL`, which sums over the vocabulary; methods that see one token's probability only use
+    it.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> student, teacher = jnp.log(jnp.array([[[0.25, 0.75]], [[0.5, 0.5]]]))
+      >>> divergence = objectives.SampledReverseKL()
+      >>> values = objectives.token_divergence(divergence, student, teacher, jnp.array([0]))
+      >>> print(f"{values[0]:.4f}")
+      -0.6931
     """
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
@@ -374,5 +353,10 @@ class SampledReverseKL(Divergence):
         return jnp.where(entries.is_target, -entries.log_ratio, 0.0)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """-A on the output token: no derivative of the term, whose logarithm is held fixed."""
+        """-A on the output token. Not the derivative of the term: the advantage is held fixed."""
         return jax.lax.stop_gradient(self.term(entries))
+
+
+def __getattr__(name: str) -> Any:
+    """What this module used to define."""
+    return load_moved(__name__, name)

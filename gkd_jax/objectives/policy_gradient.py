@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax.common.array_types import Array, Float
+from gkd_jax.objectives.divergence_sums import WeightedSum
 from gkd_jax.objectives.divergences import Divergence, VocabularyEntries
 from gkd_jax.objectives.objective import Objective, Reduction, final_weights
-from gkd_jax.objectives.other_divergences import WeightedSum
 
 
 @dataclasses.dataclass(frozen=True)

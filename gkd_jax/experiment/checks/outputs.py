@@ -5,8 +5,9 @@ from gkd_jax.data.pipeline import DatasetConfig
 from gkd_jax.distillation.rewards import RewardMix
 from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.models.combined import RoutedModel
+from gkd_jax.objectives.divergence_sums import WeightedSum
 from gkd_jax.objectives.divergences import ReverseKL
-from gkd_jax.objectives.other_divergences import SampledReverseKL, WeightedSum
+from gkd_jax.objectives.other_divergences import SampledReverseKL
 from gkd_jax.sampling.methods import Sample
 from gkd_jax.sampling.teacher_assisted import TeacherMixed
 
