@@ -12,7 +12,7 @@ import pytest
 from gkd_jax.devices.partitioning import Partitioner
 from gkd_jax.distillation import train_step
 from gkd_jax.distillation.rollout import Rollout, sample_outputs
-from gkd_jax.models.combined import RoutedModel
+from gkd_jax.models.ensembles import RoutedModel
 from gkd_jax.models.families import model_from_hf
 from gkd_jax.objectives.divergences import GeneralizedJSD, NegativeLogLikelihood
 from gkd_jax.objectives.objective import (

@@ -16,7 +16,7 @@ from gkd_jax.data.vocabularies import ByteVocabulary
 from gkd_jax.devices.partitioning import Partitioner
 from gkd_jax.distillation.teachers import Teacher, TeacherMixture
 from gkd_jax.experiment import Generation, Student
-from gkd_jax.models.narrowed import narrowed
+from gkd_jax.models.wrapper import restrict_vocabulary
 from gkd_jax.objectives import Objective, Predictions, fused, fused_weighted_loss, weighted_loss
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.run_modes import train
@@ -63,7 +63,7 @@ def loss_and_gradients(form, arrays):
     """Of the student's hidden states and of its whole head."""
 
     def loss_fn(trained):
-        models = [narrowed(t5(size), COMMON) for size in (STUDENT, TEACHER)]
+        models = [restrict_vocabulary(t5(size), COMMON) for size in (STUDENT, TEACHER)]
         return form(
             Objective(ALL_IN_ONE),
             student=Predictions(trained[0], head_of(trained[1]), models[0].unembed),
@@ -128,10 +128,10 @@ def test_a_vocabulary_over_devices_is_cut_without_being_gathered(shape):
 
 @pytest.mark.pitfall(36)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_narrowed_model_is_the_model_given_the_first_entries(tied):
+def test_a_restricted_model_is_the_model_given_the_first_entries(tied):
     model = t5(STUDENT, logits_via_embedding=tied)
-    assert narrowed(model, STUDENT) is narrowed(model, TEACHER) is model
-    one = narrowed(model, COMMON)
+    assert restrict_vocabulary(model, STUDENT) is restrict_vocabulary(model, TEACHER) is model
+    one = restrict_vocabulary(model, COMMON)
     assert (one.vocab_size, one.hidden_size, one.config) == (COMMON, D, model.config)
     kernel = np.random.default_rng(1).normal(size=(D, STUDENT)).astype(np.float32)
     params = {"token_embedder": {"embedding": kernel.T}} | head_of(kernel)

@@ -33,7 +33,7 @@ from gkd_jax.distillation.teachers import (
 from gkd_jax.experiment import Checkpoints, Evaluation, Generation, Student, prepare
 from gkd_jax.experiment.plan import describe_plan, num_params
 from gkd_jax.experiment.prepare import ConfigurationError
-from gkd_jax.models.combined import MixtureModel
+from gkd_jax.models.ensembles import MixtureModel
 from gkd_jax.objectives.divergences import ForwardKL, GeneralizedJSD
 from gkd_jax.objectives.objective import Objective, Predictions, final_weights, weighted_loss
 from gkd_jax.run_modes import evaluate, generate, study, train

@@ -56,7 +56,10 @@ _MODULES = {
     "metrics.score": "data.metrics.score",
     "metrics.text_metrics": "data.metrics.text_metrics",
     "metrics_log": "training.metrics_log",
+    "models.combined": "models.ensembles",
     "models.config": "models.t5_config",
+    "models.narrowed": "models.wrapper",
+    "models.wrapped": "models.wrapper",
     "non_finite": "training.non_finite",
     "optimizers": "distillation.optimizers",
     "output_checks": "experiment.checks.outputs",
@@ -98,6 +101,10 @@ _NAMES = {
     "sampling.teacher_assisted.Policy": "sampling.teacher_assisted.TeacherAssistance",
     "data.task.get_task": "data.registry.get_task",
     "data.task.register_task": "data.registry.register_task",
+    "models.ensembles.CombinedModel": "models.ensembles.EnsembleModel",
+    "models.wrapper.NarrowedModel": "models.wrapper.RestrictedVocabulary",
+    "models.wrapper.WrappedModel": "models.wrapper.ModelWrapper",
+    "models.wrapper.narrowed": "models.wrapper.restrict_vocabulary",
 }
 
 # Settings: the present name of the class or function, with the module that defines it, and the

@@ -10,9 +10,9 @@ from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.distillation import parameter_sources
 from gkd_jax.distillation.parameter_sources import ALL_RESTORED, Initial, Restored, Sources
 from gkd_jax.models.base import LanguageModel
-from gkd_jax.models.combined import MixtureModel, RoutedModel
-from gkd_jax.models.narrowed import narrowed
+from gkd_jax.models.ensembles import MixtureModel, RoutedModel
 from gkd_jax.models.quantised import Int8
+from gkd_jax.models.wrapper import restrict_vocabulary
 
 
 class AbstractTeacher(abc.ABC):
@@ -158,7 +158,7 @@ class Teacher(AbstractTeacher):
         return (self.model.vocab_size,)
 
     def model_for(self, student: LanguageModel) -> LanguageModel:
-        return narrowed(self.network, student.vocab_size)
+        return restrict_vocabulary(self.network, student.vocab_size)
 
     def restore_networks(self, network: Callable[["Teacher"], Params]) -> Params:
         return network(self)
@@ -244,7 +244,7 @@ class _Ensemble(AbstractTeacher):
     def restricted_models(self, student: LanguageModel) -> tuple[LanguageModel, ...]:
         """Returns all models, restricted to the entries that all of them and the student have."""
         common = min(student.vocab_size, *self.vocab_sizes)
-        return tuple(narrowed(teacher.network, common) for teacher in self.teachers)
+        return tuple(restrict_vocabulary(teacher.network, common) for teacher in self.teachers)
 
 
 @dataclasses.dataclass(frozen=True)

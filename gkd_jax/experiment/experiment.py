@@ -22,7 +22,7 @@ from gkd_jax.experiment.settings import (
     require_positive,
 )
 from gkd_jax.models.base import LanguageModel
-from gkd_jax.models.narrowed import narrowed
+from gkd_jax.models.wrapper import restrict_vocabulary
 from gkd_jax.objectives.mixing import OutputMix
 from gkd_jax.objectives.objective import Objective
 
@@ -141,7 +141,7 @@ class Experiment:
         sizes: tuple[int, ...] = ()
         if self.teacher is not None and self.objective.divergence.needs_teacher:
             sizes = self.teacher.vocab_sizes
-        return narrowed(self.student.model, min((self.student.model.vocab_size, *sizes)))
+        return restrict_vocabulary(self.student.model, min((self.student.model.vocab_size, *sizes)))
 
     @property
     def teacher_model(self) -> LanguageModel | None:

@@ -38,7 +38,7 @@ from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.experiment.settings import Generation
 from gkd_jax.models import lora, stacking
 from gkd_jax.models.base import LanguageModel
-from gkd_jax.models.combined import RoutedModel
+from gkd_jax.models.ensembles import RoutedModel
 from gkd_jax.objectives.divergence_sums import WeightedSum
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
 from gkd_jax.objectives.other_divergences import SampledReverseKL

@@ -26,8 +26,7 @@ from gkd_jax.common.array_types import Array, Key, Params, PyTree
 from gkd_jax.models import layers, stacking
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.linen import of_this_layer
-from gkd_jax.models.narrowed import NarrowedModel
-from gkd_jax.models.wrapped import WrappedModel
+from gkd_jax.models.wrapper import ModelWrapper, RestrictedVocabulary
 
 _ADAPTERS, _BASE = "adapters", "base"
 A, B = "lora_a", "lora_b"
@@ -36,7 +35,7 @@ ALL_TARGETS = ("query", "key", "value", "out", "wi*", "wo")
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA(WrappedModel):
+class LoRA(ModelWrapper):
     """A frozen model and its adapters; a `LanguageModel`.
 
     Adapters are float32 and are used in the compute dtype of the product that they are added to.
@@ -173,7 +172,7 @@ def split(model: LanguageModel, params: PyTree[Any]) -> tuple[PyTree[Any], PyTre
       model: any.
       params: its parameters, or a tree like them: of shapes, of shardings.
     """
-    if isinstance(model, NarrowedModel):
+    if isinstance(model, RestrictedVocabulary):
         model = model.model
     if isinstance(model, LoRA):
         return params[_ADAPTERS], params[_BASE]

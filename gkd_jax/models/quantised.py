@@ -18,13 +18,13 @@ from gkd_jax.common.array_types import Array, Float, Int, Key, Params, PyTree
 from gkd_jax.models import layers
 from gkd_jax.models.linen import of_this_layer
 from gkd_jax.models.lora import products
-from gkd_jax.models.wrapped import WrappedModel
+from gkd_jax.models.wrapper import ModelWrapper
 
 _LARGEST = 127
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8(WrappedModel):
+class Int8(ModelWrapper):
     """A model whose products have int8 weights; a `LanguageModel` for inference.
 
     Parameters are two trees: `weights`, those of the model with int8 kernels, and `scales`, the

@@ -259,8 +259,8 @@ def _check_teacher_shape(student_logits: Array, teacher: TokenTeacher) -> None:
         raise ValueError(
             "teacher and student must have output layers of one vocabulary size; got "
             f"{of_teacher.shape[-1]} ({whose}) and {shape[-1]} (student). Set "
-            "vocab_size of both models alike, or give the larger as `models.narrowed.narrowed` to "
-            "the entries that both have, on one vocabulary."
+            "vocab_size of both models alike, or restrict the larger by "
+            "`models.wrapper.restrict_vocabulary` to the entries that both have, on one vocabulary."
         )
     if of_teacher.shape != shape:
         raise ValueError(

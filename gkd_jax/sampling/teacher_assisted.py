@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from gkd_jax.common.moved import load_moved
 from gkd_jax.models.base import LanguageModel
-from gkd_jax.models.combined import CorrectedModel, MixtureModel
+from gkd_jax.models.ensembles import CorrectedModel, MixtureModel
 
 
 class TeacherAssistance(Protocol):

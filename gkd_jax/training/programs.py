@@ -24,7 +24,7 @@ from gkd_jax.experiment.step_objectives import measured_objective, on_policy_obj
 from gkd_jax.models import lora
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.quantised import Int8
-from gkd_jax.models.wrapped import with_remat_policy
+from gkd_jax.models.wrapper import with_remat_policy
 from gkd_jax.objectives import fused
 from gkd_jax.training import jitted_functions, parameters, trainer
 

@@ -15,7 +15,7 @@ from gkd_jax.distillation import train_step
 from gkd_jax.models import lora
 from gkd_jax.models.families import model_from_hf
 from gkd_jax.models.lora import LoRA
-from gkd_jax.models.narrowed import narrowed
+from gkd_jax.models.wrapper import restrict_vocabulary
 from gkd_jax.objectives.divergences import GeneralizedJSD
 from gkd_jax.objectives.objective import Objective
 
@@ -211,10 +211,10 @@ def test_on_a_mesh(rules):
     assert lora.fingerprint(sharded["base"]) == lora.fingerprint(params["base"])
 
 
-def test_a_narrowed_model_has_its_parts():
+def test_a_restricted_model_has_its_parts():
     model = adapted("llama3")
     params = model.abstract_params()
-    one = lora.split(narrowed(model, 90), params)
+    one = lora.split(restrict_vocabulary(model, 90), params)
     assert one == (params["adapters"], params["base"])
     assert lora.split(model.model, params["base"]) == (params["base"], None)
 

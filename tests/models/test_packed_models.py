@@ -6,11 +6,11 @@ import numpy as np
 import packed
 import pytest
 
-from gkd_jax.models.combined import MixtureModel
+from gkd_jax.models.ensembles import MixtureModel
 from gkd_jax.models.families import model_from_hf
 from gkd_jax.models.lora import LoRA
-from gkd_jax.models.narrowed import narrowed
 from gkd_jax.models.quantised import Int8
+from gkd_jax.models.wrapper import restrict_vocabulary
 
 NAMES = ["t5", "t5_1_1", "llama3", "mistral", "qwen3_yarn", "gemma2", "gemma3_stretched"]
 
@@ -25,7 +25,7 @@ def wrapped(kind):
     return {
         "lora": lambda: LoRA(gemma, rank=4, alpha=8.0, base_dtype="float32"),
         "int8": lambda: Int8(t5),
-        "narrowed": lambda: narrowed(gemma, 80),
+        "restricted": lambda: restrict_vocabulary(gemma, 80),
         "mixture": lambda: MixtureModel((t5, gemma), (1.0, 3.0)),
     }[kind]()
 
@@ -44,7 +44,7 @@ def logits(model, params, batch):
     return np.asarray(fn(params, batch))
 
 
-@pytest.mark.parametrize("name", [*NAMES, "lora", "int8", "narrowed", "mixture"])
+@pytest.mark.parametrize("name", [*NAMES, "lora", "int8", "restricted", "mixture"])
 @pytest.mark.pitfall(20)
 def test_an_example_in_a_packed_row_is_what_it_is_alone(name):
     model = base(name) if name in NAMES else wrapped(name)

@@ -4,7 +4,7 @@ from gkd_jax.data.batches import MAX_EXAMPLE_ID
 from gkd_jax.data.pipeline import DatasetConfig
 from gkd_jax.distillation.rewards import RewardMix
 from gkd_jax.experiment.experiment import Experiment
-from gkd_jax.models.combined import RoutedModel
+from gkd_jax.models.ensembles import RoutedModel
 from gkd_jax.objectives.divergence_sums import WeightedSum
 from gkd_jax.objectives.divergences import ReverseKL
 from gkd_jax.objectives.other_divergences import SampledReverseKL

@@ -1,4 +1,8 @@
-"""What models around another model share."""
+"""Models that wrap another model and change part of what it does.
+
+`ModelWrapper` passes everything on; `RestrictedVocabulary`, `lora.LoRA` and `quantised.Int8` are
+its subclasses.
+"""
 
 import contextlib
 import dataclasses
@@ -8,64 +12,65 @@ import jax
 
 from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyTree
 from gkd_jax.common.batch import Batch
+from gkd_jax.common.moved import load_moved
 from gkd_jax.models.base import DecodeState, LanguageModel
 from gkd_jax.models.linen import LinenModel
 
 
 @dataclasses.dataclass(frozen=True)
-class WrappedModel:
-    """A `LanguageModel` that does what another does, but for what a subclass changes.
+class ModelWrapper:
+    """A `LanguageModel` that computes what another one does, except for what a subclass overrides.
 
     Attributes:
-      model: the other.
+      model: the wrapped model.
     """
 
     model: LanguageModel
 
     def inner(self, params: Params) -> Params:
-        """The wrapped model's parameters within those of this one, or within its `head`."""
+        """Returns the wrapped model's part of this model's parameters, or of its `head`."""
         return params
 
     def tracing(self, params: Params) -> contextlib.AbstractContextManager[Any]:
-        """What holds while a function of the wrapped model is traced."""
+        """Returns a context in which the functions of the wrapped model are traced."""
         del params
         return contextlib.nullcontext()
 
     @property
     def config(self) -> Any:
-        """Sizes of the wrapped model."""
+        """The configuration of the wrapped model."""
         return self.model.config
 
     @property
     def hidden_size(self) -> int:
-        """Width of hidden states."""
+        """Width of the hidden states."""
         return self.model.hidden_size
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Makes the parameters."""
+        """Makes random parameters."""
         return self.model.init(key)
 
     def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the parameters."""
+        """Returns the shapes and dtypes of the parameters."""
         return self.model.abstract_params()
 
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
-        """Logical axis names of the parameters."""
+        """Returns the logical axis names of the parameters."""
         return self.model.logical_axes()
 
     def hidden_states(
         self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """Hidden states, as the wrapped model has them."""
+        """Computes the hidden states of the wrapped model."""
         with self.tracing(params):
             return self.model.hidden_states(self.inner(params), batch, dropout_key=dropout_key)
 
     def head(self, params: Params) -> Params:
-        """The wrapped model's head."""
+        """Returns the parameters of the output layer."""
         return self.model.head(self.inner(params))
 
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
-        """Logits; reads all parameters, or what `head` gave."""
+        """Computes logits from all parameters, or from those that `head` returns."""
         return self.model.unembed(self.inner(params), hidden)
 
     def prefill(
@@ -95,10 +100,50 @@ class WrappedModel:
 
 
 def with_remat_policy(model: LanguageModel, policy: str) -> LanguageModel:
-    """The same model with another policy of rematerialisation; one that has none, itself."""
-    if isinstance(model, WrappedModel):
+    """Returns the model with another rematerialisation policy; unchanged if it has no policy."""
+    if isinstance(model, ModelWrapper):
         return dataclasses.replace(model, model=with_remat_policy(model.model, policy))
     if isinstance(model, LinenModel):
         config = dataclasses.replace(model.config, remat_policy=policy)
         return dataclasses.replace(model, config=config)  # type: ignore[type-var]
     return model
+
+
+def restrict_vocabulary(model: LanguageModel, vocab_size: int) -> LanguageModel:
+    """Restricts a model to the first `vocab_size` entries; returns it unchanged if it has no more.
+
+    Args:
+      model: any model.
+      vocab_size: number of entries to keep.
+    """
+    return model if model.vocab_size <= vocab_size else RestrictedVocabulary(model, vocab_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class RestrictedVocabulary(ModelWrapper):
+    """A model's distribution given that the token is one of the first entries.
+
+    Output layers are padded to sizes that suit the hardware. Two models with the same vocabulary
+    but different padding share their first entries, and are compared and sampled over those alone:
+    the softmax is taken over them, so that both distributions sum to 1.
+
+    The parameters are those of the wrapped model. The logits are sliced, not the output layer: a
+    slice that is read where it is used costs nothing, while a slice of the layer would be a copy,
+    and so would its gradient.
+
+    Attributes:
+      model: the model with more entries.
+      vocab_size: number of entries that are kept.
+    """
+
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.vocab_size < self.model.vocab_size, "made by `restrict_vocabulary`"
+
+    def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        return super().unembed(params, hidden)[..., : self.vocab_size]
+
+
+def __getattr__(name: str) -> Any:
+    return load_moved(__name__, name)

@@ -7,7 +7,7 @@ import pytest
 import small_runs
 
 from gkd_jax.common.batch import Batch
-from gkd_jax.models.combined import CorrectedModel, MixtureModel
+from gkd_jax.models.ensembles import CorrectedModel, MixtureModel
 from gkd_jax.sampling.decode import decode
 from gkd_jax.sampling.methods import Greedy, Sample
 

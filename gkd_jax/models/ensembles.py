@@ -1,8 +1,9 @@
-"""Several models that speak as one: what mixes teachers, and lets a teacher into a rollout.
+"""Ensembles: several models whose next-token distributions are combined into one.
 
-A combined model is a `LanguageModel` like any other, so the decoder, beam search and the losses
-take it as it is. Its hidden state is those of its parts, side by side; its output layer makes
-each part's next-token distribution and combines them to one.
+They serve as teachers that are mixtures of models, and as models that let a teacher take part in a
+rollout. An ensemble is a `LanguageModel`, so the decoder, beam search and the losses take it like
+any other. Its hidden states are those of its models, concatenated; its output layer computes the
+distribution of each model and combines them.
 """
 
 import abc
@@ -15,20 +16,21 @@ import jax.numpy as jnp
 
 from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyTree
 from gkd_jax.common.batch import Batch
+from gkd_jax.common.moved import load_moved
 from gkd_jax.models.base import DecodeState, LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
-class CombinedModel(abc.ABC):
-    """Models over one vocabulary whose next-token distributions are combined to one.
+class EnsembleModel(abc.ABC):
+    """Models over one vocabulary whose next-token distributions are combined into one.
 
-    Parameters are a tuple of those of the parts, in their order. Subclasses say how to combine.
+    The parameters are a tuple with those of each model, in order. Subclasses define `combine`.
 
     Attributes:
-      models: the parts; their output layers have one size.
+      models: models whose output layers have the same size.
 
     Raises:
-      ValueError: there are no parts, or their output layers differ in size.
+      ValueError: there are no models, or their output layers differ in size.
     """
 
     models: tuple[LanguageModel, ...]
@@ -43,70 +45,77 @@ class CombinedModel(abc.ABC):
         if len(set(sizes)) > 1:
             raise ValueError(
                 f"{name}.models must have output layers of one size; got {sizes}. Set vocab_size "
-                "of all alike, or give each as `narrowed` to the least, on one vocabulary."
+                "of all alike, or restrict each by `models.wrapper.restrict_vocabulary` to the "
+                "least, on one vocabulary."
             )
 
     @abc.abstractmethod
     def combine(
         self, logits: tuple[Float[Array, "*n V"], ...], rest: Float[Array, "*n R"]
     ) -> Float[Array, "*n V"]:
-        """Float32 logits of the parts to those of the combined distribution.
+        """Combines the float32 logits of the models into logits of the ensemble's distribution.
 
         Args:
-          logits: of each part.
-          rest: columns of the hidden states behind those of the parts; most models have none.
+          logits: logits of each model.
+          rest: additional columns of the hidden states, after those of the models; most ensembles
+            have none.
         """
 
     @property
     def config(self) -> Any:
-        """This dataclass itself, which holds all sizes."""
+        """The ensemble itself, which contains the configurations of its models."""
         return self
 
     @property
     def vocab_size(self) -> int:
-        """Rows of each part's output layer."""
+        """Rows of each model's output layer."""
         return self.models[0].vocab_size
 
     @property
     def hidden_size(self) -> int:
-        """Width of the parts' hidden states together."""
+        """Sum of the widths of the models' hidden states."""
         return sum(model.hidden_size for model in self.models)
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Makes float32 parameters of all parts; jit-able."""
+        """Makes random float32 parameters of all models; can be jitted."""
         keys = jax.random.split(key, len(self.models))
         return tuple(model.init(key) for model, key in zip(self.models, keys, strict=True))
 
     def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the parts' parameters."""
+        """Returns the shapes and dtypes of the models' parameters."""
         return tuple(model.abstract_params() for model in self.models)
 
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
-        """Logical axis names of the parts' parameters."""
+        """Returns the logical axis names of the models' parameters."""
         return tuple(model.logical_axes() for model in self.models)
 
     def hidden_states(
         self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """Hidden states of all parts, side by side; dropout, if any, differs between them."""
+        """Computes and concatenates the hidden states of all models.
+
+        Each model has its own dropout key.
+        """
         keys: Any = [None] * len(self.models)
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, len(self.models))
-        parts = zip(self.models, params, keys, strict=True)
-        return _side_by_side(
-            [model.hidden_states(own, batch, dropout_key=key) for model, own, key in parts]
+        return _concatenate(
+            [
+                model.hidden_states(own, batch, dropout_key=key)
+                for model, own, key in zip(self.models, params, keys, strict=True)
+            ]
         )
 
     def head(self, params: Params) -> Params:
-        """The parts' heads."""
+        """Returns the parameters of the models' output layers."""
         return tuple(model.head(own) for model, own in zip(self.models, params, strict=True))
 
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
-        """Hidden states of all parts to the logarithm of the combined distribution."""
+        """Computes logits of the ensemble's distribution from the models' hidden states."""
         logits, start = [], 0
         for model, own in zip(self.models, params, strict=True):
-            part = hidden[..., start : start + model.hidden_size]
-            logits.append(model.unembed(own, part).astype(jnp.float32))
+            own_hidden = hidden[..., start : start + model.hidden_size]
+            logits.append(model.unembed(own, own_hidden).astype(jnp.float32))
             start += model.hidden_size
         return self.combine(tuple(logits), hidden[..., start:])
 
@@ -118,12 +127,12 @@ class CombinedModel(abc.ABC):
         *,
         max_length: int,
     ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Lets every part read the prompts."""
-        parts = [
+        """Reads the prompts with every model."""
+        results = [
             model.prefill(own, inputs, inputs_mask, max_length=max_length)
             for model, own in zip(self.models, params, strict=True)
         ]
-        return _side_by_side([hidden for hidden, _ in parts]), tuple(state for _, state in parts)
+        return _concatenate([hidden for hidden, _ in results]), tuple(state for _, state in results)
 
     def decode_step(
         self,
@@ -132,26 +141,29 @@ class CombinedModel(abc.ABC):
         tokens: Int[Array, " B"],
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Feeds the same tokens to every part."""
-        parts = [
+        """Feeds the same tokens to every model."""
+        results = [
             model.decode_step(own, one, tokens, index)
             for model, own, one in zip(self.models, params, state, strict=True)
         ]
-        return _side_by_side([hidden for hidden, _ in parts]), tuple(state for _, state in parts)
+        return _concatenate([hidden for hidden, _ in results]), tuple(state for _, state in results)
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureModel(CombinedModel):
-    """sum_i w_i P_i(. | x, y_<n): at every token, a mixture of the parts' distributions.
+class MixtureModel(EnsembleModel):
+    """A mixture of the models' next-token distributions, with fixed weights.
 
-    Of several teachers it is one; of teacher and student it is MiniLLM's teacher-mixed sampler
-    (arXiv 2306.08543, section 2.2: the teacher's share is 0.2).
+    P(y_n | x, y_<n) = sum_i w_i P_i(y_n | x, y_<n)
+
+    With several teachers it is one teacher; with a teacher and the student it is the teacher-mixed
+    sampling of MiniLLM ("MiniLLM: Knowledge Distillation of Large Language Models",
+    arXiv 2306.08543, section 2.2, where the teacher's weight is 0.2).
 
     Attributes:
-      weights: w_i, positive; divided by their sum.
+      weights: w_i, positive; they are divided by their sum.
 
     Raises:
-      ValueError: the weights are not positive or not as many as the models.
+      ValueError: a weight is not positive, or there are not as many weights as models.
     """
 
     weights: tuple[float, ...]
@@ -170,26 +182,27 @@ class MixtureModel(CombinedModel):
     def combine(
         self, logits: tuple[Float[Array, "*n V"], ...], rest: Float[Array, "*n R"]
     ) -> Float[Array, "*n V"]:
-        """log sum_i w_i softmax(logits_i)."""
+        """Returns log sum_i w_i softmax(logits_i)."""
         del rest
         total = sum(self.weights)
-        parts = [
+        weighted = [
             jax.nn.log_softmax(one) + math.log(weight / total)
             for one, weight in zip(logits, self.weights, strict=True)
         ]
-        return jax.nn.logsumexp(jnp.stack(parts), axis=0)
+        return jax.nn.logsumexp(jnp.stack(weighted), axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
-class RoutedModel(CombinedModel):
-    """Each example's distribution is that of one of the parts, which its `source_id` names.
+class RoutedModel(EnsembleModel):
+    """A different model for each source of the data, selected by an example's `source_id`.
 
-    The batch must have a `source_id`. Every part runs on every row, since rows of all kinds are
-    in one batch: it costs what a mixture costs. The last column of hidden states is the part's
-    number, so that any slice of positions still tells. Prompts alone do not, so it cannot decode.
+    The batch must have a `source_id`. Every model runs on every row, since a batch contains rows
+    of all sources: the cost is that of a mixture. The last column of the hidden states is the index
+    of the model, so that any slice of positions can be unembedded. It cannot decode, since prompts
+    come without a `source_id`.
 
     Attributes:
-      routes: the part that each source of the data has.
+      routes: for each source of the data, the index of its model.
     """
 
     routes: tuple[int, ...]
@@ -200,31 +213,31 @@ class RoutedModel(CombinedModel):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the parts' hidden states together, and one."""
+        """Sum of the widths of the models' hidden states, plus one."""
         return super().hidden_size + 1
 
     def hidden_states(
         self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """Hidden states of all parts, then the number of the example's own part."""
+        """Computes the hidden states of all models, and appends the index of the row's model."""
         hidden = super().hidden_states(params, batch, dropout_key=dropout_key)
         assert batch.source_id is not None, "the data set gives it to routed teachers"
-        part = jnp.array(self.routes)[batch.source_id]
-        if part.ndim == 1:  # Of a row; where rows are packed, of a position.
-            part = jnp.broadcast_to(part[:, None], hidden.shape[:2])
-        return _side_by_side([hidden, part[..., None].astype(hidden.dtype)])
+        index = jnp.array(self.routes)[batch.source_id]
+        if index.ndim == 1:  # One for each row; in packed rows there is one for each position.
+            index = jnp.broadcast_to(index[:, None], hidden.shape[:2])
+        return _concatenate([hidden, index[..., None].astype(hidden.dtype)])
 
     def combine(
         self, logits: tuple[Float[Array, "*n V"], ...], rest: Float[Array, "*n R"]
     ) -> Float[Array, "*n V"]:
-        """The logits of each position's own part."""
+        """Selects the logits of each position's model."""
         chosen = logits[0]
         for number, one in enumerate(logits[1:], start=1):
             chosen = jnp.where(rest == number, one, chosen)
         return chosen
 
     def prefill(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        """Refused.
+        """Not supported.
 
         Raises:
           ValueError: always.
@@ -236,19 +249,21 @@ class RoutedModel(CombinedModel):
 
 
 @dataclasses.dataclass(frozen=True)
-class CorrectedModel(CombinedModel):
-    """The student proposes a token, the teacher replaces it where it is not among its best K.
+class CorrectedModel(EnsembleModel):
+    """The student's distribution, with tokens outside the teacher's top K replaced by the teacher.
 
-    Speculative knowledge distillation (arXiv 2410.11325). A proposal outside the teacher's top K
-    is drawn again from the teacher, so a token v has the probability
+    Speculative knowledge distillation ("Speculative Knowledge Distillation: Bridging the
+    Teacher-Student Gap Through Interleaved Sampling", arXiv 2410.11325): the student proposes a
+    token; a proposal that is not among the teacher's K most likely tokens is sampled again from the
+    teacher. So a token v has the probability
 
         q_v [v in top K of P]  +  (1 - sum of q over top K of P) p_v
 
-    which is what this model's output layer gives: sampling from it is the method, exactly.
+    which this model's output layer computes. Sampling from it is exactly the method.
 
     Attributes:
       models: the student, then the teacher.
-      top_k: K, how many of the teacher's best tokens are left as they were proposed.
+      top_k: K, number of the teacher's most likely tokens that are accepted as proposed.
 
     Raises:
       ValueError: there are not two models, or K is not from 1 to the vocabulary's size.
@@ -271,18 +286,22 @@ class CorrectedModel(CombinedModel):
     def combine(
         self, logits: tuple[Float[Array, "*n V"], ...], rest: Float[Array, "*n R"]
     ) -> Float[Array, "*n V"]:
-        """log of the accepted proposals' share plus the redrawn ones'."""
+        """Returns the logarithm of the probability above."""
         del rest
         student, teacher = (jax.nn.softmax(one) for one in logits)
-        # Ties at the edge are all accepted: a mask by value needs no scatter.
+        # Tokens tied with the K-th are all accepted: a mask by value needs no scatter.
         least = jax.lax.top_k(logits[1], self.top_k)[0][..., -1:]
         is_accepted = logits[1] >= least
         accepted = jnp.where(is_accepted, student, 0.0)
-        # Not 1 minus what is accepted: that would be a rounding away from 0.
-        redrawn = jnp.sum(jnp.where(is_accepted, 0.0, student), axis=-1, keepdims=True)
-        return jnp.log(accepted + redrawn * teacher)
+        # Not 1 minus the accepted probability, which would differ from 0 by a rounding error.
+        rejected = jnp.sum(jnp.where(is_accepted, 0.0, student), axis=-1, keepdims=True)
+        return jnp.log(accepted + rejected * teacher)
 
 
-def _side_by_side(parts: list[Array]) -> Array:
-    """Joins hidden states; bfloat16 beside float32 becomes float32, which holds both."""
-    return jnp.concatenate(parts, axis=-1)
+def _concatenate(hidden: list[Array]) -> Array:
+    """Concatenates hidden states; a mix of bfloat16 and float32 becomes float32."""
+    return jnp.concatenate(hidden, axis=-1)
+
+
+def __getattr__(name: str) -> Any:
+    return load_moved(__name__, name)
