@@ -83,8 +83,8 @@ def test_a_run_from_checkpoints_and_back(checkpoints, tmp_path, teacher):
     assert not unexpected
     model = hf.hf_model(str(output), dtype="float32")
     abstract = model.abstract_params()
-    trained = load.load.load_params(run, abstract)
-    start = load.load.load_params(checkpoints / "llama3", abstract)
+    trained = load.load_params(run, abstract)
+    start = load.load_params(checkpoints / "llama3", abstract)
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (trained, start)), strict=True))
     batch = hf_models.random_batch()
     ours = jax.jit(lambda p, b: model.unembed(p, model.hidden_states(p, b)))(trained, batch)
@@ -156,8 +156,8 @@ def test_loading_on_a_mesh_in_another_dtype(checkpoints):
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=sharding),
         model.abstract_params(), shardings,
     )  # fmt: skip
-    params = load.load.load_params(checkpoints / "llama3", abstract)
-    whole = load.load.load_params(checkpoints / "llama3", model.abstract_params())
+    params = load.load_params(checkpoints / "llama3", abstract)
+    whole = load.load_params(checkpoints / "llama3", model.abstract_params())
     kernel = params["layers_0"]["mlp"]["wi_0"]["kernel"]
     assert kernel.dtype == jnp.bfloat16
     assert kernel.addressable_shards[0].data.size == kernel.size // 8

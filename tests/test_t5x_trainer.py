@@ -456,7 +456,7 @@ def test_t5x_reads_what_we_export(tmp_path):
     )  # fmt: skip
     # The check of the vocabulary's size is none of the test: T5X's network is tiny.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gkd_jax.experiment.prepare.check_vocab_size", lambda *_, **__: None)
+        patch.setattr("gkd_jax.experiment.checks.models.check_vocab_size", lambda *_, **__: None)
         folder = os.path.join(export.export(experiment), "checkpoint_0")
 
     model = make_model(SIZES)

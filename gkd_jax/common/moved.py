@@ -41,7 +41,7 @@ _MODULES = {
     "gin_text": "experiment.gin_files.text",
     "gin_utils": "experiment.gin_files.configuration",
     "gin_walk": "experiment.gin_files.walk",
-    "hf_checks": "experiment.checks.hugging_face",
+    "hf_checks": "experiment.checks.checkpoints",
     "hlo": "devices.hlo",
     "hlo_loops": "devices.hlo_loops",
     "hlo_text": "devices.hlo_text",

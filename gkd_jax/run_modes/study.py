@@ -14,6 +14,7 @@ from gkd_jax.distillation.teachers import AbstractTeacher, Teacher
 from gkd_jax.experiment import prepare
 from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.experiment.plan import describe_plan, num_params
+from gkd_jax.experiment.problems import Problems
 from gkd_jax.experiment.settings import Evaluation, Student
 from gkd_jax.models.lora import base_of
 from gkd_jax.objectives.divergences import NegativeLogLikelihood
@@ -146,7 +147,7 @@ def check_study(study: Study) -> str:
     Raises:
       ConfigurationError: something is wrong; the message lists all of it.
     """
-    problems = prepare.Problems()
+    problems = Problems()
     plans: list[str] = []
     seed = study.seeds[0]
     trained = {

@@ -18,8 +18,8 @@ from gkd_jax.distillation.parameter_sources import FrozenBase
 from gkd_jax.distillation.teachers import Teacher
 from gkd_jax.distillation.train_state import TrainState
 from gkd_jax.experiment.checks.adapters import check_base, check_frozen, describe_frozen
+from gkd_jax.experiment.checks.models import no_student
 from gkd_jax.experiment.experiment import Experiment
-from gkd_jax.experiment.prepare import no_student
 from gkd_jax.models import lora
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.quantised import Int8
