@@ -70,7 +70,7 @@ RECIPES = (
 # Weak scaling: as many rows a chip on each.
 WEAK = of_t5("wmt_ende", "small")
 WEAK_SLICES = {"v5e:2x2": 4, "v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256}
-ROWS_A_CHIP = 8
+ROWS_PER_CHIP = 8
 # One slice, and two of half its size.
 SLICES = ("v5e:4x8", "v5e:4x4*2")
 
@@ -105,7 +105,7 @@ def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
 def weak_cells(rules: str) -> Iterator[Cell]:
     """The same recipe on more and more chips, under a table of rules."""
     for topology, number in WEAK_SLICES.items():
-        settings = {"BATCH_SIZE": ROWS_A_CHIP * number, "PARTITIONING_RULES": rules}
+        settings = {"BATCH_SIZE": ROWS_PER_CHIP * number, "PARTITIONING_RULES": rules}
         recipe = with_settings(WEAK, **settings)
         yield Cell(recipe, topology, ("train step",))
 
@@ -255,8 +255,9 @@ def recipes_table(results: Results, recipes: Sequence[Recipe], *, may_compile: b
                 )
             )
     columns = (
-        "recipe", "slice", "fits", "lies on each chip, MiB", "needs most of a chip",
-        "step, least s", "rollout, least s", "FLOPs of the least", "recomputed", "compiled in, s",
+        "recipe", "slice", "fits", "resident per chip, MiB", "largest part, of a chip",
+        "step, lower bound, s", "rollout, lower bound, s", "FLOPs over the minimum", "recomputed",
+        "compile time, s",
     )  # fmt: skip
     return table(columns, rows)
 
@@ -286,9 +287,9 @@ def scaling_table(results: Results, cells: Sequence[Cell]) -> str:
             )
         )
     columns = (
-        "slice", "batch", "lies on each chip, MiB", "step, beside that, MiB",
-        "a chip sends within its slice", "to other slices", "step, least s", "FLOPs of the least",
-        "step compiled in, s",
+        "slice", "batch", "resident per chip, MiB", "step's temporaries, MiB",
+        "sent per chip within the slice", "sent to other slices", "step, lower bound, s",
+        "FLOPs over the minimum", "step's compile time, s",
     )  # fmt: skip
     return table(columns, rows)
 
@@ -300,7 +301,7 @@ def render(results: Results, recipes: Sequence[Recipe], *, may_compile: bool) ->
         [
             "## The smallest slice for each recipe",
             first,
-            f"## Weak scaling: {WEAK.name}, {ROWS_A_CHIP} rows a chip",
+            f"## Weak scaling: {WEAK.name}, {ROWS_PER_CHIP} rows per chip",
             "Parameters split over all chips (`fsdp`):",
             scaling_table(results, list(weak_cells("fsdp"))),
             "Parameters on every chip (`standard`):",
