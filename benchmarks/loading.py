@@ -1,11 +1,11 @@
-"""Loading a Hugging Face checkpoint onto a mesh: memory beside the model's own, and speed.
+"""Measures loading a Hugging Face checkpoint onto a mesh: memory beyond the model's, and speed.
 
     python benchmarks/loading.py
 
-Writes a Llama of random bfloat16 weights (1 GB) to a temporary folder, and loads it in a process of
-its own over eight simulated devices, bfloat16 and float32. Anonymous memory is what the process
-holds for itself; the pages of the files that it maps are the system's. Speed is beside reading the
-file once from the page cache.
+It writes a Llama with random bfloat16 weights (1 GB) to a temporary folder and loads it in another
+process onto eight simulated devices, in bfloat16 and in float32. Memory is the anonymous memory of
+that process, which excludes the pages of mapped files. Time is relative to reading the file once
+from the page cache.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import timing
 
 
 def write_checkpoint(folder: pathlib.Path) -> int:
-    """A Llama of half a billion parameters; returns the bytes of its weights."""
+    """Writes a Llama of half a billion parameters; returns the bytes of its weights."""
     import jax
     import ml_dtypes
     import numpy as np
@@ -47,13 +47,13 @@ def write_checkpoint(folder: pathlib.Path) -> int:
 
 
 def anonymous_mb() -> float:
-    """Anonymous memory of this process now, MB."""
+    """Returns the current anonymous memory of this process, in MB."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.findall(r"RssAnon:\s*(\d+) kB", status)[0]) * 1024 / 1e6
 
 
 def load(folder: str, dtype: str) -> None:
-    """Loads, and prints growth at the peak and at the end, MB, and seconds."""
+    """Loads; prints the model's size, memory growth at the peak and at the end, MB, and seconds."""
     import jax
     import jax.numpy as jnp
 
@@ -124,8 +124,8 @@ def main() -> None:
                 )
             )  # fmt: skip
     header = (
-        "dtype", "file, MB", "model, MB", "growth at the peak, MB", "of the model",
-        "at the end, of the model", "s", "of reading the file",
+        "dtype", "file, MB", "model, MB", "growth at the peak, MB", "relative to the model",
+        "at the end, relative to the model", "s", "relative to reading the file",
     )  # fmt: skip
     print(timing.table(header, rows))
 

@@ -1,12 +1,11 @@
-"""Compares the loss in chunks with its plain form: time with gradients, and temporary memory.
+"""Compares the fused loss with the plain loss: time with gradients, and temporary memory.
 
     python benchmarks/loss.py --num_threads=1
     python benchmarks/loss.py --memory
 
-The first runs both forms in turns, over sizes of the vocabulary (V), of the batch (B*T) and of
-the models (D, the student's width and the teacher's), and then chunks of several sizes. The
-second runs nothing: it prints what the compiler says that it needs, so that sizes may exceed the
-machine.
+The first command runs both forms in turns, for several sizes of the vocabulary (V), of the batch
+(B*T) and of the models (D: widths of student and teacher), and then several chunk sizes. The second
+runs nothing: it prints the compiler's memory estimates, so that sizes may exceed the machine.
 """
 
 import argparse
@@ -35,7 +34,7 @@ FORMS: dict[str, Callable[..., Any]] = {"plain": weighted_loss, "fused": fused_w
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One size of the loss; all positions count."""
+    """Sizes of one comparison. All positions have weight."""
 
     vocab_size: int = 32_128
     positions: int = 1024
@@ -43,7 +42,7 @@ class Case:
     teacher_dim: int = 384
 
     def arrays(self) -> Any:
-        """Hidden states and head of both models, targets and weights."""
+        """Returns hidden states and output layers of both models, targets and weights."""
         shape = (8, self.positions // 8)
         keys = jax.random.split(jax.random.key(0), 5)
 
@@ -57,7 +56,7 @@ class Case:
         return student, teacher, targets, weights
 
     def columns(self) -> tuple[str, ...]:
-        """As a table has it."""
+        """Returns the sizes as cells of a table."""
         dims = f"{self.student_dim}, {self.teacher_dim}"
         return f"{self.vocab_size:,}", f"{self.positions:,}", dims
 
@@ -85,12 +84,12 @@ CURVE = tuple(1 << power for power in range(19, 25))
 
 
 def unembed(kernel: Array, hidden: Array) -> Array:
-    """Hidden states to float32 logits."""
+    """Computes float32 logits from hidden states."""
     return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def compile_loss(form: Callable[..., Any], case: Case) -> Any:
-    """A compiled function of a case's arrays to the loss and the gradients of the student's."""
+    """Compiles a function from the arrays of a case to the loss and the student's gradients."""
     objective = Objective(GeneralizedJSD(0.5))
 
     def loss(student: Any, teacher: Any, targets: Array, weights: Array) -> Array:
@@ -106,12 +105,12 @@ def compile_loss(form: Callable[..., Any], case: Case) -> Any:
 
 
 def temporary_megabytes(compiled: Any) -> float:
-    """The compiler's own account, MB of 10^6 bytes."""
+    """Returns the compiler's estimate of temporary memory, in MB of 10^6 bytes."""
     return compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
 def memory_table(cases: tuple[Case, ...]) -> str:
-    """What both forms need beside arguments and results."""
+    """Compares the temporary memory of both forms."""
     rows = []
     for case in cases:
         plain, chunks = (temporary_megabytes(compile_loss(form, case)) for form in FORMS.values())
@@ -131,14 +130,14 @@ def memory_table(cases: tuple[Case, ...]) -> str:
         "D",
         "plain, MB",
         "fused, MB",
-        "of which the head's gradient",
+        "of which the output layer's gradient",
         "fused/plain",
     )
     return timing.table(header, rows)
 
 
 def time_table(cases: tuple[Case, ...], *, num_threads: int, repeats: int) -> str:
-    """Both forms, in turns."""
+    """Compares the times of both forms."""
     rows = []
     for case in cases:
         seconds = run(
@@ -155,7 +154,7 @@ def time_table(cases: tuple[Case, ...], *, num_threads: int, repeats: int) -> st
 
 
 def curve_table(case: Case, *, num_threads: int, repeats: int) -> str:
-    """Chunks of several sizes against the plain form, in turns."""
+    """Compares several chunk sizes with the plain form."""
     compiled = {"plain": compile_loss(weighted_loss, case)}
     for entries in CURVE:
         with chunks_of(entries):
@@ -174,14 +173,14 @@ def curve_table(case: Case, *, num_threads: int, repeats: int) -> str:
                 "<-" if entries == fused.CHUNK_ENTRIES else "",
             )
         )
-    header = ("logits a chunk, 2^20", "positions", "fused/plain", "temporary MB", "the rule's")
+    header = ("logits per chunk, 2^20", "positions", "fused/plain", "temporary MB", "default")
     return timing.table(header, rows)
 
 
 def run(
     compiled: dict[str, Any], case: Case, *, num_threads: int, repeats: int
 ) -> dict[str, float]:
-    """Seconds of each, in turns."""
+    """Times compiled functions in turns; returns seconds by name."""
     arrays = case.arrays()
     contestants = {
         name: lambda function=function: jax.block_until_ready(function(*arrays))
@@ -193,7 +192,7 @@ def run(
 
 @contextlib.contextmanager
 def chunks_of(entries: int) -> Iterator[None]:
-    """With another number of logits a chunk than the rule's."""
+    """Sets the number of logits per chunk within a `with` block."""
     with mock.patch.object(fused, "CHUNK_ENTRIES", entries):
         yield
 
@@ -201,9 +200,9 @@ def chunks_of(entries: int) -> Iterator[None]:
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num_threads", type=int, help="Cores to keep to; all by default.")
+    parser.add_argument("--num_threads", type=int, help="Number of cores to use; default: all.")
     parser.add_argument("--memory", action="store_true", help="Compile only.")
-    parser.add_argument("--quick", action="store_true", help="Small sizes, fewer turns.")
+    parser.add_argument("--quick", action="store_true", help="Small sizes, fewer repetitions.")
     args = parser.parse_args()
     num_threads = timing.keep_to_cores(args.num_threads)
     if args.memory:

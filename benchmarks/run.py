@@ -2,13 +2,12 @@
 
     python benchmarks/run.py            the loss, the sampler, a whole step
     python benchmarks/run.py --peers    and the same step in TRL and Tunix
-    python benchmarks/run.py --quick    smaller sizes and fewer turns, to look
+    python benchmarks/run.py --quick    smaller sizes and fewer repetitions, for a first look
 
-Every figure of a table was measured in one run, in turns, and is to be read against the others
-of its table: seconds are those of this machine on this day. On one thread they are seconds of CPU
-time, which other work on the machine hardly changes; on several, of wall time. The peers come
-from the package index, in environments of their own in `benchmarks/.environments`, which are made
-once.
+The figures of a table are measured in one run, in turns, and are only comparable with each other:
+absolute times depend on the machine and its load. On one thread they are CPU times, which other
+load hardly changes; on several threads they are wall times. TRL and Tunix are installed from PyPI
+into environments of their own in `benchmarks/.environments`, once.
 """
 
 import argparse
@@ -27,8 +26,8 @@ import timing
 FOLDER = pathlib.Path(__file__).resolve().parent
 ENVIRONMENTS = FOLDER / ".environments"
 
-# glibc gives large blocks back to the system at once, and torch asks for them again in every
-# step: this alone makes its steps two to three times as fast. JAX gains nothing from it.
+# By default glibc returns large blocks to the system at once, and torch allocates them again in
+# every step. These settings make its steps two to three times as fast; JAX gains nothing.
 TUNED_ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
@@ -36,7 +35,7 @@ TUNED_ALLOCATOR = {
 }
 
 OURS = "gkd_jax"
-# Name: (script, environment, does it have lambda = 0).
+# Name to script, environment, and whether it supports lambda = 0.
 PEERS = {
     "TRL GKDTrainer": ("trl_gkd.py", "trl", True),
     "TRL DistillationTrainer": ("trl_distillation.py", "trl", False),
@@ -45,7 +44,7 @@ PEERS = {
 
 
 def make_environment(name: str) -> str:
-    """Makes the environment of a peer unless it is there; returns its Python."""
+    """Creates the environment of TRL or Tunix if needed; returns the path of its Python."""
     folder = ENVIRONMENTS / name
     requirements = FOLDER / "peers" / f"requirements-{name}.txt"
     installed = folder / "installed.txt"
@@ -61,7 +60,7 @@ def make_environment(name: str) -> str:
 
 
 def racers(*, on_policy: bool, smallest: bool = False) -> dict[str, timing.Racer]:
-    """All that can make such a step, as processes."""
+    """Returns the processes of all libraries that support such a step, by name."""
     options = (f"--serve={'on_policy' if on_policy else 'data'}",)
     options += ("--smallest",) if smallest else ()
     found = {OURS: timing.Racer((sys.executable, str(FOLDER / "step.py"), *options))}
@@ -74,7 +73,7 @@ def racers(*, on_policy: bool, smallest: bool = False) -> dict[str, timing.Racer
 
 
 def peers_table(num_threads: int, *, repeats: int, smallest: bool = False) -> str:
-    """A step of each, and how many times as long as ours it takes."""
+    """Times a step of each library, in absolute terms and relative to gkd_jax."""
     rows = []
     for on_policy in (False, True):
         results = timing.race(
@@ -94,12 +93,13 @@ def peers_table(num_threads: int, *, repeats: int, smallest: bool = False) -> st
                     f"{megabytes / results[OURS][1]:.2f}" if OURS in seconds else "",
                 )
             )
-    header = ("", "trainer", "s a step", "wall", "of ours", "peak MB", "of ours")
+    relative = "relative to gkd_jax"
+    header = ("", "trainer", "s per step", "wall, s", relative, "peak MB", relative)
     return timing.table(header, rows)
 
 
 def machine() -> str:
-    """What the numbers were seen on."""
+    """Describes the machine, its load and the date."""
     model = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -112,7 +112,7 @@ def machine() -> str:
 
 
 def run_script(name: str, *options: str) -> str:
-    """The output of another benchmark, in a process of its own."""
+    """Runs another benchmark in a process of its own and returns its output."""
     command = [sys.executable, str(FOLDER / name), *options]
     path = os.pathsep.join(filter(None, (str(timing.ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
@@ -121,12 +121,12 @@ def run_script(name: str, *options: str) -> str:
 
 
 def main() -> None:
-    """Prints section after section."""
+    """Prints the sections in order."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", action="store_true", help="Also TRL and Tunix.")
-    parser.add_argument("--quick", action="store_true", help="Smaller sizes, fewer turns.")
-    parser.add_argument("--only", help="Sections by name, with commas: loss,sampling,step,peers.")
-    parser.add_argument("--threads", default="1,2", help="Numbers of threads.")
+    parser.add_argument("--quick", action="store_true", help="Smaller sizes, fewer repetitions.")
+    parser.add_argument("--only", help="Comma-separated sections: loss,sampling,step,peers.")
+    parser.add_argument("--threads", default="1,2", help="Comma-separated numbers of threads.")
     args = parser.parse_args()
     wanted = ["loss", "sampling", "step", *(["peers"] if args.peers else [])]
     if args.only:

@@ -1,8 +1,8 @@
-"""Times whole rollouts by sampling method: drawing tokens should cost about what greedy does.
+"""Times whole rollouts by decoding method, relative to greedy decoding.
 
     python benchmarks/sampling.py --num_threads=1
 
-The student of the step's benchmark, with random parameters, of which no output ends early.
+It uses the student of `step.py` with random parameters. No output ends early.
 """
 
 import argparse
@@ -30,7 +30,7 @@ METHODS: dict[str, DecodingMethod] = {
 
 
 def report(sizes: Sizes, *, num_threads: int, repeats: int) -> str:
-    """One line a method."""
+    """Returns a table with one row per method."""
     work = Work(sizes)
     key = jax.random.key(0)
 
@@ -47,15 +47,15 @@ def report(sizes: Sizes, *, num_threads: int, repeats: int) -> str:
         (name, f"{1e3 * value:.0f}", f"{value / seconds['greedy']:.2f}")
         for name, value in seconds.items()
     ]
-    return timing.table(("method", "ms a rollout", "of greedy"), rows)
+    return timing.table(("method", "ms per rollout", "relative to greedy"), rows)
 
 
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num_threads", type=int, help="Cores to keep to; all by default.")
-    parser.add_argument("--quick", action="store_true", help="Fewer turns.")
-    parser.add_argument("--smallest", action="store_true", help="Only to see that it runs.")
+    parser.add_argument("--num_threads", type=int, help="Number of cores to use; default: all.")
+    parser.add_argument("--quick", action="store_true", help="Fewer repetitions.")
+    parser.add_argument("--smallest", action="store_true", help="Tiny sizes, for tests.")
     args = parser.parse_args()
     num_threads = timing.keep_to_cores(args.num_threads)
     sizes = SMALLEST if args.smallest else Sizes()

@@ -1,14 +1,14 @@
-"""What the shipped recipes need of TPU slices, compiled without one: docs/results/scaling.md.
+"""Compiles the shipped recipes for TPU slices, without a TPU, and writes docs/results/scaling.md.
 
-    python benchmarks/scaling.py             compiles what has no result yet, writes the tables
-    python benchmarks/scaling.py --only=wmt  recipes alone whose name has this text
-    python benchmarks/scaling.py --scaling   the tables of one recipe on several slices alone
-    python benchmarks/scaling.py --render    writes the tables of what there is
+    python benchmarks/scaling.py             compiles missing results and writes the tables
+    python benchmarks/scaling.py --only=wmt  only recipes whose name contains this text
+    python benchmarks/scaling.py --scaling   only the tables of one recipe on several slices
+    python benchmarks/scaling.py --render    writes the tables of existing results
 
-It needs libtpu (pip install libtpu) and no TPU. Each cell is a recipe on a slice, compiled in a
-process of its own, and takes minutes. Results are kept in docs/results/scaling.json, so that it may
-be stopped and started again. A cell whose settings have changed is compiled anew; after a change of
-the code, remove that file. The tables take the place of what is between the two marks in
+It needs libtpu (pip install libtpu) but no TPU. Each cell is a recipe on a slice; it is compiled in
+a process of its own, which takes minutes. Results are stored in docs/results/scaling.json, so that
+the script can be stopped and restarted. A cell whose settings have changed is compiled again; after
+a change of the code, delete that file. The tables replace the text between the two marks in
 docs/results/scaling.md.
 """
 
@@ -28,7 +28,7 @@ DOCUMENT = ROOT / "docs" / "results" / "scaling.md"
 MARKS = ("<!-- made by benchmarks/scaling.py -->", "<!-- end -->")
 sys.path.insert(0, str(ROOT))
 
-# Nothing of it is read.
+# Required settings. No file at these paths is read.
 PATHS = ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH", "TEACHER_CHECKPOINT_PATH")
 LARGE = {"SCAN_LAYERS": True, "PARTITIONING_RULES": "fsdp"}
 
@@ -38,10 +38,10 @@ class Recipe:
     """A shipped gin file with settings.
 
     Attributes:
-      name: in the tables.
-      file: the gin file.
-      settings: macros that are set beside it.
-      chip: generation of the chips.
+      name: name in the tables.
+      file: path of the gin file.
+      settings: values of macros, given in addition.
+      chip: generation of the TPU chips.
     """
 
     name: str
@@ -51,14 +51,14 @@ class Recipe:
 
 
 def of_t5(task: str, size: str, **settings: Any) -> Recipe:
-    """A recipe of the GKD paper with T5 XL as the teacher."""
+    """Returns a recipe of the GKD paper with T5 XL as the teacher."""
     settings = LARGE | {"STUDENT": f"t5_1_1-{size}", "VOCABULARY_PATH": "none"} | settings
     return Recipe(f"{task}, XL to {size}", f"gin_configs/{task}.gin", settings)
 
 
 QWEN = Recipe("gsm8k_qwen3, 8B to 1.7B", "gin_configs/gsm8k_qwen3.gin")
 SIZES = ("small", "base", "large")
-# Long prompts: of the student's layers only what goes from one to the next is kept.
+# For long prompts only the activations between the student's layers are kept.
 FULL = {"REMAT_POLICY": "full"}
 RECIPES = (
     *(of_t5("wmt_ende", size) for size in SIZES),
@@ -67,11 +67,11 @@ RECIPES = (
     QWEN,
     Recipe("gsm8k_llama3, 70B to 8B", "gin_configs/gsm8k_llama3.gin", chip="v5p"),
 )
-# Weak scaling: as many rows a chip on each.
+# Weak scaling: the same number of rows per chip on each slice.
 WEAK = of_t5("wmt_ende", "small")
 WEAK_SLICES = {"v5e:2x2": 4, "v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256}
 ROWS_PER_CHIP = 8
-# One slice, and two of half its size.
+# One slice, and two slices of half its size.
 SLICES = ("v5e:4x8", "v5e:4x4*2")
 
 
@@ -80,10 +80,10 @@ class Cell:
     """A recipe on a slice.
 
     Attributes:
-      recipe: what is compiled.
-      topology: for which slice.
-      names: of its parts. The divergence of an evaluation is a step without gradients, and needs
-        less.
+      recipe: recipe to compile.
+      topology: slice to compile for.
+      names: names of the compiled parts. The divergence of an evaluation is left out: it is a step
+        without gradients, and needs less.
     """
 
     recipe: Recipe
@@ -92,18 +92,18 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """All that the result depends on, but the code."""
+        """Identifies a result by everything that it depends on except the code."""
         settings = json.dumps(self.recipe.settings, sort_keys=True)
         return f"{self.recipe.file} {settings} {self.topology} {', '.join(self.names)}"
 
 
 def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
-    """The recipe with further settings."""
+    """Returns the recipe with additional settings."""
     return dataclasses.replace(recipe, settings=recipe.settings | settings)
 
 
 def weak_cells(rules: str) -> Iterator[Cell]:
-    """The same recipe on more and more chips, under a table of rules."""
+    """Yields the same recipe on increasing numbers of chips, with given sharding rules."""
     for topology, number in WEAK_SLICES.items():
         settings = {"BATCH_SIZE": ROWS_PER_CHIP * number, "PARTITIONING_RULES": rules}
         recipe = with_settings(WEAK, **settings)
@@ -111,20 +111,20 @@ def weak_cells(rules: str) -> Iterator[Cell]:
 
 
 def slice_cells() -> Iterator[Cell]:
-    """The same chips as one slice and as two."""
+    """Yields the same number of chips as one slice and as two."""
     for topology in SLICES:
         yield Cell(with_settings(QWEN, BATCH_SIZE=64), topology, ("train step",))
 
 
 class Results:
-    """The cells that were compiled, in a file."""
+    """The results of compiled cells, stored in a file."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
         self._found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def report(self, cell: Cell) -> Any:
-        """What was found of a cell; None where it was not compiled yet."""
+        """Returns the report on a cell, or None if it has not been compiled."""
         from gkd_jax.devices import hlo
         from gkd_jax.run_modes.compile_report import Part, Report
 
@@ -135,7 +135,7 @@ class Results:
         return Report(**{**found, "parts": parts})
 
     def compile(self, cell: Cell) -> Any:
-        """Compiles a cell, if that was not done yet."""
+        """Compiles a cell unless it has a result; returns its report."""
         if cell.key not in self._found:
             print(f"{cell.recipe.name} on {cell.topology}", flush=True)
             request = json.dumps(
@@ -172,7 +172,7 @@ def compile_cell(
 
 
 def smallest(recipe: Recipe, results: Results, *, may_compile: bool) -> list[tuple[str, Any]]:
-    """Reports on the smallest slice that holds the recipe, and before it on the next smaller."""
+    """Returns reports on the smallest slice that fits the recipe, after the next smaller one."""
     from gkd_jax.devices import chips
 
     found: list[tuple[str, Any]] = []
@@ -188,7 +188,7 @@ def smallest(recipe: Recipe, results: Results, *, may_compile: bool) -> list[tup
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """Formats a Markdown table."""
     return "\n".join(
         [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         + [f"| {' | '.join(row)} |" for row in rows]
@@ -196,12 +196,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def mib(size: float) -> str:
-    """Bytes as text."""
+    """Formats a number of bytes in MiB."""
     return f"{size / 2**20:,.0f}"
 
 
 def describe_needed(report: Any) -> str:
-    """The part that needs most of a chip, and how much."""
+    """Describes the part that needs the most memory of a chip, and its share."""
     worst = max(report.parts, key=report.share)
     if worst.temporaries is None:
         return f"{worst.name}: {worst.needed}"
@@ -209,7 +209,7 @@ def describe_needed(report: Any) -> str:
 
 
 def describe_bounds(report: Any) -> tuple[str, str]:
-    """Least seconds of a step and of its rollout, and what binds each."""
+    """Describes lower bounds on the times of a step and a rollout, and what binds each."""
     from gkd_jax.run_modes.compile_report import roofline
 
     parts = {part.name: part for part in report.parts if part.temporaries is not None}
@@ -224,7 +224,7 @@ def describe_bounds(report: Any) -> tuple[str, str]:
 
 
 def describe_flops(report: Any) -> tuple[str, str]:
-    """FLOPs of each part over the least without recomputation, and the step's recomputation."""
+    """Describes FLOPs of each part over the minimum, and the share that the step recomputes."""
     ratios = [
         f"{report.of_least(part):.2f}" for part in report.parts if part.temporaries is not None
     ]
@@ -233,12 +233,12 @@ def describe_flops(report: Any) -> tuple[str, str]:
 
 
 def compile_seconds(report: Any) -> str:
-    """Of all parts."""
+    """Returns the compile time of all parts, as text."""
     return f"{sum(part.seconds_to_compile for part in report.parts):.0f}"
 
 
 def recipes_table(results: Results, recipes: Sequence[Recipe], *, may_compile: bool) -> str:
-    """The smallest slice that holds each recipe, and the next smaller one."""
+    """Builds the table of the smallest slice that fits each recipe, and the next smaller one."""
     rows = []
     for recipe in recipes:
         for topology, report in smallest(recipe, results, may_compile=may_compile):
@@ -263,7 +263,7 @@ def recipes_table(results: Results, recipes: Sequence[Recipe], *, may_compile: b
 
 
 def scaling_table(results: Results, cells: Sequence[Cell]) -> str:
-    """Memory and traffic of a step on different slices."""
+    """Builds the table of a step's memory and traffic on different slices."""
     from gkd_jax.run_modes.compile_report import describe_sent, roofline
 
     rows = []
@@ -295,7 +295,7 @@ def scaling_table(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def render(results: Results, recipes: Sequence[Recipe], *, may_compile: bool) -> str:
-    """All tables."""
+    """Renders all tables."""
     first = recipes_table(results, recipes, may_compile=may_compile)
     return "\n\n".join(
         [
@@ -313,17 +313,17 @@ def render(results: Results, recipes: Sequence[Recipe], *, may_compile: bool) ->
 
 
 def write(tables: str) -> None:
-    """Puts the tables between the marks of the document."""
+    """Writes the tables between the marks of the document."""
     before, _, rest = DOCUMENT.read_text().partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     DOCUMENT.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}")
 
 
 def main() -> None:
-    """Compiles and writes."""
+    """Compiles missing results and writes the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="text that a recipe's name must have")
-    parser.add_argument("--scaling", action="store_true", help="the tables of one recipe alone")
+    parser.add_argument("--only", default="", help="text that a recipe's name must contain")
+    parser.add_argument("--scaling", action="store_true", help="only the tables of one recipe")
     parser.add_argument("--render", action="store_true", help="compile nothing")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Times a whole GKD step at lambda = 0 and at lambda = 1, and each of its parts alone.
+"""Times a whole GKD step at lambda = 0 and at lambda = 1, and each of its parts.
 
     python benchmarks/step.py --num_threads=1
 
-Batch 8, prompts of 64 tokens, outputs of 64 that do not end early, a vocabulary of 32,000,
-JSD(0.5), AdamW, float32. The T5s cost what the decoder-only models do that the peers' scripts
-build (a student of 4.95M and a teacher of 19.4M parameters): as many FLOPs a step, and more
-parameters, since a T5's encoder does not see the output. The parts are timed in the same turns,
-beside the time that their FLOPs take at the speed of a large matrix product.
+Batch size 8, prompts of 64 tokens, outputs of 64 that do not end early, a vocabulary of 32,000,
+JSD(0.5), AdamW, float32. The T5s need the same FLOPs per step as the decoder-only models of the
+scripts in `peers/` (a student of 4.95M and a teacher of 19.4M parameters). They have more
+parameters, since a T5's encoder does not process the output. The parts are timed in the same turns
+as the steps. Their lower bound is the time of their FLOPs at the speed of a large matrix product.
 """
 
 import argparse
@@ -37,10 +37,10 @@ OPTIMIZER = AdamW(Constant(Sizes().learning_rate))
 
 
 def t5(sizes: Sizes, llama: Llama, *, mlp_dim: int) -> T5:
-    """As many layers in encoder and decoder each as the Llama has, of its width and heads.
+    """Builds a T5 whose encoder and decoder each have the Llama's layers, width and heads.
 
-    The width of the MLPs makes up for the attention to the prompt, and for each token passing
-    through half of the layers only.
+    The width of the MLPs compensates for the cross-attention, and for each token passing through
+    only half of the layers.
     """
     config = T5Config(
         vocab_size=sizes.vocab_size,
@@ -58,12 +58,12 @@ def t5(sizes: Sizes, llama: Llama, *, mlp_dim: int) -> T5:
 
 
 def student_and_teacher(sizes: Sizes) -> tuple[T5, T5]:
-    """T5s of the Llamas' cost."""
+    """Builds T5s with the FLOPs of the Llamas."""
     return t5(sizes, sizes.student, mlp_dim=304), t5(sizes, sizes.teacher, mlp_dim=768)
 
 
 def restored_params(model: T5, *, seed: int) -> Any:
-    """Random numbers made outside of JAX, as parameters from a checkpoint are."""
+    """Returns random parameters made outside of JAX, as parameters of a checkpoint are."""
     generator = np.random.default_rng(seed)
 
     def leaf(shape: Any) -> jax.Array:
@@ -74,7 +74,7 @@ def restored_params(model: T5, *, seed: int) -> Any:
 
 
 class Work:
-    """The arrays and jitted functions of one run, as training has them."""
+    """The arrays and jitted functions of one run, as in training."""
 
     def __init__(self, sizes: Sizes):
         self.sizes = sizes
@@ -92,7 +92,7 @@ class Work:
         self.num_steps = 0
 
     def make_rollout(self, rollout: Rollout) -> Callable[..., Batch]:
-        """No output ends early."""
+        """Jits a rollout whose outputs do not end early."""
         return jitted_functions.jit_rollout(
             rollout, self.student, Partitioner(), eos_ids=(), pad_id=0
         )
@@ -108,12 +108,12 @@ class Work:
         )
 
     def next_key(self) -> jax.Array:
-        """A key of its own for every step."""
+        """Returns a different key for every step."""
         self.num_steps += 1
         return jax.random.fold_in(jax.random.key(3), self.num_steps)
 
     def step(self, *, on_policy: bool) -> None:
-        """One step of training; returns when the new parameters are there."""
+        """Runs one training step and blocks until the new parameters are ready."""
         batch = self.batch
         if on_policy:
             batch = self.rollout_fn(self.state.params, batch, self.next_key())
@@ -122,7 +122,7 @@ class Work:
         jax.block_until_ready(self.state)
 
     def parts(self) -> dict[str, Callable[[], Any]]:
-        """The parts of a step, each alone."""
+        """Returns a function for each part of a step."""
         student, teacher, batch = self.student, self.teacher, self.batch
         hidden_shape = jax.eval_shape(student.hidden_states, self.state.params, batch)
         cotangent = jnp.ones(hidden_shape.shape)
@@ -165,7 +165,7 @@ class Work:
             return lambda: jax.block_until_ready(function(*arguments))
 
         head = student.head(self.state.params)
-        head = jax.tree.map(jnp.copy, head)  # The state's own are donated by the next step.
+        head = jax.tree.map(jnp.copy, head)  # The next step donates those of the state.
         params = jax.tree.map(jnp.copy, self.state.params)
         return {
             "rollout": run(self.rollout_fn, params, batch, jax.random.key(4)),
@@ -178,22 +178,23 @@ class Work:
 
 
 def count_parameters(params: Any) -> int:
-    """Numbers in a tree of arrays or of their shapes."""
+    """Counts the elements of a tree of arrays or of their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def flops(sizes: Sizes) -> dict[str, float]:
-    """Operations of the matrix products in each part: 2 a parameter and token, attention too.
+    """Counts FLOPs of matrix products in each part: 2 per parameter and token, and attention.
 
-    Gradients cost twice the forward pass. Encoder layers see the prompt, decoder layers the
-    output; keys and values of the prompt are the decoder's parameters but see the prompt.
+    Gradients cost twice the forward pass. Encoder layers process the prompt, decoder layers the
+    output. The cross-attention's keys and values are parameters of the decoder, but are computed
+    from the prompt.
     """
 
     def layers(model: T5) -> float:
         config = model.config
         params = count_parameters(model.abstract_params()) - config.vocab_size * config.emb_dim
-        # Prompts and outputs are taken to be of one length, so it does not matter which a
-        # parameter sees.
+        # Prompts and outputs have the same length, so that it does not matter which of them a
+        # parameter is applied to.
         tokens = sizes.batch_size * sizes.output
         width = config.num_heads * config.head_dim
         attention = 3 * config.num_decoder_layers * 4 * width * sizes.output
@@ -216,14 +217,14 @@ def flops(sizes: Sizes) -> dict[str, float]:
 
 
 def matrix_product() -> tuple[Callable[[], Any], float]:
-    """A large matrix product and its operations: the speed that a floor is stated at."""
+    """Returns a large matrix product, whose speed gives the lower bounds, and its FLOPs."""
     left, right = jnp.ones((1024, 1024)), jnp.ones((1024, 4096))
     product = jax.jit(jnp.matmul)
     return lambda: jax.block_until_ready(product(left, right)), 2.0 * 1024 * 1024 * 4096
 
 
 def serve(sizes: Sizes, *, on_policy: bool) -> None:
-    """Steps on request, for a race with peers."""
+    """Runs steps on request, for a race with other libraries."""
     work = Work(sizes)
     work.step(on_policy=on_policy)
     steps = timing.StepsOnRequest()
@@ -233,7 +234,7 @@ def serve(sizes: Sizes, *, on_policy: bool) -> None:
 
 
 def report(sizes: Sizes, *, num_threads: int, repeats: int) -> str:
-    """The table of a step and its parts."""
+    """Returns the table of a step and its parts."""
     work = Work(sizes)
     product, product_flops = matrix_product()
     contestants = {
@@ -253,23 +254,23 @@ def report(sizes: Sizes, *, num_threads: int, repeats: int) -> str:
     for name in contestants:
         if name == "matrix product":
             continue
-        floor = operations[name] / rate
+        bound = operations[name] / rate
         rows.append(
             (
                 name,
                 f"{1e3 * seconds[name]:.1f}",
                 f"{seconds[name] / seconds['step, lambda = 1']:.2f}",
                 f"{operations[name] / 1e9:.1f}",
-                f"{1e3 * floor:.1f}",
-                f"{seconds[name] / floor:.2f}" if floor else "",
+                f"{1e3 * bound:.1f}",
+                f"{seconds[name] / bound:.2f}" if bound else "",
             )
         )
     header = (
         "part",
         "ms",
-        "of the step at lambda = 1",
+        "share of the step at lambda = 1",
         "GFLOP",
-        "at the speed of matmul, ms",
+        "lower bound, ms",
         "ratio",
     )
     parameters = [
@@ -283,13 +284,13 @@ def report(sizes: Sizes, *, num_threads: int, repeats: int) -> str:
 
 
 def main() -> None:
-    """Prints the table, or serves a race."""
+    """Prints the table, or takes part in a race."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num_threads", type=int, help="Cores to keep to; all by default.")
+    parser.add_argument("--num_threads", type=int, help="Number of cores to use; default: all.")
     parser.add_argument("--repeats", type=int)
-    parser.add_argument("--quick", action="store_true", help="Fewer turns.")
-    parser.add_argument("--smallest", action="store_true", help="Only to see that it runs.")
-    parser.add_argument("--serve", choices=("data", "on_policy"), help="Steps on request.")
+    parser.add_argument("--quick", action="store_true", help="Fewer repetitions.")
+    parser.add_argument("--smallest", action="store_true", help="Tiny sizes, for tests.")
+    parser.add_argument("--serve", choices=("data", "on_policy"), help="Run steps on request.")
     args = parser.parse_args()
     repeats = args.repeats or (3 if args.quick else 8)
     num_threads = timing.keep_to_cores(args.num_threads)

@@ -1,11 +1,12 @@
-"""Compares a training step from stored distributions with one whose teacher runs.
+"""Compares a training step from stored distributions with one that runs the teacher.
 
     python benchmarks/store.py --vocab_size=32000 --num_threads=1
 
-One line a support: bytes a token as they are packed, the time to unpack a batch, and the median of
-the ratio of a step's time, the batch's transfer included, to that of a step with the teacher, over
-alternating runs. All outputs have the full length. A random teacher is unsure: draws from it are
-nearly all different, so their bytes are the most that they can be.
+For each way of storing a distribution it prints the packed bytes per token, the time to unpack a
+batch, and the time of a step (with the transfer of the batch) relative to that of a step with the
+teacher: the median of the ratio over alternating runs. All outputs have the full length. The
+teacher is random and therefore uncertain: draws from it are almost all different, so that their
+bytes are the maximum.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from gkd_jax.run_modes.store_teacher import make_choose
 
 
 def make_model(args: argparse.Namespace, *, width: int, num_heads: int) -> T5:
-    """A T5 of four decoder layers."""
+    """Builds a T5 with the given width and number of heads."""
     return T5(
         T5Config(
             vocab_size=args.vocab_size,
@@ -46,7 +47,7 @@ def make_model(args: argparse.Namespace, *, width: int, num_heads: int) -> T5:
 
 
 def make_batch(args: argparse.Namespace) -> Batch:
-    """Random prompts and outputs, all of full length."""
+    """Returns random prompts and outputs of full length."""
     rng = np.random.default_rng(0)
     inputs = (args.batch_size, args.input_length)
     targets = (args.batch_size, args.target_length)
@@ -63,7 +64,7 @@ def make_batch(args: argparse.Namespace) -> Batch:
 def stored(
     support: Support, teacher: T5, params: Params, batch: Batch
 ) -> tuple[Batch, float, float]:
-    """The batch with what a store gives for it, bytes a token, and seconds to unpack it."""
+    """Returns the batch with stored distributions, bytes per token, and seconds to unpack it."""
     chosen = jax.jit(make_choose(teacher, support, 1.0))(params, batch, jax.random.key(0))
     chosen = jax.device_get(chosen)
     packing = support.packing(teacher.vocab_size)
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--teacher_dim", type=int, default=384)
     parser.add_argument("--top_k", type=int, default=64)
     parser.add_argument("--num_draws", type=int, default=50)
-    parser.add_argument("--num_threads", type=int, help="Cores to keep to; all by default.")
+    parser.add_argument("--num_threads", type=int, help="Number of cores to use; default: all.")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     if args.num_threads:
@@ -125,7 +126,7 @@ def main() -> None:
         ratio = statistics.median(own / live for live, own in seconds[1:])
         live = statistics.median(live for live, _ in seconds[1:])
         print(
-            f"{support}: {num_bytes:.1f} bytes a token, unpacked in {1e3 * unpacking:.1f} ms; a "
+            f"{support}: {num_bytes:.1f} bytes per token, unpacked in {1e3 * unpacking:.1f} ms; a "
             f"step with the teacher {live:.2f} s, from the store {ratio:.2f} of it",
             flush=True,
         )

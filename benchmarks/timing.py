@@ -1,8 +1,8 @@
-"""What all benchmarks share: contestants that take turns, cores, memory, tables.
+"""Timing that all benchmarks share: interleaved measurements, cores, memory, tables.
 
-Contestants run in turns, in an order that changes, and are compared by medians: what else the
-machine does then reaches them alike. `turns` does so for functions of one process, `race` for
-processes.
+The candidates of a comparison run in turns, in a shuffled order, and are compared by medians, so
+that other load on the machine affects all of them alike. `turns` compares functions within one
+process, `race` compares processes.
 """
 
 import contextlib
@@ -24,28 +24,28 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """What the turns of one contestant took.
+    """Times of one candidate.
 
     Attributes:
-      wall: seconds of each turn.
-      cpu: seconds of each turn that the process had a core, over all threads. On one thread it
-        is the wall time without what other processes took.
+      wall: wall time of each turn in seconds.
+      cpu: CPU time of each turn in seconds, summed over threads. On one thread it is the wall
+        time without the time taken by other processes.
     """
 
     wall: tuple[float, ...]
     cpu: tuple[float, ...]
 
     def seconds(self, num_threads: int) -> float:
-        """Median of a turn: of CPU time on one thread, of wall time on several."""
+        """Returns the median time of a turn: CPU time on one thread, wall time on several."""
         return statistics.median(self.cpu if num_threads == 1 else self.wall)
 
 
 def turns(contestants: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str, Times]:
-    """Times functions in turns, after a first call of each, which compiles.
+    """Times functions in turns, after one call of each for compilation.
 
     Args:
-      contestants: functions of no arguments, whose result is there when they return.
-      repeats: turns of each.
+      contestants: functions without arguments that block until their result is ready.
+      repeats: number of turns of each.
     """
     for function in contestants.values():
         function()
@@ -61,11 +61,11 @@ def turns(contestants: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict
 
 @dataclasses.dataclass(frozen=True)
 class Racer:
-    """A process of a race.
+    """A process that takes part in a race.
 
     Attributes:
-      command: its arguments. It uses `step_on_request`, or speaks as that does.
-      environment: variables to set, beside those that are there.
+      command: command line. The program uses `StepsOnRequest`, or its protocol.
+      environment: environment variables, in addition to the current ones.
     """
 
     command: tuple[str, ...]
@@ -75,16 +75,19 @@ class Racer:
 def race(
     racers: Mapping[str, Racer], *, num_threads: int, repeats: int, warm_up: int = 2
 ) -> dict[str, tuple[Times, float]]:
-    """Lets processes make a step each in turns; all are there at once, and one works at a time.
+    """Makes processes run single steps in turns; all stay alive, and one works at a time.
 
     Args:
-      racers: by name.
-      num_threads: cores that each is kept to, and `OMP_NUM_THREADS`.
-      repeats: steps of each that count.
-      warm_up: steps of each before those.
+      racers: processes by name.
+      num_threads: number of cores of each process, and its `OMP_NUM_THREADS`.
+      repeats: number of timed steps of each.
+      warm_up: number of untimed steps of each before those.
 
     Returns:
-      Times and peak megabytes of each that did not fail; what failed is said on stderr.
+      Times and peak memory (MB) of each process that started; failures are printed to stderr.
+
+    Raises:
+      RuntimeError: a process ended during the race.
     """
     cores = sorted(os.sched_getaffinity(0))[:num_threads]
     running: dict[str, subprocess.Popen] = {}
@@ -92,7 +95,7 @@ def race(
         for name, racer in racers.items():
             running[name] = _start(racer, cores)
             stack.callback(_stop, running[name])
-            # One after the other: loading and compiling are no part of the race.
+            # One after the other: loading and compilation are not timed.
             if _ask(running[name], None) is None:
                 print(f"{name}: did not start: {' '.join(racer.command)}", file=sys.stderr)
                 del running[name]
@@ -116,20 +119,20 @@ def race(
 
 
 class StepsOnRequest:
-    """The side of `race` in a process that makes steps: waits for a line, and answers with one.
+    """Runs steps when `race` requests them: reads a line per request, writes a line per answer.
 
-    Used around a step: `wait()`, the step, `answer()`. For a trainer that calls back at the start
-    and at the end of its steps.
+    Call `wait()`, run the step, call `answer()`; or call them from a trainer's callbacks at the
+    start and at the end of a step.
     """
 
     def __init__(self) -> None:
-        # What libraries print must not come between the answers.
+        # Output of libraries must not mix with the answers.
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._start: tuple[float, float] | None = None
 
     def wait(self) -> bool:
-        """Says that a step may be asked for, and waits for that; False when there is no more."""
+        """Waits until a step is requested. Returns False if there are no more requests."""
         if self._start is None:
             self._write({})
         if not sys.stdin.readline():
@@ -138,7 +141,7 @@ class StepsOnRequest:
         return True
 
     def answer(self) -> None:
-        """Reports the step that `wait` began."""
+        """Reports the times of the step that started after `wait`."""
         assert self._start is not None
         wall, cpu = self._start
         self._write(
@@ -154,28 +157,28 @@ class StepsOnRequest:
 
 
 def peak_megabytes() -> float:
-    """The most memory that this program has had, as Linux counts it (MB of 10^6 bytes)."""
-    # Not ru_maxrss, which begins with that of the program that started this one.
+    """Returns the peak resident memory of this process on Linux, in MB of 10^6 bytes."""
+    # Not ru_maxrss, which starts at the value of the parent process.
     status = pathlib.Path("/proc/self/status").read_text()
     (kilobytes,) = re.findall(r"VmHWM:\s*(\d+) kB", status)
     return int(kilobytes) * 1024 / 1e6
 
 
 def keep_to_cores(num_threads: int | None) -> int:
-    """Keeps this process to so many cores, or to those it has; call it before JAX starts."""
+    """Restricts this process to a number of cores and returns it. Call it before JAX starts."""
     cores = sorted(os.sched_getaffinity(0))[:num_threads]
     os.sched_setaffinity(0, cores)
     return len(cores)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
+    """Formats a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _orders(names: Iterable[str], repeats: int) -> Iterator[list[str]]:
-    """The contestants in an order of its own for every repetition, always the same ones."""
+    """Yields a shuffled order of the names for each repetition, from a fixed seed."""
     generator = random.Random(0)
     for _ in range(repeats):
         order = list(names)
@@ -200,7 +203,7 @@ def _start(racer: Racer, cores: Sequence[int]) -> subprocess.Popen:
 
 
 def _ask(process: subprocess.Popen, request: str | None) -> dict[str, float] | None:
-    """Sends a request if there is one; the answer, or None where the process has ended."""
+    """Sends a request, if given, and returns the answer, or None if the process has ended."""
     assert process.stdin is not None
     assert process.stdout is not None
     if request is not None:

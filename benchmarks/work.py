@@ -1,4 +1,4 @@
-"""The work of one step that gkd_jax and its peers are compared on: plain numbers, no library."""
+"""Sizes of the training step that gkd_jax, TRL and Tunix are compared on. Imports no library."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ import random
 
 @dataclasses.dataclass(frozen=True)
 class Llama:
-    """Sizes of a decoder-only model with gated MLPs and one matrix for embeddings and head."""
+    """Sizes of a decoder-only model with gated MLPs and tied embeddings."""
 
     dim: int
     num_heads: int
@@ -16,9 +16,9 @@ class Llama:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Batch, lengths and models of one step; every output is as long as it may be.
+    """Batch size, lengths and models of one step. All outputs have the full length.
 
-    As Llamas the student has 4,949,120 parameters and the teacher 19,369,344.
+    As Llamas, the student has 4,949,120 parameters and the teacher 19,369,344.
     """
 
     batch_size: int = 8
@@ -32,12 +32,12 @@ class Sizes:
     beta: float = 0.5
 
     def prompts(self) -> list[list[int]]:
-        """Random tokens; 0, 1 and 2 are padding, the end and the unknown word."""
+        """Returns random prompts. Ids 0, 1 and 2 (padding, end, unknown) do not occur."""
         generator = random.Random(0)
         return [self._tokens(generator, self.prompt) for _ in range(self.batch_size)]
 
     def outputs(self) -> list[list[int]]:
-        """Likewise, for lambda = 0."""
+        """Returns random outputs, for lambda = 0."""
         generator = random.Random(1)
         return [self._tokens(generator, self.output) for _ in range(self.batch_size)]
 
@@ -46,16 +46,16 @@ class Sizes:
 
 
 SMALLEST = Sizes(batch_size=2, prompt=4, output=4, vocab_size=64, num_layers=1)
-"""Only to see that a script runs."""
+"""Tiny sizes, for tests of the scripts."""
 
 
 def word(token: int) -> str:
-    """The word that a token stands for, where a peer wants text."""
+    """Returns the word for a token, for libraries that take text."""
     return f"w{token}"
 
 
 def parse_peer_arguments() -> tuple[Sizes, bool]:
-    """The sizes, and whether the student writes the outputs (lambda = 1) or not (lambda = 0)."""
+    """Returns the sizes, and whether outputs are sampled from the student (lambda = 1 or 0)."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--serve", choices=("data", "on_policy"), required=True)
     parser.add_argument("--smallest", action="store_true")

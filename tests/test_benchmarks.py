@@ -89,7 +89,7 @@ def test_models_cost_what_the_peers_do(load):
     ("script", "options", "wanted"),
     [
         ("loss.py", ("--memory", "--quick"), "| 32,128 | 256 |"),
-        ("loss.py", ("--num_threads=1", "--quick"), "the rule's"),
+        ("loss.py", ("--num_threads=1", "--quick"), "| default |"),
         ("sampling.py", ("--num_threads=1", "--smallest", "--quick"), "| sample, top-p 0.9 |"),
         ("step.py", ("--num_threads=1", "--smallest", "--quick"), "| step, lambda = 1 |"),
     ],

@@ -1,6 +1,6 @@
-"""Steps of TRL's DistillationTrainer on request, for `benchmarks/run.py --peers`.
+"""Runs steps of TRL's DistillationTrainer on request, for `benchmarks/run.py --peers`.
 
-It always trains on the student's own outputs, and has a loss in chunks.
+The trainer always uses the student's own outputs, and computes its loss in chunks.
 """
 
 from datasets import Dataset
@@ -10,7 +10,7 @@ from work import parse_peer_arguments, word
 
 
 def main() -> None:
-    """Trains until nobody asks for a step any more."""
+    """Trains until no more steps are requested."""
     sizes, on_policy = parse_peer_arguments()
     if not on_policy:
         raise SystemExit("DistillationTrainer has no lambda: it trains on its own outputs only.")

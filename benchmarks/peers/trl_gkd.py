@@ -1,4 +1,4 @@
-"""Steps of TRL's GKDTrainer on request, for `benchmarks/run.py --peers`."""
+"""Runs steps of TRL's GKDTrainer on request, for `benchmarks/run.py --peers`."""
 
 import torch
 from datasets import Dataset
@@ -8,7 +8,7 @@ from work import parse_peer_arguments
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """What its own collator makes, from tokens instead of chats."""
+    """Builds the fields of the trainer's own collator, from tokens instead of chats."""
     prompts = torch.tensor([row["prompt"] for row in rows])
     outputs = torch.tensor([row["output"] for row in rows])
     tokens = torch.cat([prompts, outputs], dim=1)
@@ -22,7 +22,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Trains until nobody asks for a step any more."""
+    """Trains until no more steps are requested."""
     sizes, on_policy = parse_peer_arguments()
     rows = [
         {"prompt": prompt, "output": output}

@@ -1,4 +1,4 @@
-"""What both TRL trainers are given: random Llamas, a tokenizer, arguments, and a timer."""
+"""Random Llamas, a tokenizer, arguments and a timer, shared by both TRL trainers."""
 
 import sys
 import tempfile
@@ -12,7 +12,7 @@ from work import Llama, Sizes, word
 
 
 def make_model(sizes: Sizes, llama: Llama) -> transformers.LlamaForCausalLM:
-    """A Llama of float32 random weights that ends no output."""
+    """Builds a Llama with random float32 weights, whose outputs do not end early."""
     config = transformers.LlamaConfig(
         vocab_size=sizes.vocab_size,
         hidden_size=llama.dim,
@@ -32,7 +32,7 @@ def make_model(sizes: Sizes, llama: Llama) -> transformers.LlamaForCausalLM:
 
 
 def make_tokenizer(sizes: Sizes) -> transformers.PreTrainedTokenizerFast:
-    """One word a token."""
+    """Builds a tokenizer with one word per token."""
     vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
     vocabulary |= {word(token): token for token in range(3, sizes.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -47,7 +47,7 @@ def make_tokenizer(sizes: Sizes) -> transformers.PreTrainedTokenizerFast:
 
 
 def arguments(sizes: Sizes) -> dict[str, Any]:
-    """Of any trainer: float32 on a CPU, nothing recomputed, written or logged."""
+    """Returns arguments for any trainer: float32 on a CPU, no recomputation, saves or logs."""
     return dict(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=sizes.batch_size,
@@ -67,7 +67,7 @@ def arguments(sizes: Sizes) -> dict[str, Any]:
 
 
 class StepTimes(transformers.TrainerCallback):
-    """Makes a step only when it is asked for, and says what it took."""
+    """Runs a step only on request, and reports its time."""
 
     def __init__(self) -> None:
         self._steps = timing.StepsOnRequest()

@@ -1,8 +1,8 @@
-"""Steps of Tunix's DistillationTrainer on request, for `benchmarks/run.py --peers`.
+"""Runs steps of Tunix's DistillationTrainer on request, for `benchmarks/run.py --peers`.
 
-Tunix distils with a forward KL on a fixed set of texts. What GKD needs besides is added here by
-hand: a strategy with a JSD, on the logits of the outputs alone, and a data set whose batches its
-own sampler writes from the student as it is at that step.
+Tunix distils with a forward KL on fixed texts. For GKD this script adds a strategy with a JSD on
+the logits of the outputs alone, and a data set whose batches Tunix's sampler draws from the current
+student.
 """
 
 import sys
@@ -23,7 +23,7 @@ from work import Llama, Sizes, parse_peer_arguments, word
 
 
 class Words:
-    """One word a token, with the functions that the sampler calls."""
+    """A vocabulary with one word per token, with the methods that the sampler calls."""
 
     def encode(self, text: str) -> list[int]:
         return [int(part.removeprefix(word(0)[:-1])) for part in text.split()]
@@ -35,14 +35,14 @@ class Words:
         return 0
 
     def bos_id(self) -> int:
-        return 0  # Which the sampler reads as none.
+        return 0  # The sampler treats 0 as no token.
 
     def eos_id(self) -> int:
         return 1
 
 
 class JSDStrategy(base_strategy.BaseStrategy):
-    """Generalized JSD of every output token, averaged."""
+    """Mean generalized JSD over all output tokens."""
 
     def __init__(self, sizes: Sizes):
         def forward(model: Any, input_tokens: Any, **inputs: Any) -> Any:
@@ -68,7 +68,7 @@ class JSDStrategy(base_strategy.BaseStrategy):
 
 
 def make_model(sizes: Sizes, llama: Llama, seed: int) -> llama3.Llama3:
-    """A Llama of float32 random weights; Tunix starts MLPs at 0, which takes no less time."""
+    """Builds a Llama with random float32 weights. Tunix's zero MLPs take the same time."""
     config = llama3.ModelConfig(
         num_layers=sizes.num_layers,
         vocab_size=sizes.vocab_size,
@@ -85,7 +85,7 @@ def make_model(sizes: Sizes, llama: Llama, seed: int) -> llama3.Llama3:
 
 
 def batches(sizes: Sizes, student: llama3.Llama3, *, on_policy: bool) -> Iterator[Any]:
-    """Outputs for one step each; from asking for one to asking for the next is a step's time."""
+    """Yields one batch per step. A step's time is from one request for a batch to the next."""
     llama = sizes.student
     length = sizes.prompt + sizes.output
     config = CacheConfig(length, sizes.num_layers, llama.num_heads, llama.dim // llama.num_heads)
@@ -104,7 +104,7 @@ def batches(sizes: Sizes, student: llama3.Llama3, *, on_policy: bool) -> Iterato
                 temperature=1.0,
                 top_p=1.0,
                 seed=step,
-                eos_tokens=[sizes.vocab_size],  # No token: no output ends early.
+                eos_tokens=[sizes.vocab_size],  # No such token: no output ends early.
                 pad_output=True,
             )
             outputs = np.asarray(sampled.tokens)[:, : sizes.output]
@@ -119,7 +119,7 @@ def batches(sizes: Sizes, student: llama3.Llama3, *, on_policy: bool) -> Iterato
 
 
 def main() -> None:
-    """Trains until nobody asks for a step any more."""
+    """Trains until no more steps are requested."""
     sizes, on_policy = parse_peer_arguments()
     student = make_model(sizes, sizes.student, 0)
     length = sizes.prompt + sizes.output
