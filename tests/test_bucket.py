@@ -12,7 +12,7 @@ import test_kill_and_resume as kills
 
 from gkd_jax.checkpoints import last_step
 from gkd_jax.checkpoints.manager import CheckpointManager
-from gkd_jax.common.growing_files import AppendedFile
+from gkd_jax.common.growing_files import GrowingFile
 from gkd_jax.experiment import prepare
 
 
@@ -43,15 +43,15 @@ def forget_filesystem():
 
 def test_a_local_file_grows_at_once(tmp_path):
     path = tmp_path / "folder" / "file"
-    file = AppendedFile(path)
+    file = GrowingFile(path)
     file.append(b"one")
     assert path.read_bytes() == b"one"
     file.close()
-    file = AppendedFile(path)
+    file = GrowingFile(path)
     file.append(b" two")
     assert path.read_bytes() == b"one two"
     file.close()
-    file = AppendedFile(path, b"three")
+    file = GrowingFile(path, b"three")
     assert path.read_bytes() == b"three"
     file.close()
     assert [child.name for child in path.parent.iterdir()] == ["file"]
@@ -61,7 +61,7 @@ def test_an_object_is_written_whole(bucket, monkeypatch):
     def content():
         return bucket.objects["folder/file"][0]
 
-    file = AppendedFile("gs://runs/folder/file", b"one")
+    file = GrowingFile("gs://runs/folder/file", b"one")
     assert content() == b"one"
     file.append(b" two")
     assert content() == b"one"  # Not yet.
@@ -71,7 +71,7 @@ def test_an_object_is_written_whole(bucket, monkeypatch):
     file.append(b" three")
     assert content() == b"one two three"
     file.close()
-    file = AppendedFile("gs://runs/folder/file")
+    file = GrowingFile("gs://runs/folder/file")
     file.append(b" four")
     file.close()
     assert content() == b"one two three four"

@@ -9,7 +9,7 @@ import small_recipes
 import small_runs
 
 from gkd_jax.data.pipeline import Dataset
-from gkd_jax.data.teacher_store import TeacherStore
+from gkd_jax.data.teacher_store import StoreReader
 from gkd_jax.distillation import train_step
 from gkd_jax.distillation.stored_distributions import Full, TopK
 from gkd_jax.distillation.teachers import StoredTeacher
@@ -57,7 +57,7 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(tiny_teacher, tmp_path, m
     assert [row["step"] for row in measured] == [2, 4, 6]
     packing = Dataset(whole.train_data).packing
     shares = [row["train/data/packed_share"] for row in measured]
-    assert np.mean(shares) == pytest.approx(packing.share, rel=0.1)
+    assert np.mean(shares) == pytest.approx(packing.token_share, rel=0.1)
     numbers = [row["train/data/packed_examples"] for row in measured]
     assert np.mean(numbers) == pytest.approx(4 * packing.examples_per_row, rel=0.1)
 
@@ -109,7 +109,7 @@ def test_a_store_serves_packed_rows(support, tiny_teacher, tmp_path):
         np.testing.assert_allclose(left, right, atol=2e-6 * np.abs(right).max() + 1e-8)
     for name, pair in other[1].items():
         np.testing.assert_allclose(one[1][name], pair, rtol=1e-5, err_msg=name)
-    assert isinstance(dataset.stored_teacher, TeacherStore)
+    assert isinstance(dataset.stored_teacher, StoreReader)
     train.train(stored)
 
 

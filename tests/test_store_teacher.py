@@ -10,7 +10,7 @@ import pytest
 import small_runs
 
 from gkd_jax.data.pipeline import Dataset
-from gkd_jax.data.teacher_store import StoreWriter, TeacherStore
+from gkd_jax.data.teacher_store import StoreReader, StoreWriter
 from gkd_jax.data.vocabularies import ByteVocabulary
 from gkd_jax.distillation.replay import Replay
 from gkd_jax.distillation.rollout import Rollout
@@ -99,7 +99,7 @@ def teacher_log_probs(tiny_teacher, tmp_path_factory):
 
 def read(path, examples):
     rows = Dataset(small_runs.data())._rows.read(np.asarray(examples))
-    return TeacherStore(path).read(np.asarray(examples), rows.tokens(), target_length=24)
+    return StoreReader(path).read(np.asarray(examples), rows.tokens(), target_length=24)
 
 
 def test_what_is_stored_is_what_the_teacher_says(stores, teacher_log_probs):
@@ -145,15 +145,15 @@ def test_draws_follow_the_teacher(stores, teacher_log_probs):
 
 def test_bytes_a_token(stores):
     """Two bytes an id (259 of them), two a float16, four a float32, one a count."""
-    num_tokens = TeacherStore(stores["full"]).num_tokens
+    num_tokens = StoreReader(stores["full"]).num_tokens
     index = ENTRY_BYTES * NUM_EXAMPLES
-    sizes = {name: TeacherStore(path).num_bytes - index for name, path in stores.items()}
+    sizes = {name: StoreReader(path).num_bytes - index for name, path in stores.items()}
     assert sizes["full"] == num_tokens * 259 * 4
     assert sizes["top_k"] == num_tokens * (6 * 2 + 7 * 2)
     assert sizes["draws"] < num_tokens * (2 + 21 * 3)
     for path in stores.values():
         size = sum((path / name).stat().st_size for name in ("distributions.bin", "index.bin"))
-        assert size == TeacherStore(path).num_bytes
+        assert size == StoreReader(path).num_bytes
 
 
 @pytest.mark.parametrize("name", SUPPORTS)
@@ -172,7 +172,7 @@ def test_a_stopped_store_is_completed_to_the_same(name, cut, stores, tiny_teache
         index.write_bytes(whole[index.name][: ENTRY_BYTES * 7 + 3])
     if cut != "nothing written":
         with pytest.raises(ValueError, match=r"is not complete: it has \d+ of 10 examples"):
-            TeacherStore(path)
+            StoreReader(path)
     store_teacher.store_teacher(experiment_of(tmp_path, tiny_teacher, SUPPORTS[name]))
     assert {child.name: child.read_bytes() for child in path.iterdir()} == whole
 
@@ -204,7 +204,7 @@ def test_a_damaged_store_is_noticed(stores, tmp_path):
 
 def test_other_tokens_than_those_of_the_store_are_noticed(stores):
     """Of a prompt or of an output, where the data pass for the same."""
-    store, rows = TeacherStore(stores["top_k"]), Dataset(small_runs.data())._rows
+    store, rows = StoreReader(stores["top_k"]), Dataset(small_runs.data())._rows
     for feature in ("inputs", "targets"):
         changed = rows.read(np.array([3]))
         getattr(changed, feature)[0, 2] += 1

@@ -1,4 +1,8 @@
-"""Files that grow: appended to on a disk; in a bucket, whose objects cannot, written anew."""
+"""Files that grow, on disk or in a bucket, and checks of paths that may be either.
+
+Objects in a bucket cannot be appended to, so a growing file in a bucket is uploaded again as a
+whole.
+"""
 
 import importlib.util
 import os
@@ -9,26 +13,28 @@ from typing import IO, Any
 from absl import logging
 from etils import epath
 
-# What is written between is lost with the process. Large files are uploaded less often, in a tenth
-# of the time.
+from gkd_jax.common.moved import load_moved
+
+# Data appended since the last upload are lost if the process dies. Uploads take at most a tenth of
+# the time, so that large files are uploaded less often.
 _SECONDS_BETWEEN_UPLOADS = 30.0
-_MOST_OF_THE_TIME = 0.1
+_MAX_SHARE_OF_TIME = 0.1
 
 
-class AppendedFile:
-    """A file that grows.
+class GrowingFile:
+    """A file that data are appended to.
 
-    On a disk each `append` is written at once. In a bucket (`gs://...`) the file is held in memory
-    and uploaded whole: every half minute at most, at `sync` and at `close`.
+    On disk each `append` is written at once. In a bucket (`gs://...`) the file is kept in memory
+    and uploaded as a whole: at most every 30 seconds, at `sync` and at `close`.
     """
 
     def __init__(self, path: epath.PathLike, content: bytes | None = None):
-        """Opens a file, making its folder.
+        """Opens a file and creates its folder.
 
         Args:
-          path: local, or in a bucket.
-          content: what the file holds from now on; None keeps what is there. It takes the place of
-            that whole: a crash leaves one or the other.
+          path: a local path, or one in a bucket.
+          content: replaces the content of an existing file; None keeps it. The replacement is
+            atomic: a crash leaves either the old or the new content.
         """
         self._path = epath.Path(path)
         self._local: IO[Any] | None = None
@@ -50,7 +56,7 @@ class AppendedFile:
         self._due_time = time.monotonic() + _SECONDS_BETWEEN_UPLOADS
 
     def append(self, data: bytes) -> None:
-        """Adds to the end."""
+        """Appends data to the file."""
         if self._local is not None:
             self._local.write(data)
             self._local.flush()
@@ -61,77 +67,81 @@ class AppendedFile:
             try:
                 self.sync()
             except RuntimeError as error:
-                # The run need not end for it.
+                # Not a reason to end the run.
                 logging.warning("%s It is tried again with what comes.", error)
 
     def sync(self) -> None:
-        """Uploads what is held.
+        """Uploads appended data.
 
         Raises:
-          RuntimeError: the bucket did not take it.
+          RuntimeError: the upload failed.
         """
         if self._local is not None or self._is_uploaded:
             return
         start = time.monotonic()
         try:
             self._path.write_bytes(bytes(self._content))
-        except Exception as error:  # Each library that reaches buckets has its own.
+        except Exception as error:  # Each library for buckets has exceptions of its own.
             raise RuntimeError(
                 f"{self._path} could not be written ({error!r}). Is the bucket still there, and "
                 "may you write to it?"
             ) from error
         finally:
             end = time.monotonic()
-            pause = max(_SECONDS_BETWEEN_UPLOADS, (end - start) / _MOST_OF_THE_TIME)
+            pause = max(_SECONDS_BETWEEN_UPLOADS, (end - start) / _MAX_SHARE_OF_TIME)
             self._due_time = end + pause
         self._is_uploaded = True
 
     def close(self) -> None:
-        """Uploads what is held, and closes."""
+        """Uploads appended data and closes the file."""
         self.sync()
         if self._local is not None:
             self._local.close()
 
 
 def prefer_gcsfs() -> None:
-    """Has etils reach buckets by gcsfs where that is installed, rather than by TensorFlow.
+    """Makes etils access buckets through gcsfs instead of TensorFlow, if gcsfs is installed.
 
-    TensorFlow's files cannot be sought in while they are written, and its errors are its own.
+    TensorFlow's files do not support `seek` while they are written, and it raises exceptions of its
+    own.
     """
     if importlib.util.find_spec("gcsfs") is not None:
         os.environ.setdefault("EPATH_USE_TF", "false")
 
 
 def children(folder: epath.Path) -> list[epath.Path]:
-    """What is in a folder, nothing where there is none; raises where that cannot be known.
+    """Lists a folder; returns an empty list if it does not exist.
 
-    Of a bucket `is_dir` says False whatever goes wrong, and a run would begin anew.
+    Other storage errors are raised. `is_dir` returns False for any error of a bucket, after which a
+    run would start from scratch instead of resuming.
     """
     try:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     except Exception as error:
-        if type(error).__name__ == "NotFoundError":  # TensorFlow's, which etils hands on.
+        if type(error).__name__ == "NotFoundError":  # TensorFlow's, passed on by etils.
             return []
         raise
 
 
 def is_in_bucket(path: epath.PathLike) -> bool:
-    """Whether a path names a bucket's object, such as `gs://bucket/run`."""
+    """Returns whether a path is in a bucket, such as `gs://bucket/run`."""
     return "://" in os.fspath(path)
 
 
 def check_writable(setting: str, folder: epath.Path, *, remedy: str) -> None:
-    """Writes a file on trial into a folder, or into what there is of its path; leaves nothing.
+    """Checks that a folder can be written, by writing and removing a small file.
+
+    If the folder does not exist, its nearest existing parent is checked.
 
     Args:
-      setting: what names the folder, for messages.
-      folder: local, or in a bucket.
-      remedy: how to name another, which a message goes on from with "a folder ...".
+      setting: name of the setting with the folder, for messages.
+      folder: a local folder, or one in a bucket.
+      remedy: start of the remedy in messages, followed by "a folder ...".
 
     Raises:
-      ValueError: it cannot be written.
+      ValueError: the folder cannot be written.
     """
     if is_in_bucket(folder):
         existing, remedy = folder, f"Is that the bucket's name, and may you write there? {remedy}"
@@ -143,9 +153,14 @@ def check_writable(setting: str, folder: epath.Path, *, remedy: str) -> None:
     try:
         probe.write_text("")
         probe.unlink()
-    except Exception as error:  # Each library that reaches buckets has its own.
-        told = error.strerror if isinstance(error, OSError) else None
+    except Exception as error:  # Each library for buckets has exceptions of its own.
+        reason = error.strerror if isinstance(error, OSError) else None
         raise ValueError(
-            f"{setting} cannot be written: {folder} ({existing}: {told or error}). "
+            f"{setting} cannot be written: {folder} ({existing}: {reason or error}). "
             f"{remedy} a folder that this user may write to."
         ) from error
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a name that this module defined in earlier versions."""
+    return load_moved(__name__, name)

@@ -98,13 +98,16 @@ _NAMES = {
     "objectives.other_divergences.WeightedSum": "objectives.divergence_sums.WeightedSum",
     "checkpoints.manager.CheckpointStore": "checkpoints.manager.CheckpointManager",
     "checkpoints.manager.save_params": "checkpoints.save.save_params",
-    "sampling.teacher_assisted.Policy": "sampling.teacher_assisted.TeacherAssistance",
+    "common.growing_files.AppendedFile": "common.growing_files.GrowingFile",
+    "data.batches.TrainIterator": "data.iterators.TrainIterator",
     "data.task.get_task": "data.registry.get_task",
     "data.task.register_task": "data.registry.register_task",
+    "data.teacher_store.TeacherStore": "data.teacher_store.StoreReader",
     "models.ensembles.CombinedModel": "models.ensembles.EnsembleModel",
     "models.wrapper.NarrowedModel": "models.wrapper.RestrictedVocabulary",
     "models.wrapper.WrappedModel": "models.wrapper.ModelWrapper",
     "models.wrapper.narrowed": "models.wrapper.restrict_vocabulary",
+    "sampling.teacher_assisted.Policy": "sampling.teacher_assisted.TeacherAssistance",
 }
 
 # Settings: the present name of the class or function, with the module that defines it, and the

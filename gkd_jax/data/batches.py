@@ -1,4 +1,4 @@
-"""Batches of examples that are named by number: what is in them, in whatever order they come."""
+"""Batches of examples that are given by their numbers, in any order."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,97 +8,122 @@ import numpy as np
 
 from gkd_jax.common.array_types import Int
 from gkd_jax.common.batch import Batch
+from gkd_jax.common.moved import load_moved
 from gkd_jax.data import packed_rows
 from gkd_jax.data.encoding import RowReader
-from gkd_jax.data.packed_rows import Piece, Placed
-from gkd_jax.data.teacher_store import TeacherStore
+from gkd_jax.data.packed_rows import Placement, TokenizedExample
+from gkd_jax.data.teacher_store import StoreReader
 
 MAX_EXAMPLE_ID = 2**31 - 1
-"""Ids of examples are their positions in the global order of training, modulo this."""
+"""The id of an example is its position in the global training order, modulo this number."""
+
+_INPUTS, _TARGETS, _TEACHER_INPUTS = range(3)
 
 
 @dataclasses.dataclass
 class BatchMaker:
-    """Reads examples and makes batches of them.
+    """Reads examples and assembles them into batches.
 
     Attributes:
       rows: reads prompts and outputs.
-      widths: lengths of prompts, of outputs and of the teacher's prompts.
-      pad_id: fills up rows.
-      teacher_rows: reads the teacher's prompts, where they are others.
-      stored_teacher: what a teacher said of the outputs, where that is kept.
-      source_id: number of an example's source in a mixture, where that is wanted.
+      widths: lengths of prompts, outputs and the teacher's prompts.
+      pad_id: padding token.
+      teacher_rows: reads the teacher's prompts, if they differ from the student's.
+      stored_teacher: a teacher's stored distributions for the outputs, if batches include them.
+      source_id: maps the number of an example to its source in a mixture, if batches include it.
     """
 
     rows: RowReader
     widths: tuple[int, int, int]
     pad_id: int
     teacher_rows: RowReader | None = None
-    stored_teacher: TeacherStore | None = None
+    stored_teacher: StoreReader | None = None
     source_id: Callable[[int], int] | None = None
 
     def batch(self, examples: Int[np.ndarray, " B"], example_id: Int[np.ndarray, " B"]) -> Batch:
-        """A row for each example; a number of -1 is a filler row."""
+        """Returns a batch with one row per example; the number -1 makes a filler row."""
         rows = self.rows.read(examples)
         more: dict[str, Any] = {}
         if self.teacher_rows is not None:
             read = self.teacher_rows.read(examples).batch(example_id)
             more |= {"teacher_inputs": read.inputs, "teacher_inputs_mask": read.inputs_mask}
         if self.source_id is not None:
-            numbers = [self.source_id(int(one)) if one >= 0 else 0 for one in examples]
-            more["source_id"] = np.array(numbers, np.int32)
+            ids = [self.source_id(int(number)) if number >= 0 else 0 for number in examples]
+            more["source_id"] = np.array(ids, np.int32)
         if self.stored_teacher is not None:
             more["stored_teacher"] = self.stored_teacher.read(
-                examples, rows.tokens(), target_length=self.widths[1]
+                examples, rows.tokens(), target_length=self.widths[_TARGETS]
             )
         return dataclasses.replace(rows.batch(example_id), **more)
 
-    def pieces(
+    def tokenized(
         self, examples: Int[np.ndarray, " N"], positions: Int[np.ndarray, " N"]
-    ) -> list[Piece]:
-        """Examples without padding, to be packed."""
-        tokens: Iterable[tuple[np.ndarray, ...]] = self.rows.read(examples).tokens()
+    ) -> list[TokenizedExample]:
+        """Returns examples without padding, to be packed.
+
+        Args:
+          examples: numbers of the examples.
+          positions: their positions in the global order.
+        """
+        features: Iterable[tuple[np.ndarray, ...]] = self.rows.read(examples).tokens()
         if self.teacher_rows is not None:
             prompts = [prompt for prompt, _ in self.teacher_rows.read(examples).tokens()]
-            tokens = [(*own, other) for own, other in zip(tokens, prompts, strict=True)]
-        numbers = zip(examples.tolist(), positions.tolist(), strict=True)
-        return [Piece(*both, parts) for both, parts in zip(numbers, tokens, strict=True)]
+            features = [(*own, other) for own, other in zip(features, prompts, strict=True)]
+        return [
+            TokenizedExample(number, position, arrays)
+            for number, position, arrays in zip(
+                examples.tolist(), positions.tolist(), features, strict=True
+            )
+        ]
 
     @property
     def packed_widths(self) -> tuple[int, ...]:
-        """Lengths of the parts that `pieces` have."""
+        """Lengths of the features of `tokenized` examples."""
         return self.widths[: 2 if self.teacher_rows is None else 3]
 
     def packed_batches(
-        self, pieces: Iterable[Piece], batch_size: int, *, first_row: int, num_rows: int
+        self,
+        examples: Iterable[TokenizedExample],
+        batch_size: int,
+        *,
+        first_row: int,
+        num_rows: int,
     ) -> Iterator[tuple[Batch, int]]:
-        """Some rows of each packed batch, and how many examples all of its rows have.
+        """Yields some rows of each packed batch, and the number of examples in the whole batch.
 
         Args:
-          pieces: examples in the global order.
-          batch_size: rows of a batch.
-          first_row: the first of the rows that are wanted.
-          num_rows: how many.
+          examples: examples in the global order.
+          batch_size: number of rows of the whole batch.
+          first_row: first row to return.
+          num_rows: number of rows to return.
         """
-        for placed in packed_rows.place(pieces, num_rows=batch_size, widths=self.packed_widths):
+        for placements in packed_rows.assign_rows(
+            examples, num_rows=batch_size, widths=self.packed_widths
+        ):
             own = [
-                dataclasses.replace(one, row=one.row - first_row)
-                for one in placed
-                if first_row <= one.row < first_row + num_rows
+                dataclasses.replace(placement, row=placement.row - first_row)
+                for placement in placements
+                if first_row <= placement.row < first_row + num_rows
             ]
-            yield self._packed(own, num_rows), len(placed)
+            yield self._packed(own, num_rows), len(placements)
 
-    def _packed(self, own: Sequence[Placed], num_rows: int) -> Batch:
-        def fill(part: int) -> tuple[np.ndarray, np.ndarray]:
-            width = self.widths[part]
-            return packed_rows.fill(own, part, num_rows=num_rows, width=width, pad_id=self.pad_id)
+    def _packed(self, placements: Sequence[Placement], num_rows: int) -> Batch:
+        def rows_of(feature: int) -> tuple[np.ndarray, np.ndarray]:
+            return packed_rows.rows_of_feature(
+                placements,
+                feature,
+                num_rows=num_rows,
+                width=self.widths[feature],
+                pad_id=self.pad_id,
+            )
 
-        (inputs, inputs_segments), (targets, targets_segments) = fill(0), fill(1)
-        # A batch is closed by an example that no row has room for: every row has some.
+        inputs, inputs_segments = rows_of(_INPUTS)
+        targets, targets_segments = rows_of(_TARGETS)
+        # A batch is closed by an example that fits in no row, so every row has an example.
         example_id = np.zeros(num_rows, np.int32)
-        for one in own:
-            if one.segment == 1:
-                example_id[one.row] = one.piece.position % MAX_EXAMPLE_ID
+        for placement in placements:
+            if placement.segment == 1:
+                example_id[placement.row] = placement.example.position % MAX_EXAMPLE_ID
         arrays: dict[str, Any] = {
             "inputs": inputs,
             "inputs_mask": inputs_segments > 0,
@@ -109,18 +134,25 @@ class BatchMaker:
             "targets_segments": targets_segments,
         }
         if self.teacher_rows is not None:
-            arrays["teacher_inputs"], segments = fill(2)
+            arrays["teacher_inputs"], segments = rows_of(_TEACHER_INPUTS)
             arrays |= {"teacher_inputs_mask": segments > 0, "teacher_inputs_segments": segments}
         if self.source_id is not None:
             arrays["source_id"] = np.zeros_like(targets)
-            for one in own:
-                packed_rows.put(arrays["source_id"], one, 1, self.source_id(one.piece.number))
+            for placement in placements:
+                source = self.source_id(placement.example.number)
+                packed_rows.write(arrays["source_id"], placement, _TARGETS, source)
         if self.stored_teacher is not None:
             arrays["stored_teacher"] = self.stored_teacher.read(
-                np.array([one.piece.number for one in own], np.int64),
-                [(one.piece.parts[0], one.piece.parts[1]) for one in own],
-                target_length=self.widths[1],
-                places=[(one.row, one.starts[1]) for one in own],
+                np.array([placement.example.number for placement in placements], np.int64),
+                [(one.example.features[_INPUTS], one.example.features[_TARGETS])
+                 for one in placements],
+                target_length=self.widths[_TARGETS],
+                starts=[(placement.row, placement.starts[_TARGETS]) for placement in placements],
                 num_rows=num_rows,
-            )
+            )  # fmt: skip
         return Batch(**arrays)
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a name that this module defined in earlier versions."""
+    return load_moved(__name__, name)

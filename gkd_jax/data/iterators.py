@@ -123,25 +123,25 @@ class BatchIterators:
     def _packed(self, position: int, first_row: int, num_rows: int) -> TrainIterator:
         starts = range(position, _LAST_POSITION, _BLOCK)
         blocks = _prefetch(starts, self._block, threads=self._threads)
-        pieces = itertools.chain.from_iterable(blocks)
+        examples = itertools.chain.from_iterable(blocks)
         batches = self._maker.packed_batches(
-            pieces, self._batch_size, first_row=first_row, num_rows=num_rows
+            examples, self._batch_size, first_row=first_row, num_rows=num_rows
         )
         return TrainIterator(batches, position=position, close=blocks.close)
 
-    def _block(self, start: int) -> list[packed_rows.Piece]:
+    def _block(self, start: int) -> list[packed_rows.TokenizedExample]:
         positions = start + np.arange(_BLOCK, dtype=np.int64)
-        return self._maker.pieces(self._examples_at(positions), positions)
+        return self._maker.tokenized(self._examples_at(positions), positions)
 
     @functools.cached_property
-    def packing(self) -> packed_rows.Packed:
+    def packing(self) -> packed_rows.PackingStatistics:
         """Statistics of the first packed training rows, used for planning."""
         blocks = map(self._block, range(0, _LAST_POSITION, _BLOCK))
         return packed_rows.measure(
             itertools.chain.from_iterable(blocks),
             num_rows=min(self._batch_size, _SAMPLE_ROWS),
             widths=self._maker.packed_widths,
-            at_least=_SAMPLE_EXAMPLES,
+            num_examples=_SAMPLE_EXAMPLES,
         )
 
     def one_pass(

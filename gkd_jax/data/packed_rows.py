@@ -1,9 +1,9 @@
-"""Several examples in one row: which goes where, and the rows that come of it.
+"""Packing: several examples in one row.
 
-Examples are taken in their global order. Each goes to the first row that still has room for its
-prompt and for its output; the first that no row has room for closes the batch and begins the next
-one. So a batch is a run of consecutive positions in that order, none left out and none put off, and
-the position of the next example is all that there is to remember.
+Examples are taken in their global order. Each is placed in the first row that has room for its
+prompt and for its output. The first example that fits in no row closes the batch and starts the
+next one. A batch is therefore a contiguous run of positions in the global order, and the position
+of the next example is the only state.
 """
 
 import dataclasses
@@ -16,115 +16,122 @@ from gkd_jax.common.array_types import Int
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """An example that is to be part of a row.
+class TokenizedExample:
+    """Token ids of one example, without padding.
 
     Attributes:
-      number: in the data set.
-      position: in the global order.
-      parts: tokens of the prompt, of the output and, where it reads another one, of the teacher's
-        prompt, without padding.
+      number: number of the example in the data set.
+      position: its position in the global order.
+      features: token ids of the prompt, of the output and, if the teacher reads another prompt, of
+        the teacher's prompt.
     """
 
     number: int
     position: int
-    parts: tuple[Int[np.ndarray, " l"], ...]
+    features: tuple[Int[np.ndarray, " l"], ...]
 
     @property
     def lengths(self) -> Int[np.ndarray, " F"]:
-        """Number of tokens of each part."""
-        return np.array([len(part) for part in self.parts])
+        """Number of tokens of each feature."""
+        return np.array([len(feature) for feature in self.features])
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
-    """An example and its place.
+class Placement:
+    """The placement of an example in a packed batch.
 
     Attributes:
-      piece: the example.
-      row: of the global batch.
-      segment: which example of its row it is, from 1 on.
-      starts: where in the row each part begins.
+      example: the example.
+      row: row of the global batch.
+      segment: rank of the example within its row, from 1.
+      starts: for each feature, the index in the row of its first token.
     """
 
-    piece: Piece
+    example: TokenizedExample
     row: int
     segment: int
     starts: tuple[int, ...]
 
 
-def place(
-    pieces: Iterable[Piece], *, num_rows: int, widths: Sequence[int]
-) -> Iterator[list[Placed]]:
-    """Gives the examples of one global batch after the other, each with its place.
+def assign_rows(
+    examples: Iterable[TokenizedExample], *, num_rows: int, widths: Sequence[int]
+) -> Iterator[list[Placement]]:
+    """Yields the placements of one global batch after another.
 
     Args:
-      pieces: in the global order; what does not fill a batch at their end is left out.
-      num_rows: rows of a global batch.
-      widths: lengths of a row's parts; no example has longer ones.
+      examples: examples in the global order. Those at the end that do not fill a batch are dropped.
+      num_rows: number of rows of a global batch.
+      widths: length of a row for each feature; no feature of an example is longer.
     """
     taken = np.zeros((num_rows, len(widths)), np.int64)
-    counts = np.zeros(num_rows, np.int64)
-    batch: list[Placed] = []
-    for piece in pieces:
-        lengths = piece.lengths
+    num_segments = np.zeros(num_rows, np.int64)
+    batch: list[Placement] = []
+    for example in examples:
+        lengths = example.lengths
         has_room = np.all(taken + lengths <= widths, axis=1)
         row = int(np.argmax(has_room))
         if not has_room[row]:
             yield batch
-            taken[:], counts[:], batch, row = 0, 0, [], 0
-        counts[row] += 1
-        batch.append(Placed(piece, row, int(counts[row]), tuple(taken[row].tolist())))
+            taken[:], num_segments[:], batch, row = 0, 0, [], 0
+        num_segments[row] += 1
+        batch.append(Placement(example, row, int(num_segments[row]), tuple(taken[row].tolist())))
         taken[row] += lengths
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
-    """How well rows are filled.
+class PackingStatistics:
+    """How densely rows are filled.
 
     Attributes:
-      examples_per_row: on average.
-      share: of the places in the rows, those that hold a token.
+      examples_per_row: mean number of examples per row.
+      token_share: fraction of the positions in the rows that hold a token.
     """
 
     examples_per_row: float
-    share: float
+    token_share: float
 
     def __str__(self) -> str:
         return (
-            f"about {self.examples_per_row:.1f} examples a row; {self.share:.0%} of its places "
-            "hold a token"
+            f"about {self.examples_per_row:.1f} examples a row; {self.token_share:.0%} of its "
+            "positions hold a token"
         )
 
 
 def measure(
-    pieces: Iterable[Piece], *, num_rows: int, widths: Sequence[int], at_least: int
-) -> Packed:
-    """Packs whole batches of so many examples or more, on trial."""
-    examples = tokens = batches = 0
-    for placed in place(pieces, num_rows=num_rows, widths=widths):
-        batches += 1
-        examples += len(placed)
-        tokens += int(sum(one.piece.lengths.sum() for one in placed))
-        if examples >= at_least:
+    examples: Iterable[TokenizedExample],
+    *,
+    num_rows: int,
+    widths: Sequence[int],
+    num_examples: int,
+) -> PackingStatistics:
+    """Measures the packing of whole batches with `num_examples` examples or more."""
+    num_placed = num_tokens = num_batches = 0
+    for placements in assign_rows(examples, num_rows=num_rows, widths=widths):
+        num_batches += 1
+        num_placed += len(placements)
+        num_tokens += int(sum(placement.example.lengths.sum() for placement in placements))
+        if num_placed >= num_examples:
             break
-    rows = batches * num_rows
-    return Packed(examples_per_row=examples / rows, share=tokens / (rows * sum(widths)))
+    rows = num_batches * num_rows
+    return PackingStatistics(
+        examples_per_row=num_placed / rows, token_share=num_tokens / (rows * sum(widths))
+    )
 
 
-def fill(
-    placed: Iterable[Placed], part: int, *, num_rows: int, width: int, pad_id: int
+def rows_of_feature(
+    placements: Iterable[Placement], feature: int, *, num_rows: int, width: int, pad_id: int
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
-    """One part of all rows: its tokens, and the segments that they are of; 0 is padding."""
+    """Returns the token ids of one feature in all rows, and their segments (0 is padding)."""
     tokens = np.full((num_rows, width), pad_id, np.int32)
     segments = np.zeros((num_rows, width), np.int32)
-    for one in placed:
-        put(tokens, one, part, one.piece.parts[part])
-        put(segments, one, part, one.segment)
+    for placement in placements:
+        write(tokens, placement, feature, placement.example.features[feature])
+        write(segments, placement, feature, placement.segment)
     return tokens, segments
 
 
-def put(array: np.ndarray, one: Placed, part: int, value: Any) -> None:
-    """Writes a value, or one for each token, to where a part of an example lies."""
-    start = one.starts[part]
-    array[one.row, start : start + len(one.piece.parts[part])] = value
+def write(array: np.ndarray, placement: Placement, feature: int, value: Any) -> None:
+    """Writes one value, or one value per token, to the positions of a feature of an example."""
+    start = placement.starts[feature]
+    length = len(placement.example.features[feature])
+    array[placement.row, start : start + length] = value

@@ -24,7 +24,7 @@ from gkd_jax.data.examples import Examples
 from gkd_jax.data.iterators import BatchIterators, TrainIterator
 from gkd_jax.data.registry import get_task
 from gkd_jax.data.task import Task, TextExample
-from gkd_jax.data.teacher_store import TeacherStore, differences
+from gkd_jax.data.teacher_store import StoreReader, differences
 from gkd_jax.data.vocabularies import Vocabulary
 
 _FEATURES = ("inputs", "targets")
@@ -217,7 +217,7 @@ class Dataset:
         Raises:
           FileNotFoundError, ValueError: there is no complete store, or it is one of other data.
         """
-        store = TeacherStore(path)
+        store = StoreReader(path)
         there, here = store.description["vocabulary"], self.config.vocabulary
         if there["fingerprint"] != here.fingerprint:
             raise ValueError(
@@ -236,7 +236,7 @@ class Dataset:
         self._maker.stored_teacher = store
 
     @property
-    def stored_teacher(self) -> TeacherStore | None:
+    def stored_teacher(self) -> StoreReader | None:
         """That of `use_stored_teacher`."""
         return self._maker.stored_teacher
 
@@ -419,7 +419,7 @@ class Dataset:
         )
 
     @property
-    def packing(self) -> packed_rows.Packed:
+    def packing(self) -> packed_rows.PackingStatistics:
         """How densely packed training rows are filled, measured on the first examples."""
         return self._iterators.packing
 

@@ -1,9 +1,10 @@
-"""Files of a teacher's next-token distributions for the outputs of a data set.
+"""A store: files with a teacher's next-token distributions for the outputs of a data set.
 
-`meta.json` says what they are: teacher, data, vocabulary, temperature, and how they are packed.
-`distributions.bin` holds a block of bytes for each example, in the order of the data set, and
-`index.bin` where each ends, its checksum, and that of the tokens that it is of. A block is written
-before its entry in the index, so that what a stopped run left half done is known and made again.
+`meta.json` describes the store: teacher, data, vocabulary, temperature, and the packing into bytes.
+`distributions.bin` contains one block of bytes per example, in the order of the data set.
+`index.bin` contains for each block its end, its checksum and the checksum of the tokens it belongs
+to. A block is written before its index entry, so that a block that an interrupted run wrote only in
+part is detected and written again.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import numpy as np
 
 from gkd_jax.common.array_types import Int
 from gkd_jax.common.batch import TeacherDistributions
+from gkd_jax.common.moved import load_moved
 from gkd_jax.data.teacher_store_records import Packing, packing_of
 
 _FORMAT = "gkd_jax teacher store 1"
@@ -31,13 +33,13 @@ _INDEX_ENTRY = np.dtype(
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """What a store holds of one example.
+    """The stored distributions of one example.
 
     Attributes:
-      content: its distributions, packed.
-      num_entries: the most entries of a token.
-      inputs: the prompt's tokens, without padding.
-      targets: the output's, one for each distribution.
+      content: the distributions, packed into bytes.
+      num_entries: largest number of vocabulary entries of a token.
+      inputs: token ids of the prompt, without padding.
+      targets: token ids of the output, one for each distribution.
     """
 
     content: bytes
@@ -52,7 +54,7 @@ def _checksum_of_tokens(inputs: np.ndarray, targets: np.ndarray) -> int:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two descriptions, as 'name: ... before, ... now'; empty if nothing."""
+    """Describes the differences of two mappings as 'name: ... before, ... now', or returns ''."""
     return "; ".join(
         f"{key}: {before.get(key, 'unknown')} before, {now.get(key, 'unknown')} now"
         for key in sorted({*before, *now})
@@ -61,21 +63,21 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 class StoreWriter:
-    """Writes a store, example by example; goes on where an earlier one of the same was stopped.
+    """Writes a store example by example, and continues a store that was interrupted.
 
     Raises:
-      ValueError: the folder holds something else.
+      ValueError: the folder contains another store or other files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], description: Mapping[str, Any]):
-        """Begins a store, or opens it to go on.
+        """Starts a store, or opens an incomplete one.
 
         Args:
-          folder: where it lies.
-          description: all that decides its content, as JSON.
+          folder: folder of the store.
+          description: everything that determines the content of the store, as JSON.
         """
         self._folder = pathlib.Path(folder)
-        # As it will be read again: tuples become lists.
+        # In the form in which it is read back: tuples become lists.
         wanted = json.loads(json.dumps({"format": _FORMAT, **description}))
         if (self._folder / _META).exists():
             found = json.loads((self._folder / _META).read_text(encoding="utf-8"))
@@ -101,7 +103,7 @@ class StoreWriter:
         scratch.rename(self._folder / _META)
 
     def _repair(self) -> tuple[int, int]:
-        """Removes what is not complete; returns the number of examples, and where they end."""
+        """Removes incomplete blocks; returns the number of examples and the end of the last."""
         for name in (_DATA, _INDEX):
             (self._folder / name).touch()
         index = _read_index(self._folder)
@@ -114,11 +116,11 @@ class StoreWriter:
 
     @property
     def num_done(self) -> int:
-        """Examples that are in it."""
+        """Number of examples written so far."""
         return self._num_done
 
     def append(self, blocks: Sequence[Block]) -> None:
-        """Adds the next examples."""
+        """Appends the next examples."""
         index = np.zeros(len(blocks), _INDEX_ENTRY)
         for entry, block in zip(index, blocks, strict=True):
             self._end += len(block.content)
@@ -136,7 +138,7 @@ class StoreWriter:
         self._num_done += len(blocks)
 
     def summary(self) -> tuple[int, int]:
-        """Tokens that are in it, and bytes that it takes, the index included."""
+        """Returns the number of tokens and the size in bytes, including the index."""
         index = _read_index(self._folder)
         return int(index["num_tokens"].sum()), self._end + index.nbytes
 
@@ -147,15 +149,16 @@ def _read_index(folder: pathlib.Path) -> np.ndarray:
     return np.frombuffer(content[:whole], _INDEX_ENTRY)
 
 
-class TeacherStore:
-    """A complete store, to be read from; safe to read from several threads.
+class StoreReader:
+    """Reads a complete store. Can be used from several threads.
 
     Attributes:
-      description: what its writer was given.
+      description: the description that was given to the writer.
+      packing: the packing of distributions into bytes.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is of another format, or not complete.
+      FileNotFoundError: the folder is not a store.
+      ValueError: the store has another format or is incomplete.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -186,12 +189,12 @@ class TeacherStore:
 
     @property
     def num_bytes(self) -> int:
-        """All that it takes."""
+        """Size in bytes, including the index."""
         return int(self._index["end"][-1]) + self._index.nbytes
 
     @property
     def num_tokens(self) -> int:
-        """Output tokens in it."""
+        """Number of output tokens."""
         return int(self._index["num_tokens"].sum())
 
     def __str__(self) -> str:
@@ -203,7 +206,7 @@ class TeacherStore:
 
     @property
     def fingerprint(self) -> str:
-        """What it is, in words and as a digest."""
+        """A summary of the store, followed by a digest of its description."""
         text = json.dumps(self.description, sort_keys=True)
         return f"{self} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
@@ -213,27 +216,26 @@ class TeacherStore:
         tokens: Sequence[tuple[Int[np.ndarray, " s"], Int[np.ndarray, " t"]]],
         *,
         target_length: int,
-        places: Sequence[tuple[int, int]] | None = None,
+        starts: Sequence[tuple[int, int]] | None = None,
         num_rows: int | None = None,
     ) -> TeacherDistributions:
-        """Distributions at the outputs of some examples, as NumPy arrays.
+        """Returns the distributions at the outputs of some examples, as NumPy arrays.
 
         Args:
-          examples: their numbers in the data set; -1 is a filler row.
-          tokens: prompt and output of each, without padding.
-          target_length: T, to which rows are filled up.
-          places: of packed rows, the row of each and where in it the output begins; None gives
-            each example a row of its own.
-          num_rows: B; None for as many as examples.
+          examples: numbers of the examples in the data set; -1 is a filler row.
+          tokens: prompt and output of each example, without padding.
+          target_length: T, the padded length of the outputs.
+          starts: for packed rows, the row and the first position of each output. None gives each
+            example a row of its own.
+          num_rows: B, the number of rows; None uses one row per example.
 
         Raises:
-          ValueError: the tokens differ from those of the store, or its bytes are not those that
-            were written.
+          ValueError: the tokens differ from those in the store, or the stored bytes are damaged.
         """
         rows = self.packing.empty(num_rows or len(examples), target_length, self._num_entries)
-        places = places or [(row, 0) for row in range(len(examples))]
+        starts = starts or [(row, 0) for row in range(len(examples))]
         for example, (inputs, targets), (row, start) in zip(
-            examples.tolist(), tokens, places, strict=True
+            examples.tolist(), tokens, starts, strict=True
         ):
             if example >= 0:
                 block = self._block(example, inputs, targets)
@@ -258,9 +260,14 @@ class TeacherStore:
 
 
 def _from(rows: TeacherDistributions, start: int) -> TeacherDistributions:
-    """The positions from `start` on: the same memory, to be written to."""
-    parts: dict[str, Any] = {}
+    """Returns views of the arrays from position `start` on, through which they can be written."""
+    views: dict[str, Any] = {}
     for field in dataclasses.fields(rows):
         array = getattr(rows, field.name)
-        parts[field.name] = None if array is None else array[:, start:]
-    return TeacherDistributions(**parts)
+        views[field.name] = None if array is None else array[:, start:]
+    return TeacherDistributions(**views)
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a name that this module defined in earlier versions."""
+    return load_moved(__name__, name)

@@ -1,4 +1,4 @@
-"""How a teacher's next-token distributions are packed into bytes, an example at a time."""
+"""Packings of a teacher's next-token distributions into bytes, one example at a time."""
 
 import abc
 import dataclasses
@@ -11,29 +11,35 @@ from gkd_jax.common.batch import TeacherDistributions
 
 
 class Packing(abc.ABC):
-    """Packs what there is of n tokens to bytes, and unpacks it into a row of a batch."""
+    """Packs the distributions at n tokens into bytes, and unpacks them into a row of a batch."""
 
     kind: ClassVar[str]
 
     @abc.abstractmethod
     def empty(self, num_rows: int, target_length: int, num_entries: int) -> Any:
-        """Distributions [B, T, E] without any, into which `unpack` writes."""
+        """Returns empty distributions [B, T, E], which `unpack` fills.
+
+        Args:
+          num_rows: B.
+          target_length: T.
+          num_entries: E, the largest number of entries of a token in the store.
+        """
 
     @abc.abstractmethod
     def unpack(self, block: bytes, num_tokens: int, rows: Any, row: int) -> None:
-        """Writes the tokens of a block into a row."""
+        """Writes the distributions of a block to the first `num_tokens` positions of a row."""
 
     def describe(self) -> dict[str, Any]:
-        """As JSON, for `packing_of`."""
+        """Returns a JSON description, from which `packing_of` makes the packing."""
         return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
 
 @dataclasses.dataclass(frozen=True)
 class Whole(Packing):
-    """log p of the whole vocabulary.
+    """Log-probabilities of the whole vocabulary.
 
     Attributes:
-      vocab_size: V.
+      vocab_size: V, the number of vocabulary entries.
       dtype: 'float32' or 'float16'.
     """
 
@@ -42,27 +48,25 @@ class Whole(Packing):
     kind: ClassVar[str] = "whole"
 
     def pack(self, log_probs: Float[np.ndarray, "n V"]) -> tuple[bytes, int]:
-        """Bytes, and the entries of a token."""
+        """Returns the bytes and the number of entries per token."""
         return log_probs.astype(f"<{np.dtype(self.dtype).str[1:]}").tobytes(), self.vocab_size
 
     def empty(self, num_rows: int, target_length: int, num_entries: int) -> Any:
-        """Zeros in the packed type."""
         shape = (num_rows, target_length, num_entries)
         return _made_of(log_probs=np.zeros(shape, self.dtype))
 
     def unpack(self, block: bytes, num_tokens: int, rows: Any, row: int) -> None:
-        """Copies."""
         values = np.frombuffer(block, f"<{np.dtype(self.dtype).str[1:]}")
         rows.log_probs[row, :num_tokens] = values.reshape(num_tokens, self.vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entries(Packing):
-    """As many entries of each token, and the tail: ids, log p of each, log p of the tail.
+    """A fixed number of entries per token, and the tail: ids, log-probabilities, log tail.
 
     Attributes:
-      vocab_size: V, which decides how many bytes an id takes.
-      num_entries: E.
+      vocab_size: V, which determines the number of bytes of an id.
+      num_entries: E, the number of entries per token.
       dtype: 'float32' or 'float16'.
     """
 
@@ -77,17 +81,15 @@ class Entries(Packing):
         log_probs: Float[np.ndarray, "n E"],
         tail: Float[np.ndarray, " n"],
     ) -> tuple[bytes, int]:
-        """Bytes, and the entries of a token."""
+        """Returns the bytes and the number of entries per token."""
         values = np.concatenate([log_probs, tail[:, None]], axis=1)
         packed = values.astype(f"<{np.dtype(self.dtype).str[1:]}").tobytes()
         return _pack_ids(ids, self.vocab_size) + packed, self.num_entries
 
     def empty(self, num_rows: int, target_length: int, num_entries: int) -> Any:
-        """All in the tail."""
         return _all_in_tail(num_rows, target_length, num_entries)
 
     def unpack(self, block: bytes, num_tokens: int, rows: Any, row: int) -> None:
-        """Ids first, then values."""
         num_ids = num_tokens * self.num_entries
         split = num_ids * id_bytes(self.vocab_size)
         ids = _unpack_ids(block[:split], self.vocab_size)
@@ -100,11 +102,14 @@ class Entries(Packing):
 
 @dataclasses.dataclass(frozen=True)
 class Counts(Packing):
-    """The tokens that were drawn, and how often; as many as there are of each token.
+    """The distinct tokens that were drawn at each position, with their counts.
+
+    The number of entries varies by position.
 
     Attributes:
-      vocab_size: V, which decides how many bytes an id takes.
-      num_draws: N, which decides how many bytes a count takes.
+      vocab_size: V, which determines the number of bytes of an id.
+      num_draws: N, the number of draws per position, which determines the number of bytes of a
+        count.
     """
 
     vocab_size: int
@@ -118,15 +123,15 @@ class Counts(Packing):
     def pack(
         self, draws: Int[np.ndarray, "n N"], targets: Int[np.ndarray, " n"]
     ) -> tuple[bytes, int]:
-        """Bytes, and the most entries of a token.
+        """Returns the bytes and the largest number of entries of a token.
 
-        The output token is always among the entries, perhaps with a count of 0.
+        The output token is always among the entries, with a count of 0 if it was not drawn.
         """
         num_tokens = len(draws)
-        places = np.arange(num_tokens)[:, None] * self.vocab_size
-        own = (places[:, 0] + targets).astype(np.int64)
+        offsets = np.arange(num_tokens)[:, None] * self.vocab_size
+        own = (offsets[:, 0] + targets).astype(np.int64)
         drawn, counts = np.unique(
-            np.concatenate([(places + draws).ravel(), own]), return_counts=True
+            np.concatenate([(offsets + draws).ravel(), own]), return_counts=True
         )
         counts[np.searchsorted(drawn, own)] -= 1
         num_entries = np.bincount(drawn // self.vocab_size, minlength=num_tokens)
@@ -135,11 +140,10 @@ class Counts(Packing):
         return block + counts.astype(self._count_type).tobytes(), int(num_entries.max(initial=0))
 
     def empty(self, num_rows: int, target_length: int, num_entries: int) -> Any:
-        """All in the tail."""
         return _all_in_tail(num_rows, target_length, num_entries)
 
     def unpack(self, block: bytes, num_tokens: int, rows: Any, row: int) -> None:
-        """log(count / N); there is no tail."""
+        """Writes log(count / N); the tail has probability 0."""
         num_entries = np.frombuffer(block[: 2 * num_tokens], "<u2").astype(np.int64)
         total = int(num_entries.sum())
         split = 2 * num_tokens + total * id_bytes(self.vocab_size)
@@ -147,22 +151,22 @@ class Counts(Packing):
         counts = np.frombuffer(block[split:], self._count_type).astype(np.float32)
         token = np.repeat(np.arange(num_tokens), num_entries)
         starts = np.cumsum(num_entries) - num_entries
-        place = np.arange(total) - starts[token]
-        rows.ids[row, token, place] = ids
+        entry = np.arange(total) - starts[token]
+        rows.ids[row, token, entry] = ids
         with np.errstate(divide="ignore"):
-            rows.log_probs[row, token, place] = np.log(counts / np.float32(self.num_draws))
+            rows.log_probs[row, token, entry] = np.log(counts / np.float32(self.num_draws))
         rows.tail[row, :num_tokens] = -np.inf
 
 
 def packing_of(description: dict[str, Any]) -> Packing:
-    """The packing that `Packing.describe` described."""
+    """Returns the packing with a description that `Packing.describe` returned."""
     kinds = {one.kind: one for one in (Whole, Entries, Counts)}
     settings = {name: value for name, value in description.items() if name != "kind"}
     return kinds[description["kind"]](**settings)
 
 
 def id_bytes(vocab_size: int) -> int:
-    """Bytes of the smallest integer that holds every id: 1, 2, 3 or 4."""
+    """Returns the size in bytes of the smallest integer that holds every id: 1, 2, 3 or 4."""
     return max(1, -(-(vocab_size - 1).bit_length() // 8))
 
 
@@ -188,5 +192,5 @@ def _all_in_tail(num_rows: int, target_length: int, num_entries: int) -> Any:
 
 
 def _made_of(**arrays: Any) -> Any:
-    # The fields are arrays of either kind: these stay in the host's memory.
+    # Fields may be JAX or NumPy arrays: these are NumPy arrays, in host memory.
     return TeacherDistributions(**arrays)

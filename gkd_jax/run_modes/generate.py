@@ -16,7 +16,7 @@ from etils import epath
 
 from gkd_jax.common.array_types import Params
 from gkd_jax.common.batch import Batch
-from gkd_jax.common.growing_files import AppendedFile
+from gkd_jax.common.growing_files import GrowingFile
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.devices.partitioning import process_zero_decides
 from gkd_jax.distillation.rollout import Rollout
@@ -124,7 +124,7 @@ class _OutputFile:
     def __init__(self, generation: Generation, identity: str):
         self._path = epath.Path(generation.output)
         self._num_samples = generation.num_samples
-        self._file: AppendedFile | None = None
+        self._file: GrowingFile | None = None
         marker = epath.Path(f"{generation.output}.identity")
         if self._path.exists():
             if not marker.exists() or marker.read_text() != identity:
@@ -153,7 +153,7 @@ class _OutputFile:
 
     def append(self, lines: Iterator[str]) -> None:
         if self._file is None:
-            self._file = AppendedFile(self._path)
+            self._file = GrowingFile(self._path)
         self._file.append("".join(f"{line}\n" for line in lines).encode("utf-8"))
 
     def close(self) -> None:

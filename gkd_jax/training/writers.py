@@ -15,7 +15,7 @@ import jax
 from absl import logging as absl_logging
 from etils import epath
 
-from gkd_jax.common.growing_files import AppendedFile
+from gkd_jax.common.growing_files import GrowingFile
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -108,7 +108,7 @@ class JsonLinesWriter:
         self._owes_evaluation = owes_evaluation
         before = epath.Path(path).read_bytes() if epath.Path(path).exists() else b""
         kept = self._up_to(start_step, before.decode("utf-8", errors="replace"))
-        self._file = AppendedFile(path, kept.encode("utf-8"))
+        self._file = GrowingFile(path, kept.encode("utf-8"))
 
     def _up_to(self, start_step: int, text: str) -> str:
         """The lines up to `start_step`; a last line that was cut short is dropped too."""
@@ -161,7 +161,7 @@ class TensorBoardWriter:
     def __init__(self, folder: str, *, start_step: int = 0):
         now = time.time()
         name = f"events.out.tfevents.{int(now * 1000)}.{socket.gethostname()}.{os.getpid()}"
-        self._file = AppendedFile(f"{folder}/{name}")
+        self._file = GrowingFile(f"{folder}/{name}")
         self._append(_text_field(3, "brain.Event:2"))
         # Event.session_log with status START: readers drop what earlier files have from this step.
         first_step = start_step + 1 if start_step else 0

@@ -80,18 +80,18 @@ def assert_same(first, second):
 def test_rows_by_hand():
     """The first row with room for both parts; the first example without any ends the batch."""
     lengths = [(3, 2), (4, 1), (1, 6), (1, 3), (5, 1), (3, 3)]
-    pieces = [
-        packed_rows.Piece(number, 10 + number, tuple(np.full(n, number) for n in both))
+    examples = [
+        packed_rows.TokenizedExample(number, 10 + number, tuple(np.full(n, number) for n in both))
         for number, both in enumerate(lengths)
     ]
-    batches = packed_rows.place(itertools.cycle(pieces), num_rows=2, widths=(8, 7))
+    batches = packed_rows.assign_rows(itertools.cycle(examples), num_rows=2, widths=(8, 7))
     first, second = itertools.islice(batches, 2)
-    assert [(one.piece.number, one.row, one.segment, one.starts) for one in first] == [
+    assert [(one.example.number, one.row, one.segment, one.starts) for one in first] == [
         (0, 0, 1, (0, 0)), (1, 0, 2, (3, 2)), (2, 1, 1, (0, 0)), (3, 0, 3, (7, 3)),
         (4, 1, 2, (1, 6)),
     ]  # fmt: skip
-    assert (second[0].piece.number, second[0].row, second[0].segment) == (5, 0, 1)
-    tokens, segments = packed_rows.fill(first, 1, num_rows=2, width=7, pad_id=9)
+    assert (second[0].example.number, second[0].row, second[0].segment) == (5, 0, 1)
+    tokens, segments = packed_rows.rows_of_feature(first, 1, num_rows=2, width=7, pad_id=9)
     np.testing.assert_array_equal(tokens, [[0, 0, 1, 3, 3, 3, 9], [2, 2, 2, 2, 2, 2, 4]])
     np.testing.assert_array_equal(segments, [[1, 1, 2, 3, 3, 3, 0], [1, 1, 1, 1, 1, 1, 2]])
 
@@ -211,7 +211,7 @@ def test_a_plan_tells_how_full_rows_are():
     share = filled / (4 * sum(WIDTHS))
     packing = dataset.packing
     assert packing.examples_per_row == pytest.approx(per_row, rel=0.05)
-    assert packing.share == pytest.approx(share, rel=0.05)
+    assert packing.token_share == pytest.approx(share, rel=0.05)
     assert dataset.examples_per_batch == 4 * packing.examples_per_row
     text = dataset.describe()
     assert "batches of 4 packed rows" in text

@@ -1,7 +1,7 @@
 """Checks of a stored teacher: that it can teach this objective, and is of these data."""
 
 from gkd_jax.data.pipeline import Dataset
-from gkd_jax.data.teacher_store import TeacherStore
+from gkd_jax.data.teacher_store import StoreReader
 from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.experiment.settings import Storing
 
@@ -63,7 +63,7 @@ def attach_teacher(experiment: Experiment, name: str, dataset: Dataset) -> None:
     _check_fits(experiment, path, dataset.stored_teacher)
 
 
-def _check_fits(experiment: Experiment, path: str, store: TeacherStore) -> None:
+def _check_fits(experiment: Experiment, path: str, store: StoreReader) -> None:
     about, objective = store.description, experiment.objective
     vocab_size = experiment.student.model.vocab_size
     problems = []
