@@ -22,7 +22,7 @@ from gkd_jax.objectives.objective import Objective
 from gkd_jax.run_modes import evaluate, generate, store_teacher, train
 from gkd_jax.sampling.methods import Sample
 from gkd_jax.sampling.teacher_assisted import TeacherMixed
-from gkd_jax.training.teacher_tokens import make_reader
+from gkd_jax.training.teacher_tokens import make_retokenizer
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_the_teacher_reads_prompts_and_outputs_in_its_own_tokens(teacher, pieces
         assert pieces.decode(theirs.tolist()) == own.decode(row.tolist())
     assert batch.teacher_inputs.shape == (small_runs.BATCH_SIZE, 32)
     trainer = train.Trainer(experiment, dataset)
-    read, _ = trainer._reader(experiment.partitioner.shard_batch(batch))
+    read, _ = trainer._retokenizer(experiment.partitioner.shard_batch(batch))
     view = read.as_teacher_reads()
     np.testing.assert_array_equal(view.inputs, batch.teacher_inputs)
     for row, theirs in zip(batch.targets, np.asarray(view.targets), strict=True):
@@ -113,8 +113,8 @@ def test_an_output_too_long_for_the_teacher_is_cut_with_its_spans(teacher, tmp_p
     experiment = run_with(short, tmp_path / "run")
     dataset = prepare.prepare(experiment, run_mode="train").train_data
     batch = next(dataset.train_iterator())
-    reader = make_reader(experiment, dataset.config.vocabulary)
-    tokens = reader.read(batch.targets, batch.loss_weights)
+    retokenizer = make_retokenizer(experiment, dataset.config.vocabulary)
+    tokens = retokenizer.retokenize(batch.targets, batch.loss_weights)
     assert tokens.targets.shape == tokens.teacher_spans.shape == (small_runs.BATCH_SIZE, 4)
     for row in range(small_runs.BATCH_SIZE):
         numbers = set(tokens.spans[row].tolist()) - {0}

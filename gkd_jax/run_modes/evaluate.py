@@ -20,7 +20,7 @@ from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.experiment.step_objectives import measured_objective
 from gkd_jax.training import jitted_functions, metric_sums, parameters, watchdog
 from gkd_jax.training.keys import Purpose, make_key
-from gkd_jax.training.teacher_tokens import make_reader
+from gkd_jax.training.teacher_tokens import make_retokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Evaluator:
             self._objective = jitted_functions.jit_eval_step(
                 student, teacher, objective, partitioner
             )
-        self._reader = make_reader(experiment, vocabulary)
+        self._retokenizer = make_retokenizer(experiment, vocabulary)
 
     def __call__(
         self, params: Params, teaching_params: Params | None, *, step: int = 0
@@ -128,17 +128,19 @@ class Evaluator:
         can_score = teaching_params is not None or batch.stored_teacher is not None
         if self._objective is None or (self._needs_teacher and not can_score):
             return
-        sums.add("on_data", self._objective(params, teaching_params, self._read(batch)))
+        sums.add("on_data", self._objective(params, teaching_params, self._retokenized(batch)))
         if self._needs_teacher and teaching_params is not None:
             key = make_key(self.experiment.seed, Purpose.EVALUATION_SAMPLES, step)
             sampled = self._rollout(params, batch, key)
             sums.add("samples", self._output_metrics(sampled))
             sampled = jitted_functions.without_log_probs(sampled)
-            sums.add("on_samples", self._objective(params, teaching_params, self._read(sampled)))
+            sums.add(
+                "on_samples", self._objective(params, teaching_params, self._retokenized(sampled))
+            )
 
-    def _read(self, batch: Batch) -> Batch:
-        """Has a teacher with its own tokens read the outputs."""
-        return batch if self._reader is None else self._reader(batch)[0]
+    def _retokenized(self, batch: Batch) -> Batch:
+        """Adds the tokens of a teacher with another tokenizer."""
+        return batch if self._retokenizer is None else self._retokenizer(batch)[0]
 
     def _batches(self) -> Iterator[Batch]:
         partitioner = self.experiment.partitioner

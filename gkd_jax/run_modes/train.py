@@ -24,9 +24,10 @@ from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.experiment.plan import describe_plan
 from gkd_jax.run_modes.evaluate import Evaluator
 from gkd_jax.training import interruption, metric_sums, non_finite, watchdog
-from gkd_jax.training.metrics_log import OUTPUT_KINDS, MetricsLog
+from gkd_jax.training.metrics_log import MetricsLog
 from gkd_jax.training.non_finite import NonFiniteSteps
 from gkd_jax.training.profiling import Profiler
+from gkd_jax.training.step_kinds import StepKind
 from gkd_jax.training.trainer import Trainer
 
 
@@ -178,7 +179,7 @@ class _Loop:
         except Exception as error:
             self._save_what_is_there(step, position, error)
             raise
-        group = next(kind for kind in OUTPUT_KINDS if kind in groups)
+        group = next(kind for kind in StepKind if kind in groups)
         bad, _ = groups[group].pop("non_finite")
         if self.experiment.non_finite.action == "skip":
             groups[group]["skipped"] = (bad, jnp.float32(1))

@@ -1,4 +1,4 @@
-"""The lines of metrics of a run: means of what was summed, times, alarms."""
+"""Log of a run's metrics: means since the last entry, times, utilisation, alarms."""
 
 import functools
 import time
@@ -11,16 +11,14 @@ from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.training import metric_sums, non_finite, writers
 from gkd_jax.training.profiling import PhaseTimes
 from gkd_jax.training.programs import flops_of_step
+from gkd_jax.training.step_kinds import StepKind
 
-# Where the outputs of a step came from, and so the group of its metrics; "mixed" where each example
-# tossed a coin of its own, "replay" where the student had sampled them at earlier steps.
-OUTPUT_KINDS = ("data", "on_policy", "mixed", "replay")
-# How alarms call the outputs of a group of metrics.
-_KINDS = {"rollout": "sampled", "outputs": "evaluated"}
+# Names of a metric group's outputs in alarms.
+_OUTPUT_NAMES = {"rollout": "sampled", "outputs": "evaluated"}
 
 
 class MetricsLog:
-    """Writes metrics, and warns where outputs collapse."""
+    """Writes metrics, and warns if sampled or evaluated outputs collapse."""
 
     def __init__(
         self,
@@ -47,22 +45,22 @@ class MetricsLog:
         self._writer.write_text(step, name, text)
 
     def add_fetching(self, seconds: float) -> None:
-        """Notes how long a step waited for its data."""
+        """Records how long a step waited for its data."""
         self._seconds_of_fetching += seconds
 
     def leave_out(self, seconds: float) -> None:
-        """Has time that was not training's not count as that."""
+        """Excludes time that was spent on something else from the time of training."""
         self._time += seconds
 
     def write_training(
         self, step: int, sums: Mapping[str, Mapping[str, Sequence[float]]], *, num_updates: int
     ) -> None:
-        """Writes what the steps since the last line gave.
+        """Writes the metrics of the steps since the last call.
 
         Args:
-          step: number of the last of them.
-          sums: of their metrics.
-          num_updates: those of all steps that were not skipped.
+          step: number of the last of these steps, counted from 1.
+          sums: sum and weight of each metric, by group and name.
+          num_updates: number of updates in all; skipped steps make none.
 
         Raises:
           FloatingPointError: a mean is NaN or infinite.
@@ -80,8 +78,8 @@ class MetricsLog:
             if utilisation is not None:
                 means[f"{kind}/update_mfu"] = utilisation
         means["learning_rate"] = float(self._experiment.optimizer.schedule(max(num_updates - 1, 0)))
-        # Steps on the data and steps on samples are of different length and number.
-        tokens = [sums[kind]["target_tokens"] for kind in OUTPUT_KINDS if kind in sums]
+        # The kinds of steps differ in their number of tokens and in how often they occur.
+        tokens = [sums[kind]["target_tokens"] for kind in StepKind if kind in sums]
         tokens_per_step = sum(total for total, _ in tokens) / sum(weight for _, weight in tokens)
         means["target_tokens_per_second"] = tokens_per_step / seconds
         means["target_tokens_per_second_per_chip"] = tokens_per_step / seconds / self._num_chips
@@ -98,10 +96,10 @@ class MetricsLog:
         return self._experiment.partitioner.mesh.size
 
     def _utilisation(self, kind: str, seconds: float) -> float | None:
-        """MFU of an update: its FLOPs a second over what the chips can do; None if unknown."""
+        """Returns an update's MFU: its FLOP/s over the chips' peak FLOP/s. None if unknown."""
         device = self._experiment.partitioner.mesh.devices.flat[0]
         chip = chips.of_device(device.device_kind)
-        is_smaller = kind == "data" and self._experiment.rollout.num_samples > 1
+        is_smaller = kind == StepKind.DATA and self._experiment.rollout.num_samples > 1
         if chip is None or is_smaller:
             return None
         start = time.monotonic()
@@ -126,11 +124,11 @@ class MetricsLog:
                     "outputs collapse or do not end. Look at the predictions; compare the "
                     "end-of-sequence ids of teacher and student, the learning rate and the target "
                     "length.",
-                    step, name, _KINDS[group], value, name, limit,
+                    step, name, _OUTPUT_NAMES[group], value, name, limit,
                 )  # fmt: skip
 
     def sync(self) -> None:
-        """Makes the lines durable; before a checkpoint is, whose run they are a part of."""
+        """Makes the entries durable. Call it before a checkpoint of the same step is committed."""
         self._writer.sync()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a run's time goes: seconds of the parts of a step, and traces for a profiler."""
+"""Timing and profiling: seconds of the phases of a step, and traces for a profiler."""
 
 import contextlib
 import time
@@ -7,24 +7,26 @@ from typing import Any, TypeVar
 
 import jax
 
+from gkd_jax.training.step_kinds import StepKind
+
 Value = TypeVar("Value")
 
 
 class PhaseTimes:
-    """Seconds of the parts of a step, by where its outputs came from.
+    """Seconds of the phases of a step, such as rollout and update, for each kind of step.
 
-    Parts run on the devices one after another while the host runs ahead; to time one, the host
-    waits for it. That is done on one step of each kind between two lines of metrics, and never on
-    the first of a kind, which compiles.
+    Devices run the phases one after another while the host runs ahead, so the host has to wait for
+    a phase to time it. It does so in one step of each kind between two entries of the metrics log,
+    and never in the first step of a kind, which includes compilation.
     """
 
     def __init__(self) -> None:
-        self._seen: set[str] = set()
-        self._timed: dict[str, dict[str, float]] = {}
+        self._seen: set[StepKind] = set()
+        self._timed: dict[StepKind, dict[str, float]] = {}
         self._phases: dict[str, float] | None = None
 
-    def begin(self, kind: str, state: Any) -> None:
-        """Starts a step of a kind; waits for `state` if it is one to be timed."""
+    def begin(self, kind: StepKind, state: Any) -> None:
+        """Starts a step of some kind; waits for `state` if the step is to be timed."""
         self._phases = None
         if kind in self._seen and kind not in self._timed:
             self._phases = self._timed[kind] = {}
@@ -33,7 +35,10 @@ class PhaseTimes:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[Callable[[Value], Value]]:
-        """Times what is within, until the value given to what it yields is there."""
+        """Times the `with` block.
+
+        Yields a function that returns its argument, and in a timed step waits for its arrays.
+        """
         phases, start = self._phases, time.monotonic()
 
         def wait(value: Value) -> Value:
@@ -44,21 +49,22 @@ class PhaseTimes:
         if phases is not None:
             phases[name] = phases.get(name, 0.0) + time.monotonic() - start
 
-    def take(self) -> dict[str, dict[str, float]]:
-        """The seconds since the last call: of each kind, those of each part of one step."""
+    def take(self) -> dict[StepKind, dict[str, float]]:
+        """Returns the seconds measured since the last call, by kind of step and phase."""
         timed, self._timed, self._phases = self._timed, {}, None
         return timed
 
 
 class Profiler:
-    """Writes a trace of some steps, which TensorBoard's profiler and Perfetto read."""
+    """Writes a trace of some steps, for TensorBoard's profiler or Perfetto."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: str):
-        """Makes one.
+        """Creates the profiler.
 
         Args:
-          steps: first and last step of the trace, as `train/...` metrics count them; None for none.
-          folder: where it goes, `plugins/profile/...` below it.
+          steps: first and last step of the trace, counted from 1 like those of `train/` metrics.
+            None writes no trace.
+          folder: the trace is written to `plugins/profile/` in this folder.
         """
         self._steps = steps
         self._folder = folder
@@ -66,7 +72,10 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[Callable[[Any], None]]:
-        """Surrounds step `number`, counted from 1; what it yields is told the step's result."""
+        """Surrounds step `number`, counted from 1.
+
+        Yields a function to call with the step's result, so that a trace ends after it is computed.
+        """
         if self._steps is None:
             yield lambda result: None
             return
@@ -82,7 +91,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that is still being written."""
+        """Ends the trace, if one is being written."""
         if self._is_running:
             self._is_running = False
             jax.profiler.stop_trace()

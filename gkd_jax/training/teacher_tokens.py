@@ -1,4 +1,4 @@
-"""A teacher with another vocabulary: it reads outputs in its own tokens, compared on spans."""
+"""Retokenization of outputs for a teacher with another tokenizer, compared with it on spans."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gkd_jax.common.array_types import Array, Metrics
+from gkd_jax.common.array_types import Array, Float, Int, Metrics
 from gkd_jax.common.batch import Batch, TeacherTokens
 from gkd_jax.data.common_text import CommonText
 from gkd_jax.data.vocabularies import Vocabulary
@@ -18,49 +18,56 @@ from gkd_jax.experiment.step_objectives import common_text_of
 from gkd_jax.objectives.spans import span_metrics
 
 
-def make_reader(experiment: Experiment, vocabulary: Vocabulary) -> "TeacherReader | None":
-    """What has the teacher read a batch's outputs; None where it has the student's tokens."""
+def make_retokenizer(experiment: Experiment, vocabulary: Vocabulary) -> "Retokenizer | None":
+    """Returns the run's retokenizer, or None if the teacher uses the student's tokens.
+
+    Args:
+      experiment: the run.
+      vocabulary: the student's vocabulary.
+    """
     common = common_text_of(experiment, vocabulary)
     if common is None:
         return None
     assert experiment.teacher is not None
     own = experiment.teacher.own_tokens
     assert own is not None
-    return TeacherReader(common, experiment.partitioner, targets_length=own.targets_length)
+    return Retokenizer(common, experiment.partitioner, targets_length=own.targets_length)
 
 
-class TeacherReader:
-    """Gives batches the teacher's tokens of their outputs, sampled or not.
+class Retokenizer:
+    """Adds the teacher's tokens of the outputs to batches, whether sampled or from the data.
 
-    It works on texts, on the host, and so waits for a rollout to end. Each process reads its own
-    rows.
+    Works on text, on the host, so it waits for a rollout to finish. Each process retokenizes its
+    own rows.
     """
 
     def __init__(
         self, common: CommonText, partitioner: Partitioner, *, targets_length: int | None = None
     ):
-        """Keeps what it needs.
+        """Creates the retokenizer.
 
         Args:
-          common: both vocabularies.
-          partitioner: rows lie on the devices as those of a batch do.
-          targets_length: longest output in the teacher's tokens; None as many as the student's.
+          common: alignment of the two vocabularies.
+          partitioner: shards the result over devices like a batch.
+          targets_length: longest output in the teacher's tokens; None for the length of `targets`.
         """
         self._common = common
         self._partitioner = partitioner
         self._targets_length = targets_length
 
     def __call__(self, batch: Batch) -> tuple[Batch, Metrics]:
-        """The batch with `teacher_tokens`, and how well the tokens agree."""
+        """Returns the batch with `teacher_tokens`, and metrics of how well the tokens align."""
         rows, weights = self._partitioner.local_rows((batch.targets, batch.loss_weights))
-        tokens = self._partitioner.shard_batch(self.read(rows, weights))
+        tokens = self._partitioner.shard_batch(self.retokenize(rows, weights))
         return (
             dataclasses.replace(batch, teacher_tokens=tokens),
             _jit_metrics()(tokens, batch.loss_weights),
         )
 
-    def read(self, targets: np.ndarray, loss_weights: np.ndarray) -> TeacherTokens:
-        """The teacher's tokens of some rows, in the host's memory."""
+    def retokenize(
+        self, targets: Int[np.ndarray, "B T"], loss_weights: Float[np.ndarray, "B T"]
+    ) -> TeacherTokens:
+        """Returns the teacher's tokens of local rows, as NumPy arrays."""
         num_rows, length = targets.shape
         width = self._targets_length or length
         shapes = {"spans": length, "labels": length, "teacher_spans": width}
@@ -73,7 +80,7 @@ class TeacherReader:
             size = min(width, len(found.teacher_ids))
             ids[row, :size] = found.teacher_ids[:size]
             kept[row, :size] = 1.0
-            # A span that does not fit is none, nor are those behind it.
+            # A span beyond the longest output is dropped, as are those that follow it.
             cut = found.teacher_spans[width:]
             last = min((one for one in cut if one), default=len(found.texts) + 1)
             spans = np.array(found.spans, np.int32)

@@ -1,4 +1,4 @@
-"""The jitted functions of a run, and what one step of it is: coin, rollout, reward, update."""
+"""One step of training: coin, rollout, reward, update; and the jitted functions that it calls."""
 
 import dataclasses
 import functools
@@ -26,19 +26,26 @@ from gkd_jax.training import jitted_functions, parameters
 from gkd_jax.training.keys import Purpose, make_key
 from gkd_jax.training.profiling import PhaseTimes
 from gkd_jax.training.rollout_scoring import make_scorer
-from gkd_jax.training.teacher_tokens import make_reader
+from gkd_jax.training.step_kinds import StepKind
+from gkd_jax.training.teacher_tokens import make_retokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class StepFunctions:
-    """The jitted functions that make and change a state, and the state's shapes and shardings."""
+    """Jitted functions that build and update the training state.
+
+    Attributes:
+      init: builds the state from the trained parameters, which it donates.
+      step: the training step; donates the state.
+      abstract_state: shapes, dtypes and shardings of the state.
+    """
 
     init: Callable[[Params], TrainState]
     step: train_step.StepFn
     abstract_state: TrainState
 
 
-# Runs of equal settings, as a study may have them, share what was compiled.
+# Runs with equal settings, such as the cells of a study, share the compiled functions.
 @functools.cache
 def jit_step_functions(
     student: LanguageModel,
@@ -89,12 +96,12 @@ def jit_step_functions(
 def step_functions_of(
     experiment: Experiment, objective: Objective, *, student: LanguageModel | None = None
 ) -> StepFunctions:
-    """The functions of a run for one of its objectives.
+    """Returns the jitted functions of a run for one of its objectives.
 
     Args:
       experiment: the run.
-      objective: that of steps on the data, or on samples.
-      student: one that takes the place of the run's, such as without rematerialisation.
+      objective: the objective of steps on the data, or of steps on samples.
+      student: replaces the run's student, e.g. by one without rematerialisation.
     """
     sources = teacher_sources(experiment)
     return jit_step_functions(
@@ -116,7 +123,11 @@ def teacher_sources(experiment: Experiment) -> Sources:
 
 
 class Trainer:
-    """The jitted functions of a run, the teacher's parameters, and the student's frozen ones."""
+    """Makes the steps of a run.
+
+    Holds the jitted functions, the restored parameters of the teacher and the frozen parameters of
+    the student. The training state is passed in and returned.
+    """
 
     def __init__(self, experiment: Experiment, dataset: Dataset):
         self.experiment = experiment
@@ -128,22 +139,22 @@ class Trainer:
         self.teacher_params = parameters.load_teacher(experiment) if self._sources else None
         vocabulary = dataset.config.vocabulary
         functions = step_functions_of(experiment, measured_objective(experiment, vocabulary))
-        # The same function where no reward joins the divergence.
+        # The same function if no reward is added to the divergence.
         on_policy = step_functions_of(experiment, on_policy_objective(experiment))
         self.on_policy_step_fn = on_policy.step
         self._scorer = make_scorer(experiment, dataset)
-        self._reader = make_reader(experiment, vocabulary)
+        self._retokenizer = make_retokenizer(experiment, vocabulary)
         self.phases = PhaseTimes()
         self.abstract_state: PyTree[jax.ShapeDtypeStruct] = functions.abstract_state
         self._init_fn, self.step_fn = functions.init, functions.step
-        assistance, writer = experiment.rollout.teacher_assistance, student
-        self._teacher_helps = assistance is not None
+        assistance, sampled_model = experiment.rollout.teacher_assistance, student
+        self._is_teacher_assisted = assistance is not None
         if assistance is not None:
             assert experiment.teacher_model is not None
-            writer = assistance.combine(student, experiment.teacher_model)
+            sampled_model = assistance.combine(student, experiment.teacher_model)
         self.rollout_fn = jitted_functions.jit_rollout(
             experiment.rollout,
-            writer,
+            sampled_model,
             partitioner,
             eos_ids=vocabulary.eos_ids,
             pad_id=vocabulary.pad_id,
@@ -159,17 +170,17 @@ class Trainer:
             self.abstract_state = self.replay.attach_abstract(functions.abstract_state)
 
     def init_state(self) -> TrainState:
-        """The state before the first step, made sharded."""
+        """Builds the state before the first step, already sharded."""
         return self._init_fn(parameters.init_params(self.experiment))
 
     def student_params(self, state: TrainState) -> Params:
-        """All parameters of the student at this state."""
+        """Returns all parameters of the student at this state, trained and frozen."""
         return lora.join(state.params, self.frozen)
 
-    def _writer_params(self, state: TrainState) -> Params:
-        """Parameters of whoever writes the outputs: the student, or it and the teacher."""
+    def _rollout_params(self, state: TrainState) -> Params:
+        """Parameters of the model that outputs are sampled from: the student, or both models."""
         student_params = self.student_params(state)
-        if self._teacher_helps:
+        if self._is_teacher_assisted:
             return (student_params, self.teaching_params(state))
         return student_params
 
@@ -180,32 +191,33 @@ class Trainer:
     def step(
         self, state: TrainState, batch: Batch, step: int
     ) -> tuple[TrainState, dict[str, Metrics], Batch]:
-        """Makes update number `step` (from 0).
+        """Makes update number `step`, counted from 0.
 
-        The coin decides whether the outputs are the batch's own or the student's.
+        A coin decides whether the step trains on the batch's own targets or on the student's
+        outputs. Nothing of the run changes before the update.
 
         Returns:
-          The state, metrics by group, and the batch that the update was made from. Until that,
-          nothing of the run has changed.
+          The new state, the metrics by group, and the batch that the step trained on.
         """
         seed, outputs = self.experiment.seed, self.experiment.outputs
         fraction = outputs.fraction(step)
         if outputs.per_example:
-            kind = "mixed" if fraction > 0 else "data"
+            kind = StepKind.MIXED if fraction > 0 else StepKind.DATA
         else:
-            kind = "on_policy" if outputs.is_on_policy(step, seed=seed) else "data"
+            is_on_policy = outputs.is_on_policy(step, seed=seed)
+            kind = StepKind.ON_POLICY if is_on_policy else StepKind.DATA
         groups: dict[str, Metrics] = {}
         replay = self.replay
-        if kind == "on_policy" and replay is not None and replay.is_used(step):
-            self.phases.begin("replay", state)
+        if kind == StepKind.ON_POLICY and replay is not None and replay.is_used(step):
+            self.phases.begin(StepKind.REPLAY, state)
             batch, staleness = replay.draw(step)
-            state, batch = self._update(state, batch, step, "replay", groups)
-            groups["replay"] |= {"staleness": staleness}
+            state, batch = self._update(state, batch, step, StepKind.REPLAY, groups)
+            groups[StepKind.REPLAY] |= {"staleness": staleness}
             return state, groups, batch
         self.phases.begin(kind, state)
-        if kind != "data":
+        if kind != StepKind.DATA:
             sampled = self._sample(state, batch, step, groups)
-            if kind == "mixed":
+            if kind == StepKind.MIXED:
                 key = make_key(seed, Purpose.EXAMPLE_COIN, step)
                 batch = self.mix_fn(batch, sampled, jnp.float32(fraction), key)
             else:
@@ -216,30 +228,34 @@ class Trainer:
     def _sample(
         self, state: TrainState, batch: Batch, step: int, groups: dict[str, Metrics]
     ) -> Batch:
-        """The batch with sampled outputs, scored where there is a reward, and kept for a replay."""
+        """Samples outputs; scores them if there is a reward, and adds them to the replay buffer."""
         key = make_key(self.experiment.seed, Purpose.ROLLOUT, step)
         with self.phases.phase("rollout") as wait:
-            sampled = wait(self.rollout_fn(self._writer_params(state), batch, key))
+            sampled = wait(self.rollout_fn(self._rollout_params(state), batch, key))
         groups["rollout"] = self.rollout_metrics_fn(sampled)
-        written = sampled = jitted_functions.without_log_probs(sampled)
+        unscored = sampled = jitted_functions.without_log_probs(sampled)
         if self._scorer is not None:
             params, teaching_params = self.student_params(state), self.teaching_params(state)
             with self.phases.phase("reward") as wait:
                 scored = self._scorer(params, teaching_params, batch, sampled)
                 sampled, groups["reward"] = wait(scored)
         if self.replay is not None:
-            self.replay.add(written, step)
+            self.replay.add(unscored, step)
         return sampled
 
     def _update(
-        self, state: TrainState, batch: Batch, step: int, kind: str, groups: dict[str, Metrics]
+        self,
+        state: TrainState,
+        batch: Batch,
+        step: int,
+        kind: StepKind,
+        groups: dict[str, Metrics],
     ) -> tuple[TrainState, Batch]:
-        if self._reader is not None:
-            # A teacher with its own tokens reads the outputs, and tells how well they agree.
+        if self._retokenizer is not None:
             with self.phases.phase("reading") as wait:
-                batch, groups["spans"] = wait(self._reader(batch))
+                batch, groups["spans"] = wait(self._retokenizer(batch))
         key = make_key(self.experiment.seed, Purpose.DROPOUT, step)
-        step_fn = self.on_policy_step_fn if kind == "on_policy" else self.step_fn
+        step_fn = self.on_policy_step_fn if kind == StepKind.ON_POLICY else self.step_fn
         with self.phases.phase("update") as wait:
             arguments = (state, self.teacher_params, batch, key, self.frozen)
             state, groups[kind] = wait(step_fn(*arguments))

@@ -35,7 +35,7 @@ from gkd_jax.objectives import (
     spans,
     weighted_loss,
 )
-from gkd_jax.training.teacher_tokens import TeacherReader
+from gkd_jax.training.teacher_tokens import Retokenizer
 
 # Words that both split in one place, in different ones, and not at all.
 TEXTS = ("abc ca", "ab cab", "ca ca", "aabbcc", "")
@@ -45,9 +45,9 @@ FEW = (ForwardKL(), ReverseKL(), GeneralizedJSD(0.3), TotalVariation())
 WITH_VALUES = WeightedSum(tuple(EVERY[:-1]), tuple(0.5 + 0.1 * i for i in range(len(EVERY) - 1)))
 
 
-def reader_of(student, teacher, sizes=None):
+def retokenizer_of(student, teacher, sizes=None):
     sizes = sizes or (student.size, teacher.size)
-    return TeacherReader(CommonText(student, teacher, sizes), Partitioner())
+    return Retokenizer(CommonText(student, teacher, sizes), Partitioner())
 
 
 def rows_of(vocabulary, texts, length=LENGTH):
@@ -59,9 +59,9 @@ def rows_of(vocabulary, texts, length=LENGTH):
     return rows, weights
 
 
-def batch_of(reader, vocabulary, texts, length=LENGTH):
+def batch_of(retokenizer, vocabulary, texts, length=LENGTH):
     targets, weights = rows_of(vocabulary, texts, length)
-    tokens = jax.tree.map(jnp.asarray, reader.read(targets, weights))
+    tokens = jax.tree.map(jnp.asarray, retokenizer.retokenize(targets, weights))
     inputs = jnp.ones((len(texts), 2), jnp.int32)
     return Batch(
         inputs=inputs, inputs_mask=inputs > 0, targets=jnp.asarray(targets),
@@ -70,9 +70,9 @@ def batch_of(reader, vocabulary, texts, length=LENGTH):
     )  # fmt: skip
 
 
-def objective_of(reader, divergence, temperatures=(1.0, 1.0)):
+def objective_of(retokenizer, divergence, temperatures=(1.0, 1.0)):
     return spans.SpanObjective(
-        divergence, *temperatures, vocabularies=_vocabularies(reader._common)
+        divergence, *temperatures, vocabularies=_vocabularies(retokenizer._common)
     )
 
 
@@ -103,7 +103,7 @@ def _jit_loss(objective):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def np_spans(reader, batch, logits, teacher_logits, temperatures):
+def np_spans(retokenizer, batch, logits, teacher_logits, temperatures):
     """By the definition: row, first token, q, p and the place of its text, of each span."""
     common = set(STUDENT.pieces) & set(TEACHER.pieces)
 
@@ -145,11 +145,11 @@ def np_spans(reader, batch, logits, teacher_logits, temperatures):
             yield row, own[0], *values, place
 
 
-def np_loss(divergence, reader, batch, logits, teacher_logits, temperatures, weights):
+def np_loss(divergence, retokenizer, batch, logits, teacher_logits, temperatures, weights):
     total = 0.0
     with np.errstate(divide="ignore"):
         for row, first, q, p, place in np_spans(
-            reader, batch, logits, teacher_logits, temperatures
+            retokenizer, batch, logits, teacher_logits, temperatures
         ):
             keep = (q > 0) | (p > 0)
             place = np.flatnonzero(np.flatnonzero(keep) == place)
@@ -160,24 +160,29 @@ def np_loss(divergence, reader, batch, logits, teacher_logits, temperatures, wei
 
 @pytest.fixture(scope="module")
 def toy():
-    reader = reader_of(STUDENT, TEACHER)
-    batch = batch_of(reader, STUDENT, TEXTS)
+    retokenizer = retokenizer_of(STUDENT, TEACHER)
+    batch = batch_of(retokenizer, STUDENT, TEXTS)
     shape = (len(TEXTS), LENGTH)
-    return reader, batch, logits_of(0, *shape, STUDENT.size), logits_of(1, *shape, TEACHER.size)
+    return (
+        retokenizer,
+        batch,
+        logits_of(0, *shape, STUDENT.size),
+        logits_of(1, *shape, TEACHER.size),
+    )
 
 
 @pytest.mark.parametrize("temperatures", TEMPERATURES[::3])
 @pytest.mark.parametrize("divergence", [WITH_VALUES, SampledReverseKL()], ids=["all", "sampled"])
 def test_values_and_gradients_are_those_of_the_definition(toy, divergence, temperatures):
-    reader, batch, logits, teacher_logits = toy
+    retokenizer, batch, logits, teacher_logits = toy
     view = batch.teacher_tokens
     lengths = [len({*row.tolist()} - {0}) for row in np.asarray(view.spans)]
     assert lengths == [3, 3, 3, 5, 1]
     assert np.asarray(batch.measured_weights).sum() == sum(lengths)
     weights = np.asarray(final_weights(batch.measured_weights, reduction="per_sequence"))
-    objective = objective_of(reader, divergence, temperatures)
+    objective = objective_of(retokenizer, divergence, temperatures)
     (loss, per_token), gradient = loss_of(objective, batch, logits, teacher_logits)
-    arguments = (divergence, reader, batch)
+    arguments = (divergence, retokenizer, batch)
     wanted = np_loss(*arguments, logits, teacher_logits, temperatures, weights)
     assert float(loss) == pytest.approx(wanted, rel=2e-5, abs=1e-6)
     assert float((per_token * weights).sum()) == pytest.approx(wanted, rel=2e-5, abs=1e-6)
@@ -201,13 +206,13 @@ def test_values_and_gradients_are_those_of_the_definition(toy, divergence, tempe
 @pytest.mark.parametrize("divergence", [*FEW, ALL_IN_ONE], ids=["fkl", "rkl", "jsd", "tv", "all"])
 def test_over_one_vocabulary_it_is_the_divergence_of_tokens(divergence):
     vocabulary = ByteVocabulary()
-    reader = reader_of(vocabulary, vocabulary)
-    batch = batch_of(reader, vocabulary, ("ab é", "", "a longer one than fits"))
+    retokenizer = retokenizer_of(vocabulary, vocabulary)
+    batch = batch_of(retokenizer, vocabulary, ("ab é", "", "a longer one than fits"))
     np.testing.assert_array_equal(batch.measured_weights, batch.loss_weights)
     logits, teacher_logits = (logits_of(seed, 3, LENGTH, vocabulary.size) for seed in (3, 4))
     temperatures = (0.7, 1.3)
     (loss, per_token), gradient = loss_of(
-        objective_of(reader, divergence, temperatures), batch, logits, teacher_logits
+        objective_of(retokenizer, divergence, temperatures), batch, logits, teacher_logits
     )
     head = jnp.eye(vocabulary.size)
 
@@ -230,12 +235,12 @@ def test_over_one_vocabulary_it_is_the_divergence_of_tokens(divergence):
 @pytest.mark.parametrize("divergence", FEW[1:3], ids=["rkl", "jsd"])
 def test_not_negative_and_nothing_where_the_merged_distributions_agree(divergence):
     """Teacher and student are one model of text: characters that are drawn one by one."""
-    reader = reader_of(STUDENT, TEACHER)
-    batch = batch_of(reader, STUDENT, TEXTS)
+    retokenizer = retokenizer_of(STUDENT, TEACHER)
+    batch = batch_of(retokenizer, STUDENT, TEXTS)
     shape = (len(TEXTS), LENGTH)
     for seed in range(3):
         (_, per_token), _ = loss_of(
-            objective_of(reader, divergence), batch, logits_of(seed, *shape, STUDENT.size),
+            objective_of(retokenizer, divergence), batch, logits_of(seed, *shape, STUDENT.size),
             logits_of(seed + 9, *shape, TEACHER.size),
         )  # fmt: skip
         assert np.asarray(per_token).min() >= 0
@@ -244,7 +249,7 @@ def test_not_negative_and_nothing_where_the_merged_distributions_agree(divergenc
         assert np.abs(np.asarray(per_token)[~counted]).max() == 0
 
     # A row of one span: "abc" is one token of the teacher's, two of the student's.
-    batch = batch_of(reader, STUDENT, ("abc",))
+    batch = batch_of(retokenizer, STUDENT, ("abc",))
     logits, teacher_logits = np.zeros((1, LENGTH, STUDENT.size)), None
     ids = {piece: token for token, piece in enumerate(STUDENT.pieces)}
     first, second = ids[b"ab"], ids[b"c"]
@@ -262,7 +267,7 @@ def test_not_negative_and_nothing_where_the_merged_distributions_agree(divergenc
     teacher_logits = np.zeros((1, LENGTH, TEACHER.size))
     teacher_logits[0, 0] = np.log(p)
     (_, per_token), gradient = loss_of(
-        objective_of(reader, divergence), batch, logits.astype(np.float32),
+        objective_of(retokenizer, divergence), batch, logits.astype(np.float32),
         teacher_logits.astype(np.float32), jnp.ones((1, LENGTH)).at[0, 2].set(0.0),
     )  # fmt: skip
     assert abs(float(per_token[0, 0])) < 1e-6
@@ -272,14 +277,14 @@ def test_not_negative_and_nothing_where_the_merged_distributions_agree(divergenc
 @pytest.mark.parametrize("scale", [30.0, 300.0])
 def test_confident_models_give_finite_values(scale):
     """A byte that surely follows leaves nothing to others; float32 must not say so."""
-    reader = reader_of(STUDENT, TEACHER)
-    batch = batch_of(reader, STUDENT, TEXTS)
+    retokenizer = retokenizer_of(STUDENT, TEACHER)
+    batch = batch_of(retokenizer, STUDENT, TEXTS)
     logits = logits_of(0, len(TEXTS), LENGTH, STUDENT.size)
     logits += scale * np.eye(STUDENT.size)[batch.targets]
     teacher_logits = logits_of(1, len(TEXTS), LENGTH, TEACHER.size)
     for divergence in (ForwardKL(), GeneralizedJSD(0.5)):
         (loss, _), gradient = loss_of(
-            objective_of(reader, divergence), batch, logits, teacher_logits
+            objective_of(retokenizer, divergence), batch, logits, teacher_logits
         )
         assert np.isfinite(loss)
         assert np.isfinite(gradient).all()
@@ -288,14 +293,14 @@ def test_confident_models_give_finite_values(scale):
 @pytest.mark.parametrize("sizes", [(0, 1), (3, 2)])
 def test_padding_of_output_layers_is_of_no_class(sizes):
     sizes = (STUDENT.size + sizes[0], TEACHER.size + sizes[1])
-    reader = reader_of(STUDENT, TEACHER, sizes)
-    batch = batch_of(reader, STUDENT, TEXTS)
+    retokenizer = retokenizer_of(STUDENT, TEACHER, sizes)
+    batch = batch_of(retokenizer, STUDENT, TEXTS)
     shape = (len(TEXTS), LENGTH)
     arrays = [logits_of(seed, *shape, size) for seed, size in enumerate(sizes)]
     for one, vocabulary in zip(arrays, (STUDENT, TEACHER), strict=True):
         one[..., vocabulary.size :] = -np.inf
-    objective = objective_of(reader, GeneralizedJSD(0.3))
-    plain = reader_of(STUDENT, TEACHER)
+    objective = objective_of(retokenizer, GeneralizedJSD(0.3))
+    plain = retokenizer_of(STUDENT, TEACHER)
     (loss, _), gradient = loss_of(objective, batch, np.nan_to_num(arrays[0], neginf=-1e4),
                                   np.nan_to_num(arrays[1], neginf=-1e4))  # fmt: skip
     wanted = loss_of(
@@ -309,13 +314,13 @@ def test_padding_of_output_layers_is_of_no_class(sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "model"), [(8, 1), (4, 2)])
 def test_chunks_and_a_mesh_change_nothing(monkeypatch, data, model):
-    reader = reader_of(STUDENT, TEACHER)
+    retokenizer = retokenizer_of(STUDENT, TEACHER)
     texts = (*TEXTS[:4], *TEXTS[:4])
-    batch = batch_of(reader, STUDENT, texts)
+    batch = batch_of(retokenizer, STUDENT, texts)
     logits, teacher_logits = (
         logits_of(seed, 8, LENGTH, size) for seed, size in ((0, STUDENT.size), (1, TEACHER.size))
     )
-    objective = objective_of(reader, ALL_IN_ONE)
+    objective = objective_of(retokenizer, ALL_IN_ONE)
     whole = loss_of(objective, batch, logits, teacher_logits)
     monkeypatch.setattr(fused, "MIN_CHUNK", 4)
     monkeypatch.setattr(fused, "CHUNK_ENTRIES", 4 * STUDENT.size)
@@ -335,14 +340,16 @@ def test_chunks_and_a_mesh_change_nothing(monkeypatch, data, model):
 
 
 def test_settings_that_spans_cannot_have_are_refused():
-    reader = reader_of(STUDENT, TEACHER)
+    retokenizer = retokenizer_of(STUDENT, TEACHER)
     with pytest.raises(ValueError, match=r"Objective\.z_loss .*on spans; got 0\.1"):
-        spans.SpanObjective(ForwardKL(), z_loss=0.1, vocabularies=_vocabularies(reader._common))
+        spans.SpanObjective(
+            ForwardKL(), z_loss=0.1, vocabularies=_vocabularies(retokenizer._common)
+        )
 
 
 def test_metrics_count_tokens_and_spans():
-    reader = reader_of(STUDENT, TEACHER)
-    batch = batch_of(reader, STUDENT, ("abc ca",))
+    retokenizer = retokenizer_of(STUDENT, TEACHER)
+    batch = batch_of(retokenizer, STUDENT, ("abc ca",))
     # ab|c| c|a|end and abc| ca|end.
     metrics = spans.span_metrics(batch.teacher_tokens, batch.loss_weights)
     values = {name: float(total / weight) for name, (total, weight) in metrics.items()}
