@@ -4,11 +4,12 @@
       --metric=gsm8k_accuracy --model_dir=runs/methods --seeds=0,1,2 \
       --gin.EVAL_SPLIT="'test'" --gin.INITIAL_CHECKPOINT_PATH="'runs/arithmetic_sft_{seed}'"
 
-Each method is a file of gin_configs/methods, given after the recipe; every run is a command of its
-own, which is printed. `{seed}` within a binding becomes the run's seed. What is finished is not run
-again. SeqKD first lets the teacher write its outputs; `--same_size_teacher` names the checkpoint of
-a better student, without which the method of that name is left out. So are stored_teacher, which
-is supervised KD by another way, and cross_tokenizer, whose teacher has its own tokenizer.
+Each method is a file of gin_configs/methods, given after the recipe. Every run is a separate
+command, which is printed. `{seed}` in a binding is replaced by the run's seed. Finished runs are
+skipped. SeqKD first generates the teacher's outputs. `--same_size_teacher` is the checkpoint of a
+better student; without it the method of that name is left out. stored_teacher, which is another way
+to run supervised KD, and cross_tokenizer, whose teacher has its own tokenizer, are left out by
+default.
 """
 
 import argparse
@@ -23,7 +24,7 @@ METHODS = pathlib.Path("gin_configs/methods")
 
 
 def command(flags: argparse.Namespace, bindings: list[str], *files: str, seed: int) -> list[str]:
-    """The command line of one run."""
+    """Returns the command line of one run."""
     return [
         *(sys.executable, "-m", "gkd_jax.main"),
         *(f"--gin_file={name}" for name in (*flags.gin_file, *files)),
@@ -33,20 +34,20 @@ def command(flags: argparse.Namespace, bindings: list[str], *files: str, seed: i
 
 
 def run(arguments: list[str]) -> None:
-    """Runs a command and stops where it fails."""
+    """Prints and runs a command; raises if it fails."""
     print("$ python", shlex.join(arguments[1:]), flush=True)
     subprocess.run(arguments, check=True)
 
 
 def method_flags(flags: argparse.Namespace, method: str, *, seed: int) -> list[str]:
-    """Gin files and bindings of a method, after those of the recipe."""
+    """Returns the command line of a method; generates the teacher's outputs first for SeqKD."""
     files, bindings = [str(METHODS / f"{method}.gin")], list(flags.bindings)
     if method == "seqkd":
         files.insert(0, str(METHODS / "sft.gin"))
         output = pathlib.Path(flags.model_dir) / "teacher_outputs.jsonl"
         if not output.exists():
             writing = [*bindings, f"--gin.GENERATION_OUTPUT='{output}'"]
-            # Nothing is read or written in this folder.
+            # Required, but not used by this run mode.
             writing += [f"--gin.MODEL_DIR='{output.parent / 'none'}'", "--run_mode=generate"]
             run(command(flags, writing, "gin_configs/generate.gin", seed=seed))
         bindings.append(f"--gin.TEACHER_OUTPUTS='{output}'")
@@ -56,13 +57,13 @@ def method_flags(flags: argparse.Namespace, method: str, *, seed: int) -> list[s
 
 
 def rows(folder: pathlib.Path) -> list[dict[str, float]]:
-    """What a run wrote; nothing where it has not begun."""
+    """Reads the metrics of a run; returns an empty list if it has not started."""
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def score(folder: pathlib.Path, metric: str) -> tuple[float, float, float] | None:
-    """Start, end and standard error of a metric; None where the run has not ended."""
+    """Returns first and last value of a metric and its standard error; None for unfinished runs."""
     scored = [row for row in rows(folder) if f"eval/{metric}" in row]
     if not any(folder.glob("checkpoint_*/MANIFEST.json")) or len(scored) < 2:
         return None
@@ -71,7 +72,7 @@ def score(folder: pathlib.Path, metric: str) -> tuple[float, float, float] | Non
 
 
 def default_methods(flags: argparse.Namespace) -> list[str]:
-    """All that need no more than the recipe and these flags."""
+    """Lists the methods that need only the recipe and these flags."""
     left_out = {"stored_teacher", "cross_tokenizer"}
     if not flags.same_size_teacher:
         left_out.add("same_size_teacher")
@@ -79,13 +80,13 @@ def default_methods(flags: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    """Runs what is missing and prints the table."""
+    """Runs missing methods and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gin_file", action="append", required=True, help="the recipe")
-    parser.add_argument("--metric", required=True, help="the score to compare, e.g. bleu")
-    parser.add_argument("--model_dir", required=True, help="a folder in it for each run")
-    parser.add_argument("--methods", help="names, with commas; default: all")
-    parser.add_argument("--seeds", default="0", help="numbers, with commas")
+    parser.add_argument("--gin_file", action="append", required=True, help="gin file of the recipe")
+    parser.add_argument("--metric", required=True, help="metric to compare, e.g. bleu")
+    parser.add_argument("--model_dir", required=True, help="parent folder of the runs")
+    parser.add_argument("--methods", help="comma-separated names; default: all")
+    parser.add_argument("--seeds", default="0", help="comma-separated seeds")
     parser.add_argument(
         "--same_size_teacher", help="checkpoint of the teacher for the method same_size_teacher"
     )

@@ -1,23 +1,23 @@
-"""A reward of one's own: how far a summary says only what its article supports.
+"""A custom reward: how much of a summary is supported by its article.
 
-GKD (arXiv 2306.13649, RL with GKD) rewards a summary by the probability that the article entails
-it, which a large NLI model gives. `supported_words` stands in for that model without any: the share
-of the summary's content words that occur in the article. It sees no grammar and no negation, and a
-copied sentence earns the most; it shows where your model goes, and no more.
+RL with GKD in the GKD paper (On-Policy Distillation of Language Models, arXiv 2306.13649) rewards a
+summary by the probability that the article entails it, as given by a large NLI model.
+`supported_words` is a placeholder for that model: the share of the summary's content words that
+occur in the article. It ignores grammar and negation, and rewards copied sentences most.
 
-For a real one keep the signature and score all pairs at once:
+To use a real model, keep the signature and score all pairs at once:
 
     def entailment(prompts, references, samples):
         return [float(p) for p in my_nli_model(premises=prompts, hypotheses=samples)]
 
-Use: examples/entailment_reward.gin.
+`examples/entailment_reward.gin` uses this reward.
 """
 
 import re
 from collections.abc import Sequence
 
 _WORD = re.compile(r"\w+")
-# Words that say nothing of what is reported.
+# Function words, which carry no content.
 _FUNCTION_WORD = re.compile(
     "an?|and|are|as|at|be|been|but|by|for|from|had|has|have|he|her|his|in|is|its?|of|on|or|she|"
     "that|the|their|they|this|to|was|were|which|who|will|with"
@@ -27,15 +27,15 @@ _FUNCTION_WORD = re.compile(
 def supported_words(
     prompts: Sequence[str], references: Sequence[tuple[str, ...]], samples: Sequence[str]
 ) -> list[float]:
-    """The share of each summary's content words that its article has; 0 for one without any.
+    """Computes the share of each summary's content words that occur in its article.
 
     Args:
-      prompts: the articles.
-      references: not read: factuality needs no reference.
-      samples: the summaries.
+      prompts: articles.
+      references: not used, since factuality needs no reference.
+      samples: summaries.
 
     Returns:
-      A number from 0 to 1 for each summary.
+      A number from 0 to 1 for each summary; 0 for a summary without content words.
     """
     del references
     rewards = []

@@ -1,8 +1,8 @@
-"""A whole GKD run without gin: fine-tune a teacher and a student, then distil on-policy.
+"""Runs GKD without gin: fine-tunes a teacher and a student, then distils on-policy.
 
     python examples/gkd_in_python.py
 
-Tiny models and few steps: it shows the parts in a minute or two and learns little.
+It takes a minute or two. The models are tiny and the steps few, so that the student learns little.
 """
 
 import dataclasses

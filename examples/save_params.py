@@ -1,4 +1,4 @@
-"""Saves the parameters of a run's newest checkpoint alone, in bfloat16: small, and a teacher's.
+"""Saves only the parameters of a run's newest checkpoint, in bfloat16, for use as a teacher.
 
 python examples/save_params.py runs/teacher weights/teacher 'BLEU 33.1 on test_2016_flickr'
 """
@@ -22,7 +22,7 @@ def main(run_dir: str, output: str, note: str = "") -> None:
     )
     params = load.load_params(run_dir, abstract)
     metadata = {"step": info.step, "note": note}
-    if "vocabulary" in info.host:  # So that another vocabulary is refused.
+    if "vocabulary" in info.host:  # A run with another vocabulary refuses it.
         metadata["vocabulary"] = info.host["vocabulary"]
     save.save_params(output, params, metadata)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -1,9 +1,9 @@
-"""Fits one bump to a teacher of two under each divergence: who covers the modes, and who seeks one.
+"""Fits a single bump to a teacher with two, under each divergence: mode covering, mode seeking.
 
     python examples/toy_divergences.py docs/objectives.png
 
-The vocabulary is a line of 100 entries. The student can be a single bump only, as a small model
-cannot be all that its teacher is; what it becomes is the choice of the divergence.
+The vocabulary is a line of 100 entries. The student can only represent a single bump, as a small
+model cannot represent all of its teacher's distribution; the divergence decides what it fits.
 """
 
 import sys
@@ -45,7 +45,7 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def bump(mean: Array | float, log_width: Array | float) -> Array:
-    """Logits of a normal distribution over the line."""
+    """Returns the logits of a normal distribution over the line."""
     return -0.5 * jnp.square((LINE - mean) / jnp.exp(log_width))
 
 
@@ -55,12 +55,12 @@ TEACHER = jnp.logaddexp(
 )
 
 
-# Where training starts, as mean and logarithm of the width: at a mode, at the other, over both.
+# Starting points, as mean and logarithm of the width: at either mode, and over both.
 STARTS = (jnp.array([-2.0, 2.0, 0.0]), jnp.array([-0.5, -0.5, 1.0]))
 
 
 def fit(divergence: Divergence, *, num_steps: int = 3000) -> Array:
-    """The probabilities of the best student that training finds from the starts."""
+    """Returns the probabilities of the best student among those trained from `STARTS`."""
     optimizer = optax.adam(0.01)
 
     def loss(parameters: tuple[Array, Array]) -> Array:
@@ -85,7 +85,7 @@ def fit(divergence: Divergence, *, num_steps: int = 3000) -> Array:
 
 
 def main(path: str) -> None:
-    """Prints mean and width of each student, and draws all as a picture."""
+    """Prints mean and width of each student, and plots all of them."""
     import matplotlib
 
     matplotlib.use("Agg")

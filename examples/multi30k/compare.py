@@ -1,13 +1,14 @@
-"""Compares the runs of a study pair by pair: on the same sentences, and by the teacher.
+"""Compares the runs of a study: paired differences in BLEU, and divergences from the teacher.
 
     python examples/multi30k/compare.py --gin_file=examples/multi30k/study.gin
 
-Needs the finished study. Prints for every run
+The study must be finished. For every run the script prints
 
-- its BLEU on the test set minus that of SFT continued with the same seed, with the standard error
-  of the difference (sentences resampled in pairs: Koehn, 2004), and the mean over seeds;
-- JSD(0.1) between teacher and student, a sequence, on the validation set's outputs and on the
-  student's own samples: what on-policy GKD trains, for every run alike.
+- the difference in BLEU on the test set from SFT continued with the same seed, its standard error
+  (paired bootstrap: Statistical Significance Tests for Machine Translation Evaluation, Koehn 2004),
+  and the mean over seeds;
+- JSD(0.1) between teacher and student, per sequence, on the validation set's outputs and on the
+  student's own samples: the objective of on-policy GKD, for every run.
 """
 
 import argparse
@@ -32,7 +33,7 @@ NUM_RESAMPLED = 1000
 
 
 def bleu_and_resampled(folder: epath.Path) -> np.ndarray:
-    """BLEU of a test's outputs, then that of sets of sentences resampled alike for every run."""
+    """Computes BLEU of a test's outputs, then of resampled sets, the same for every run."""
     (path,) = folder.glob("predictions_*.jsonl")
     examples = [json.loads(line) for line in path.read_text().splitlines()]
     texts = (
@@ -44,7 +45,7 @@ def bleu_and_resampled(folder: epath.Path) -> np.ndarray:
 
 
 def print_differences(plan: study.Study, baseline: str) -> None:
-    """BLEU minus that of the cell `baseline`, by seed and in the mean."""
+    """Prints the difference in BLEU from the cell `baseline`, per seed and averaged."""
     print(f"| run | seed | BLEU | minus {baseline} | standard error |")
     print("|---|---|---|---|---|")
     scores = {
@@ -65,7 +66,7 @@ def print_differences(plan: study.Study, baseline: str) -> None:
 
 
 def jsd_evaluation(cell: experiment.Experiment, teacher: teachers.Teacher):
-    """The cell's validation with JSD(0.1) to the teacher as the objective, on all examples."""
+    """Returns an evaluation of JSD(0.1) to the teacher on all validation examples of a cell."""
     return dataclasses.replace(
         cell,
         teacher=teacher,
@@ -75,7 +76,7 @@ def jsd_evaluation(cell: experiment.Experiment, teacher: teachers.Teacher):
 
 
 def print_divergences(plan: study.Study) -> None:
-    """JSD(0.1) to the teacher of every run's last checkpoint."""
+    """Prints JSD(0.1) between the teacher and the last checkpoint of every run."""
     (teacher,) = {cell.experiment.teacher for cell in plan.cells} - {None}
     print("| run | seed | JSD(0.1) on data | on own samples |")
     print("|---|---|---|---|")
@@ -98,8 +99,12 @@ def main() -> None:
     """Prints both tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--gin_file", action="append", required=True, help="the study's gin files")
-    parser.add_argument("--gin_bindings", action="append", default=[], help="as given to the study")
-    parser.add_argument("--baseline", default="sft_continued", help="what others are held to")
+    parser.add_argument(
+        "--gin_bindings", action="append", default=[], help="bindings that the study was run with"
+    )
+    parser.add_argument(
+        "--baseline", default="sft_continued", help="the run that others are compared with"
+    )
     flags = parser.parse_args()
     plan = configuration.parse(
         roots=(study.Study,), gin_files=flags.gin_file, bindings=flags.gin_bindings

@@ -1,10 +1,10 @@
-"""What the teacher thinks of the stories that each student writes: one table, and five of each.
+"""Scores the stories of each student by the teacher: prints a table and five stories of each.
 
     python examples/stories/compare.py --runs=runs/stories --teacher=runs/stories/teacher
 
-Every student, and the teacher itself, goes on from the validation's openings at temperature 1, with
-the same noise. The perplexity is the teacher's, over the tokens written. Divergences, in nats a
-token, are between student and teacher at those same tokens. Standard errors are over stories.
+The teacher and every student continue the openings of the validation set at temperature 1, with the
+same random numbers. The perplexity of the sampled tokens is computed by the teacher. Divergences
+between student and teacher at these tokens are in nats per token. Standard errors are over stories.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from gkd_jax.objectives.objective import Objective
 
 RUNS = ("sft", "sft_continued", "supervised_kd", "on_policy_gkd")
 NUM_PRINTED = 5
-# As examples/stories/task.gin.
+# Must match examples/stories/task.gin.
 STUDENT = DecoderOnly(
     DecoderConfig(
         vocab_size=32000, emb_dim=96, num_heads=6, num_kv_heads=6, head_dim=16, mlp_dim=256,
@@ -39,7 +39,7 @@ STUDENT = DecoderOnly(
 
 
 def batches(flags: argparse.Namespace) -> list[Batch]:
-    """The validation's openings."""
+    """Returns batches of the openings of the validation set."""
     lines = JsonLines(str(flags.runs / "data" / "validation.jsonl"))
     config = DatasetConfig(
         task=instruction(train=lines, validation=lines), split="validation",
@@ -50,7 +50,7 @@ def batches(flags: argparse.Namespace) -> list[Batch]:
 
 
 def mean(values: list[np.ndarray], weights: list[np.ndarray]) -> tuple[float, float]:
-    """Mean over all tokens, and its standard error over stories (ratio of two means)."""
+    """Returns the mean over all tokens and its standard error over stories (ratio of two means)."""
     sums = np.concatenate([(v * w).sum(1) for v, w in zip(values, weights, strict=True)])
     counts = np.concatenate([w.sum(1) for w in weights])
     ratio = sums.sum() / counts.sum()
@@ -59,7 +59,7 @@ def mean(values: list[np.ndarray], weights: list[np.ndarray]) -> tuple[float, fl
 
 
 def measure(model, params, teacher, teacher_params, prompts, vocabulary):
-    """Row of the table, and the first stories."""
+    """Samples and scores stories; returns a row of the table and the first stories."""
 
     @jax.jit
     def write(params, batch, key):
@@ -103,8 +103,10 @@ def measure(model, params, teacher, teacher_params, prompts, vocabulary):
 def main() -> None:
     """Prints the table and the stories."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=pathlib.Path, required=True, help="the folder of the runs")
-    parser.add_argument("--teacher", required=True, help="the converted checkpoint")
+    parser.add_argument(
+        "--runs", type=pathlib.Path, required=True, help="parent folder of the runs"
+    )
+    parser.add_argument("--teacher", required=True, help="converted checkpoint of the teacher")
     flags = parser.parse_args()
     teacher = hf.hf_model(flags.teacher, dtype="float32")
     teacher_params = load.load_params(flags.teacher, teacher.abstract_params())
@@ -119,7 +121,7 @@ def main() -> None:
         cells, stories = measure(model, params, teacher, teacher_params, prompts, vocabulary)
         rows.append(f"| {name} | {' | '.join(cells)} |")
         told.append(f"### {name}\n\n" + "\n\n".join(" ".join(story.split()) for story in stories))
-    print("| writer | teacher's perplexity | forward KL | reverse KL | tokens |")
+    print("| model | teacher's perplexity | forward KL | reverse KL | tokens |")
     print("|---|---|---|---|---|")
     print("\n".join(rows) + "\n")
     print("\n\n".join(told))

@@ -3,9 +3,10 @@
     python examples/stories/convert_llama2c.py --model=stories15M.bin --tokenizer=tokenizer.bin \
       --output=stories15M
 
-The binary is a header of seven int32, then float32 arrays. Its queries and keys are rotated in
-pairs (2i, 2i + 1), those of a checkpoint in pairs (i, i + K/2): their rows are put in that order.
-The tokenizer becomes a tokenizer.json of byte-pair merges, which are read off the pieces' scores.
+The binary is a header of seven int32 followed by float32 arrays. Its queries and keys are rotated
+in pairs (2i, 2i + 1), those of a Hugging Face checkpoint in pairs (i, i + K/2), so that their rows
+are reordered. The tokenizer becomes a tokenizer.json of byte-pair merges, derived from the pieces'
+scores.
 """
 
 import argparse
@@ -27,7 +28,7 @@ BOS, EOS = 1, 2
 
 
 def read_model(path: pathlib.Path) -> tuple[DecoderConfig, dict[str, Any]]:
-    """The configuration, and the parameters in our tree."""
+    """Reads the configuration, and the parameters as a tree of gkd_jax."""
     header = struct.unpack("<7i", path.read_bytes()[:28])
     dim, mlp_dim, num_layers, num_heads, num_kv_heads, vocab_size, max_length = header
     head_dim = dim // num_heads
@@ -37,15 +38,15 @@ def read_model(path: pathlib.Path) -> tuple[DecoderConfig, dict[str, Any]]:
         norm_epsilon=1e-5, tie_embeddings=vocab_size > 0, dtype="float32",
     )  # fmt: skip
     numbers = np.memmap(path, "<f4", mode="r", offset=28)
-    place = 0
+    offset = 0
 
     def take(*shape: int) -> np.ndarray:
-        nonlocal place
-        start, place = place, place + int(np.prod(shape))
-        return np.array(numbers[start:place]).reshape(shape)
+        nonlocal offset
+        start, offset = offset, offset + int(np.prod(shape))
+        return np.array(numbers[start:offset]).reshape(shape)
 
     def in_halves(kernels: np.ndarray, heads: int) -> np.ndarray:
-        """[layers, heads * K, D] in pairs of neighbours to pairs of halves."""
+        """Reorders [layers, heads * K, D] from pairs (2i, 2i + 1) to pairs (i, i + K/2)."""
         pairs = kernels.reshape(num_layers, heads, head_dim // 2, 2, dim)
         return pairs.swapaxes(2, 3).reshape(num_layers, heads * head_dim, dim)
 
@@ -60,7 +61,7 @@ def read_model(path: pathlib.Path) -> tuple[DecoderConfig, dict[str, Any]]:
     down = take(num_layers, dim, mlp_dim)
     up = take(num_layers, mlp_dim, dim)
     final = take(dim)
-    take(max_length, head_dim)  # Cosines and sines, which we make ourselves.
+    take(max_length, head_dim)  # Cosines and sines, which are computed.
     params: dict[str, Any] = {
         "token_embedder": {"embedding": embedding},
         "decoder_norm": {"scale": final},
@@ -85,24 +86,24 @@ def read_model(path: pathlib.Path) -> tuple[DecoderConfig, dict[str, Any]]:
                 for name, kernels in (("wi_0", gate), ("wi_1", up), ("wo", down))
             },
         }
-    assert place == len(numbers), f"{path} has {len(numbers)} numbers, and {place} were read"
+    assert offset == len(numbers), f"{path} has {len(numbers)} numbers, and {offset} were read"
     return config, params
 
 
 def read_pieces(path: pathlib.Path) -> list[tuple[str, float]]:
-    """Each piece and its score: an int32 (the longest), then score, length and bytes of each."""
-    content, place, pieces = path.read_bytes(), 4, []
-    while place < len(content):
-        score, length = struct.unpack_from("<fi", content, place)
-        place += 8
-        pieces.append((content[place : place + length].decode("utf-8"), score))
-        place += length
+    """Reads pieces and scores: an int32 (the longest), then score, length and bytes of each."""
+    content, offset, pieces = path.read_bytes(), 4, []
+    while offset < len(content):
+        score, length = struct.unpack_from("<fi", content, offset)
+        offset += 8
+        pieces.append((content[offset : offset + length].decode("utf-8"), score))
+        offset += length
     return pieces
 
 
 def make_tokenizer(pieces: list[tuple[str, float]]) -> tokenizers.Tokenizer:
-    """SentencePiece's byte-pair encoding with bytes for what has no piece."""
-    # llama2.c wrote spaces where SentencePiece has its mark, and spells specials and bytes its way.
+    """Builds SentencePiece's byte-pair encoding, with bytes for text without pieces."""
+    # llama2.c replaces SentencePiece's mark by spaces, and spells specials and bytes differently.
     specials = {0: "<unk>", BOS: "<s>", EOS: "</s>"}
     spelled = specials | {3 + byte: f"<0x{byte:02X}>" for byte in range(256)}
     names = [spelled.get(token, text.replace(" ", "▁")) for token, (text, _) in enumerate(pieces)]
@@ -139,17 +140,17 @@ def make_tokenizer(pieces: list[tuple[str, float]]) -> tokenizers.Tokenizer:
 def main() -> None:
     """Reads both files and writes the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=pathlib.Path, required=True, help="the .bin of the model")
+    parser.add_argument("--model", type=pathlib.Path, required=True, help=".bin file of the model")
     parser.add_argument(
-        "--tokenizer", type=pathlib.Path, required=True, help="its tokenizer's .bin"
+        "--tokenizer", type=pathlib.Path, required=True, help=".bin file of the tokenizer"
     )
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="the directory to make")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="directory to create")
     flags = parser.parse_args()
     config, params = read_model(flags.model)
     model = DecoderOnly(config)
     shapes = jax.tree.map(lambda leaf: leaf.shape, model.abstract_params())
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, params)
-    # No end of sequence was trained: the next story's beginning ends one.
+    # No end of sequence was trained: a story ends at the beginning of the next one.
     described = {"bos_token_id": BOS, "eos_token_id": BOS}
     write_hf_checkpoint(epath.Path(flags.output), model, params, dtype="float32")
     make_tokenizer(read_pieces(flags.tokenizer)).save(str(flags.output / "tokenizer.json"))

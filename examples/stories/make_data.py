@@ -1,10 +1,10 @@
-"""Prompts for the teacher to write stories from, and its stories as training data.
+"""Makes empty prompts for the teacher, and training data from the stories that it writes.
 
     python examples/stories/make_data.py empty --number=6000 --output=empty.jsonl
     python examples/stories/make_data.py split --stories=written.jsonl --output=data
 
-A story's first 12 words are the prompt, the rest the output. The last 256 stories are for
-validation.
+The first 12 words of a story are the prompt, the rest is the output. The last 256 stories are the
+validation set.
 """
 
 import argparse
@@ -17,7 +17,7 @@ NUM_VALIDATION = 256
 
 
 def write(path: pathlib.Path, examples: Iterable[dict[str, str]]) -> None:
-    """JSON lines."""
+    """Writes examples as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{json.dumps(example)}\n" for example in examples))
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["empty", "split"])
     parser.add_argument("--number", type=int, default=6000, help="how many empty prompts")
-    parser.add_argument("--stories", type=pathlib.Path, help="what --run_mode=generate wrote")
+    parser.add_argument("--stories", type=pathlib.Path, help="output of --run_mode=generate")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="a file, or a folder")
     flags = parser.parse_args()
     if flags.what == "empty":
