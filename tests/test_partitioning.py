@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from gkd_jax.common.batch import Batch
-from gkd_jax.devices.partitioning import DataLayout, Partitioner, fetch_to_host
+from gkd_jax.devices.partitioning import DataLayout, Partitioner
+from gkd_jax.devices.processes import fetch_to_host
 from gkd_jax.devices.rules import FSDP_RULES, STANDARD_RULES
 from gkd_jax.distillation import optimizers
 
@@ -404,11 +405,11 @@ def test_wrong_tables_are_named(rules, message):
 
 def test_a_teacher_lies_as_its_own_rules_say_on_the_same_mesh():
     partitioner = Partitioner(model_parallelism=2, teacher_rules="fsdp")
-    of_teacher = partitioner.of_teacher
+    of_teacher = partitioner.for_teacher()
     assert of_teacher.mesh == partitioner.mesh
     wi = of_teacher.param_shardings(TinyModel())["layers_0"]["mlp"]["wi"]["kernel"]
     assert wi.shard_shape((128, 192)) == (32, 96)
-    assert Partitioner(rules="fsdp").of_teacher.rules == "fsdp"
+    assert Partitioner(rules="fsdp").for_teacher().rules == "fsdp"
 
 
 def test_slices_split_batches_and_not_parameters():

@@ -74,14 +74,14 @@ def built(*bindings):
 
 
 def test_rules_of_both_are_set_in_gin():
-    assert built().of_teacher.rules == "standard"
-    assert built("PARTITIONING_RULES = 'fsdp'").of_teacher.rules == "fsdp"
+    assert built().for_teacher().rules == "standard"
+    assert built("PARTITIONING_RULES = 'fsdp'").for_teacher().rules == "fsdp"
     partitioner = built("TEACHER_PARTITIONING_RULES = 'fsdp'")
-    assert (partitioner.rules, partitioner.of_teacher.rules) == ("standard", "fsdp")
+    assert (partitioner.rules, partitioner.for_teacher().rules) == ("standard", "fsdp")
     # A table, as a tuple or a list of pairs.
     for table in (OWN_TABLE, list(map(list, OWN_TABLE))):
         partitioner = built(f"PARTITIONING_RULES = {table!r}")
-        assert partitioner.rule_table == partitioner.of_teacher.rule_table == OWN_TABLE
+        assert partitioner.rule_table == partitioner.for_teacher().rule_table == OWN_TABLE
         hash(partitioner)  # What is jitted is kept by it.
     with pytest.raises(ValueError, match=r"Partitioner\.rules .* got 'pipe'"):
         built("PARTITIONING_RULES = (('embed', 'pipe'),)")

@@ -14,7 +14,7 @@ from gkd_jax.checkpoints.manager import CheckpointManager
 from gkd_jax.checkpoints.manifest import MANIFEST, CorruptCheckpointError, verify_manifest
 from gkd_jax.common import hub
 from gkd_jax.common.array_types import Params, PyTree
-from gkd_jax.devices import partitioning
+from gkd_jax.devices.stacked_layers import layer_shape, stack_params, stacked_shape
 from gkd_jax.models import stacking
 
 
@@ -163,9 +163,9 @@ class _Form:
         if wants_stacked == are_stacked:
             return cls(wanted)
         if wants_stacked:
-            one_by_one = stacking.unstack(wanted, lambda leaf, _: partitioning.layer_of(leaf))
-            return cls(one_by_one, lambda params: partitioning.stack_onto(params, wanted))
-        return cls(stacking.stack(wanted, partitioning.layers_of), stacking.unstack)
+            one_by_one = stacking.unstack(wanted, lambda array, _: layer_shape(array))
+            return cls(one_by_one, lambda params: stack_params(params, wanted))
+        return cls(stacking.stack(wanted, stacked_shape), stacking.unstack)
 
 
 def _are_stacked(folder: epath.Path) -> bool:

@@ -17,7 +17,7 @@ from gkd_jax.checkpoints.manifest import MANIFEST, CorruptCheckpointError, verif
 from gkd_jax.common.array_types import PyTree
 from gkd_jax.common.growing_files import children, is_in_bucket
 from gkd_jax.common.moved import load_moved
-from gkd_jax.devices.partitioning import process_zero_decides
+from gkd_jax.devices.processes import process_zero_decides
 
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from gkd_jax.checkpoints import layout
 from gkd_jax.common.array_types import Params
-from gkd_jax.devices.partitioning import process_zero_decides
+from gkd_jax.devices.processes import process_zero_decides
 
 
 def save_params(

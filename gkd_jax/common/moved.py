@@ -100,6 +100,8 @@ _NAMES = {
     "checkpoints.manager.save_params": "checkpoints.save.save_params",
     "common.growing_files.AppendedFile": "common.growing_files.GrowingFile",
     "data.batches.TrainIterator": "data.iterators.TrainIterator",
+    "devices.partitioning.fetch_to_host": "devices.processes.fetch_to_host",
+    "devices.partitioning.process_zero_decides": "devices.processes.process_zero_decides",
     "data.task.get_task": "data.registry.get_task",
     "data.task.register_task": "data.registry.register_task",
     "data.teacher_store.TeacherStore": "data.teacher_store.StoreReader",

@@ -1,5 +1,6 @@
-"""The mesh of devices, how arrays are sharded over it, and what a compiled program costs there.
+"""The device mesh, the sharding of arrays, and the cost of compiled programs.
 
-Start with `partitioning`, the one place where shardings are made. `chips`, `flops` and `hlo` count
-what a program needs, also for a TPU that is not there.
+Start with `partitioning`, which builds the shardings of parameters, states and batches. `chips`,
+`flops` and `hlo` estimate the cost of a program, including programs compiled for a TPU that is not
+attached.
 """

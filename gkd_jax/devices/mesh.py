@@ -1,4 +1,4 @@
-"""Meshes of devices: one slice, or several that a slower network joins."""
+"""Device meshes of one slice, or of several slices connected by a slower network."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _ROW_AXES = ("slice", "data")
 
 
 def axes_of(mesh: Mesh) -> MeshAxes:
-    """Returns the roles of a mesh's axes, whoever made it: 'slice', 'data' and 'model'."""
+    """Returns the roles of the axes 'slice', 'data' and 'model' of any mesh."""
     rows, width = (
         tuple(axis for axis in axes if axis in mesh.axis_names) for axes in (_ROW_AXES, ("model",))
     )
@@ -24,30 +24,31 @@ def axes_of(mesh: Mesh) -> MeshAxes:
 def make_mesh(
     devices: Sequence[jax.Device], data: int, model: int, *, num_slices: int | None
 ) -> Mesh:
-    """Lays data * model devices out along 'data' and 'model', and 'slice' where there are several.
+    """Builds a mesh of data * model devices with the axes 'data' and 'model'.
 
-    With several slices, 'slice' is the first axis and 'data' is what is left of it within one.
+    With several slices, 'slice' is the first axis, and 'data' covers the replicas of one slice.
 
     Args:
-      devices: all of the mesh.
-      data: how many share a batch.
-      model: how many share a copy of a model; neighbours.
-      num_slices: how many parts the devices have; None for what they say, 1 for a mesh without
-        'slice', in which the slices follow each other along 'data'.
+      devices: the devices of the mesh.
+      data: number of model replicas, over all slices.
+      model: number of devices that share one model replica; they are neighbours.
+      num_slices: number of slices. None uses the slices that the devices report; 1 builds a mesh
+        without 'slice', in which the slices follow each other along 'data'.
 
     Raises:
-      ValueError: the devices have other slices, or a copy of a model would not lie within one.
+      ValueError: the devices report another number of slices, or a model replica would span
+        several slices.
     """
     real = len({getattr(device, "slice_index", 0) for device in devices})
     wanted = _checked(num_slices, real, data)
-    # Auto: the compiler lays out what is not constrained.
+    # Auto: the compiler chooses the sharding of arrays without a constraint.
     auto = (AxisType.Auto,)
     if real == wanted == 1:
-        # Orders devices by the machine's topology.
+        # jax.make_mesh orders devices by the topology of the machine.
         return jax.make_mesh((data, model), _AXES, axis_types=auto * 2, devices=devices)
     array = np.asarray(devices).reshape(data, model)
     if real > 1:
-        # Within each slice as make_mesh does.
+        # Orders the devices of each slice by its topology.
         array = mesh_utils.create_hybrid_device_mesh(
             (data // real, model), (real, 1), devices, allow_split_physical_axes=True
         )
@@ -64,11 +65,11 @@ def _checked(num_slices: int | None, real: int, data: int) -> int:
             "Partitioner.num_slices must be 1 or the number of slices that the devices have; got "
             f"{wanted} and {real}. Leave it at None to take theirs."
         )
-    parts = max(real, wanted)
-    if data % parts:
+    count = max(real, wanted)
+    if data % count:
         raise ValueError(
             "Partitioner.data_parallelism must be a multiple of the number of slices, since a "
-            f"copy of a model lies within one; got {data} and {parts}. Set "
+            f"copy of a model lies within one; got {data} and {count}. Set "
             "Partitioner.model_parallelism to a divisor of the devices of a slice, and leave "
             "data_parallelism at None."
         )

@@ -1,30 +1,30 @@
-"""Which array lies where on the device mesh: the only module that builds shardings.
+"""Partitions parameters, training states and batches over the device mesh.
 
-Models name the axes of their parameters ('embed', 'mlp', ...); a table of rules turns those
-names into axes of the mesh, 'data' and 'model'. Data parallelism splits the batch over 'data',
-tensor parallelism splits wide layers over 'model', and one device is a mesh of 1x1. Several slices,
-which a slower network joins, are one more axis, 'slice': it splits the batch, and each slice has
-all parameters.
+Models name the logical axes of their parameters ('embed', 'mlp', ...); a table of rules maps these
+names to axes of the mesh, 'data' and 'model'. Data parallelism splits the batch over 'data', and
+tensor parallelism splits wide layers over 'model'. A single device is a 1x1 mesh. With several
+slices, which are connected by a slower network, the mesh has a third axis, 'slice': it splits the
+batch, and each slice holds all parameters.
 """
 
 import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gkd_jax.common.array_types import Params, PyTree
 from gkd_jax.common.mesh_axes import MeshAxes, use_mesh_axes
-from gkd_jax.devices import mesh
-from gkd_jax.devices.rules import Rules, table_of
-from gkd_jax.models import stacking
+from gkd_jax.common.moved import load_moved
+from gkd_jax.devices import mesh, processes
+from gkd_jax.devices.rules import Rules, parse_rules
+from gkd_jax.devices.state_specs import state_specs
 from gkd_jax.models.base import LanguageModel
 
 Rows = TypeVar("Rows", bound=PyTree)
@@ -32,13 +32,13 @@ Rows = TypeVar("Rows", bound=PyTree)
 
 @dataclasses.dataclass(frozen=True)
 class DataLayout:
-    """Which part of every global batch this process must load.
+    """The shard of every global batch that this process loads.
 
-    Processes that together hold one copy of a model load the same part.
+    Processes that together hold one copy of a model load the same shard.
 
     Attributes:
-      shard_id: number of the part, from 0.
-      num_shards: how many parts there are.
+      shard_id: index of the shard, from 0.
+      num_shards: number of shards of a global batch.
     """
 
     shard_id: int
@@ -47,20 +47,23 @@ class DataLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Partitioner:
-    """A mesh of devices and the rules that lay arrays out on it.
+    """A mesh of devices and the rules by which arrays are partitioned over it.
 
     Attributes:
-      model_parallelism: devices that share one copy of a model; must divide the number of heads,
-        the MLP's width and the vocabulary.
-      data_parallelism: groups of such devices that share a batch; None takes all that there are.
-      rules: 'standard' (parameters replicated over 'data'), 'fsdp' (parameters split over 'data'
-        too: less memory, more traffic), or a table of (logical axis, mesh axis) pairs.
-      teacher_rules: likewise, for the parameters of networks that teach (`teachers.Teacher`); None
-        for `rules`. Activations of teacher and student lie as `rules` say.
-      num_slices: parts of the devices that a slower network joins: parameters are split within one,
-        batches over all. None takes what the devices say (TPU slices; hosts of GPUs). 1 makes one
-        mesh of all: 'fsdp' then splits parameters over that network too, for less memory.
-      devices: the devices of the mesh; None takes `jax.devices()`.
+      model_parallelism: number of devices that share one copy of a model. Must divide the number of
+        heads, the width of the MLP and the vocabulary size.
+      data_parallelism: number of model replicas, each of which processes a part of the batch; None
+        uses all devices.
+      rules: 'standard' (parameters are replicated over 'data'), 'fsdp' (parameters are also split
+        over 'data': less memory, more communication), or a table of (logical axis, mesh axis)
+        pairs.
+      teacher_rules: rules for the parameters of teacher networks (`teachers.Teacher`); None uses
+        `rules`. The activations of teacher and student always follow `rules`.
+      num_slices: number of slices that are connected by a slower network. Parameters are split
+        within a slice, batches over all slices. None uses the slices that the devices report (TPU
+        slices; hosts of GPUs). 1 treats all devices as one slice: 'fsdp' then splits parameters
+        over the slower network too, which needs less memory.
+      devices: devices of the mesh; None uses `jax.devices()`.
     """
 
     model_parallelism: int = 1
@@ -71,7 +74,7 @@ class Partitioner:
     devices: tuple[jax.Device, ...] | None = None
 
     def __post_init__(self) -> None:
-        # Devices are not looked at yet: a Partitioner is made while a configuration is read,
+        # Must not access devices: a Partitioner is created while the configuration is parsed,
         # before jax.distributed.initialize.
         for name in ("model_parallelism", "data_parallelism", "num_slices"):
             value = getattr(self, name)
@@ -83,28 +86,27 @@ class Partitioner:
         for name in ("rules", "teacher_rules"):
             rules = getattr(self, name)
             if rules is not None:
-                table = table_of(rules, setting=f"Partitioner.{name}")
-                # A list, as gin gives it, could not be hashed.
+                table = parse_rules(rules, setting=f"Partitioner.{name}")
+                # gin passes lists, which are not hashable.
                 object.__setattr__(self, name, rules if isinstance(rules, str) else table)
 
     @property
     def rule_table(self) -> Rules:
-        """The rules as pairs."""
-        return table_of(self.rules, setting="Partitioner.rules")
+        """The rules as (logical axis, mesh axis) pairs."""
+        return parse_rules(self.rules, setting="Partitioner.rules")
 
-    @property
-    def of_teacher(self) -> "Partitioner":
-        """The same mesh, with the rules for networks that teach."""
+    def for_teacher(self) -> "Partitioner":
+        """Returns a partitioner with the same mesh and the rules for teacher networks."""
         if self.teacher_rules is None:
             return self
         return dataclasses.replace(self, rules=self.teacher_rules, teacher_rules=None)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        """The mesh, with axes 'data' and 'model', and before them 'slice' if there are several.
+        """The mesh with the axes 'data' and 'model', preceded by 'slice' if it has several slices.
 
         Raises:
-          ValueError: if the devices cannot be laid out so.
+          ValueError: the devices cannot form such a mesh.
         """
         devices = list(self.devices if self.devices is not None else jax.devices())
         if self.data_parallelism is None and len(devices) % self.model_parallelism:
@@ -127,59 +129,63 @@ class Partitioner:
 
     @property
     def mesh_axes(self) -> MeshAxes:
-        """What each axis of the mesh splits."""
+        """The roles of the axes of the mesh."""
         return mesh.axes_of(self.mesh)
 
     @property
     def num_slices_of_mesh(self) -> int:
-        """How many slices the mesh has."""
+        """Number of slices of the mesh."""
         return self.mesh.shape.get("slice", 1)
 
     @property
     def _row_axes(self) -> str | tuple[str, ...]:
-        """The axes of the mesh that rows of a batch are split over."""
+        """The mesh axes over which the rows of a batch are split."""
         rows = self.mesh_axes.rows
         return rows[0] if len(rows) == 1 else rows
 
     def sharding(self, *mesh_axes: str | tuple[str, ...] | None) -> NamedSharding:
-        """The sharding of an array whose axes lie along the given axes of the mesh."""
+        """Returns the sharding of an array, given the mesh axis or axes of each dimension."""
         return NamedSharding(self.mesh, PartitionSpec(*mesh_axes))
 
     @property
     def replicated(self) -> NamedSharding:
-        """A whole copy on each device."""
+        """The sharding of an array of which each device holds a full copy."""
         return self.sharding()
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """The first axis split over 'data' and slices, for every leaf of a Batch."""
+        """The sharding of the arrays of a batch: rows are split over 'data' and slices."""
         return self.sharding(self._row_axes)
 
     def param_shardings(self, model: LanguageModel) -> PyTree[NamedSharding]:
-        """The sharding of each parameter of a model, by its logical axes.
+        """Returns the sharding of each parameter of a model, from its logical axes.
 
         Raises:
-          ValueError: an axis has no rule, or does not divide by its mesh axis.
+          ValueError: a logical axis has no rule, or the mesh axis does not divide its size.
         """
 
-        def one(path: Any, param: jax.ShapeDtypeStruct, axes: PartitionSpec) -> NamedSharding:
+        def sharding_of(
+            path: Any, param: jax.ShapeDtypeStruct, axes: PartitionSpec
+        ) -> NamedSharding:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             return self.sharding(*self._mesh_axes(name, param.shape, axes))
 
-        return jax.tree_util.tree_map_with_path(one, model.abstract_params(), model.logical_axes())
+        return jax.tree_util.tree_map_with_path(
+            sharding_of, model.abstract_params(), model.logical_axes()
+        )
 
     def gather_over_data(self, model: LanguageModel, params: Params) -> Params:
-        """Within jit: parameters that lie whole on each group of devices with one copy of a model.
+        """All-gathers parameters over 'data', so that each model replica holds a full copy.
 
-        For a loop that reads them at every step, as decoding does: where the rules split them over
-        'data' too, they would be gathered anew at each.
+        Call it inside `jit` before a loop that reads the parameters at every step, such as
+        decoding: parameters that the rules split over 'data' would otherwise be gathered at each.
         """
 
-        def whole(sharding: NamedSharding) -> NamedSharding:
+        def without_data(sharding: NamedSharding) -> NamedSharding:
             return self.sharding(*(None if axis == "data" else axis for axis in sharding.spec))
 
         shardings = self.param_shardings(model)
-        return jax.lax.with_sharding_constraint(params, jax.tree.map(whole, shardings))
+        return jax.lax.with_sharding_constraint(params, jax.tree.map(without_data, shardings))
 
     def _mesh_axes(
         self, name: str, shape: tuple[int, ...], axes: PartitionSpec
@@ -194,7 +200,7 @@ class Partitioner:
                 )
             mesh_axis = None if axis is None else table[axis]
             if mesh_axis in out:
-                mesh_axis = None  # A mesh axis splits an array once.
+                mesh_axis = None  # A mesh axis can split only one axis of an array.
             if mesh_axis is not None and size % self.mesh.shape[mesh_axis]:
                 parallelism = self.mesh.shape[mesh_axis]
                 raise ValueError(
@@ -209,47 +215,29 @@ class Partitioner:
     def state_shardings(
         self, abstract_state: PyTree[Any], param_shardings: PyTree[NamedSharding]
     ) -> PyTree[NamedSharding]:
-        """The sharding of each leaf of a training state.
-
-        Leaves shaped like a parameter (the parameter, moments, averages) lie as it does.
-        Adafactor's rows and columns lie as the axes that they keep. All else is replicated.
+        """Returns the sharding of each array of a training state.
 
         Args:
-          abstract_state: shapes; its parameters are in the attribute or entry `params`, and the
-            optimizer's trees repeat the parameters' paths.
+          abstract_state: shapes. The parameters are its attribute or entry `params`, and the trees
+            of the optimizer repeat the paths of the parameters.
           param_shardings: from `param_shardings`.
         """
-        is_dict = isinstance(abstract_state, dict)
-        params = abstract_state["params"] if is_dict else abstract_state.params
-        shardings = jax.tree_util.tree_leaves(param_shardings)
-        by_path = {
-            _names(path): (leaf.shape, sharding)
-            for (path, leaf), sharding in zip(
-                jax.tree_util.tree_leaves_with_path(params), shardings, strict=True
-            )
-        }
-
-        def one(path: Any, leaf: Any) -> NamedSharding:
-            names = _names(path)
-            for start in range(len(names)):
-                if names[start:] in by_path:
-                    shape, sharding = by_path[names[start:]]
-                    # Of stacked layers each has a state like a parameter of its own.
-                    depth = int(stacking.STACKED in names[start:])
-                    spec = _spec_like(
-                        shape[depth:], sharding.spec[depth:], leaf.shape[depth:], names[:start]
-                    )
-                    return self.sharding(*sharding.spec[:depth], *spec)
-            return self.replicated
-
-        return jax.tree_util.tree_map_with_path(one, abstract_state)
+        specs = state_specs(abstract_state, param_shardings)
+        return jax.tree.map(
+            lambda spec: self.sharding(*spec),
+            specs,
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
 
     @functools.cached_property
     def data_layout(self) -> DataLayout:
-        """Which part of every global batch this process must load.
+        """The shard of every global batch that this process loads.
 
-        Not the process's index in general: where a model spans processes, several load the same
-        part, and the mesh may order processes by topology.
+        Its index differs from the process index in general: processes that share a model replica
+        load the same shard, and the mesh may order processes by topology.
+
+        Raises:
+          ValueError: two processes share some rows of the mesh, but not all.
         """
         if jax.process_count() == 1:
             return DataLayout(shard_id=0, num_shards=1)
@@ -258,22 +246,22 @@ class Partitioner:
         for index, row in enumerate(groups):
             for device in row:
                 rows.setdefault(device.process_index, set()).add(index)
-        parts = sorted({tuple(sorted(held)) for held in rows.values()})
-        if sum(len(part) for part in parts) != len(groups):
+        shards = sorted({tuple(sorted(held)) for held in rows.values()})
+        if sum(len(shard) for shard in shards) != len(groups):
             raise ValueError(
                 "processes must hold the same rows of the mesh or none in common; got "
-                f"{parts}. Set Partitioner.model_parallelism to a divisor or a multiple of the "
+                f"{shards}. Set Partitioner.model_parallelism to a divisor or a multiple of the "
                 "number of devices a process has."
             )
         return DataLayout(
-            shard_id=parts.index(tuple(sorted(rows[jax.process_index()]))), num_shards=len(parts)
+            shard_id=shards.index(tuple(sorted(rows[jax.process_index()]))), num_shards=len(shards)
         )
 
     def shard_batch(self, batch: Rows) -> Rows:
-        """Puts this process's rows (its `data_layout`) on its devices; returns global arrays.
+        """Builds global arrays from the rows that each process has loaded (its `data_layout`).
 
         Args:
-          batch: a Batch, or any tree of arrays with such rows.
+          batch: a Batch, or any other tree of arrays with this process's rows.
         """
         return jax.tree.map(
             lambda rows: jax.make_array_from_process_local_data(
@@ -283,28 +271,28 @@ class Partitioner:
         )
 
     def local_rows(self, batch: PyTree[Any]) -> PyTree[np.ndarray]:
-        """Copies this process's rows of a sharded batch to the host: undoes `shard_batch`.
+        """Copies this process's rows of a sharded batch to the host. The inverse of `shard_batch`.
 
-        Nothing is sent between processes.
+        It does not communicate with other processes.
         """
 
         def rows(array: jax.Array) -> np.ndarray:
-            # Devices that share a copy of a model hold the same rows.
-            parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-            return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+            # Devices that share a model replica hold the same rows.
+            shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+            return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
         return jax.tree.map(rows, batch)
 
     @property
     def smallest_batch(self) -> int:
-        """The least number of rows that the mesh can divide."""
+        """The smallest global batch size that the mesh can split evenly."""
         return self.mesh.shape["data"] * self.num_slices_of_mesh
 
     def check_batch_size(self, batch_size: int, num_microbatches: int = 1) -> None:
-        """Checks that a global batch divides over microbatches and data-parallel devices.
+        """Checks that a global batch splits evenly over microbatches and model replicas.
 
         Raises:
-          ValueError: it does not.
+          ValueError: `batch_size` is not divisible by their number.
         """
         data = self.smallest_batch
         if num_microbatches < 1:
@@ -325,10 +313,10 @@ class Partitioner:
             )
 
     def annotate(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps a function to be jitted so that models' named activations obey the rules.
+        """Wraps a function that is to be jitted, so that named activations follow the rules.
 
-        Its arguments must lie on the mesh. Without it the compiler lays activations out by
-        itself, from parameters and batch.
+        The arguments must be placed on the mesh. Without this wrapper, the compiler chooses the
+        sharding of activations from that of the parameters and the batch.
         """
 
         @functools.wraps(fn)
@@ -340,7 +328,7 @@ class Partitioner:
 
     @contextlib.contextmanager
     def _axis_rules(self) -> Iterator[None]:
-        # The abstract mesh: a concrete one may not be set while a function is traced.
+        # A concrete mesh may not be set while a function is traced.
         mesh = self.mesh.abstract_mesh
         rules = [
             (name, self._row_axes if (name, axis) == ("batch", "data") else axis)
@@ -354,101 +342,13 @@ class Partitioner:
             yield
 
     def fetch_to_host(self, tree: PyTree[Any]) -> PyTree[np.ndarray]:
-        """Copies whole global arrays to every process as NumPy. All processes must call it."""
-        return fetch_to_host(tree)
-
-
-def layer_of(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The shape of one layer's part of a stacked parameter, lying as the whole does."""
-    sharding = leaf.sharding
-    if sharding is not None:
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
-
-
-def layers_of(*leaves: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The shape of one parameter of several layers, stacked; undoes `layer_of`."""
-    leaf, sharding = leaves[0], leaves[0].sharding
-    if sharding is not None:
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-    return jax.ShapeDtypeStruct((len(leaves), *leaf.shape), leaf.dtype, sharding=sharding)
-
-
-def stack_onto(params: Params, wanted: PyTree[jax.ShapeDtypeStruct]) -> Params:
-    """Stacks layers as `wanted` has them, on its shardings.
-
-    One parameter at a time, so that of no other there are two copies on the devices; the layers'
-    own arrays are gone afterwards.
-    """
-
-    def join(*leaves: jax.Array) -> jax.Array:
-        stacked = jax.jit(lambda *arrays: jax.numpy.stack(arrays))(*leaves)
-        stacked.block_until_ready()
-        for leaf in leaves:
-            leaf.delete()
-        return stacked
-
-    def lay(array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return array if leaf.sharding is None else jax.device_put(array, leaf.sharding)
-
-    return jax.tree.map(lay, stacking.stack(params, join), wanted)
-
-
-def fetch_to_host(tree: PyTree[Any]) -> PyTree[np.ndarray]:
-    """Copies whole global arrays to every process as NumPy. All processes must call it."""
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.tree.map(np.asarray, jax.device_get(tree))
-
-
-def process_zero_decides(decide: Callable[[], int]) -> int:
-    """Runs `decide` on process 0 and gives all processes its result, which is 0 or more.
-
-    What depends on the state of files must be decided so: processes may look at different times.
-
-    Raises:
-      OSError, ValueError: as `decide`; on the other processes a ValueError.
-    """
-    if jax.process_count() == 1:
-        return decide()
-    result, error = -1, None
-    if jax.process_index() == 0:
-        try:
-            result = int(decide())
-        except (OSError, ValueError) as caught:
-            error = caught
-    result = int(multihost_utils.broadcast_one_to_all(np.int32(result)))
-    if error is not None:
-        raise error
-    if result < 0:
-        raise ValueError("process 0 cannot go on with the files of this run: see its log")
-    return result
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def _spec_like(
-    shape: tuple[int, ...],
-    spec: Sequence[str | None],
-    leaf_shape: tuple[int, ...],
-    container: tuple[str, ...],
-) -> tuple[str | None, ...]:
-    """The layout of an optimizer's leaf that belongs to a parameter of `shape` and `spec`."""
-    full = (*spec, *(None,) * (len(shape) - len(spec)))
-    if leaf_shape == shape:
-        return full
-    # Adafactor factors the two largest axes: rows lose the largest, columns the second, with
-    # NumPy's order among equals, which for a square parameter only the names tell apart.
-    lost = {"v_row": -1, "v_col": -2}
-    for name in container:
-        if name in lost and len(shape) > 1:
-            axis = int(np.argsort(shape)[lost[name]])
-            if leaf_shape == shape[:axis] + shape[axis + 1 :]:
-                return full[:axis] + full[axis + 1 :]
-    return ()  # A placeholder of shape (1,), or what this module does not know.
+        """Copies entire global arrays to every process as NumPy; all processes must call it."""
+        return processes.fetch_to_host(tree)
 
 
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def __getattr__(name: str) -> Any:
+    return load_moved(__name__, name)

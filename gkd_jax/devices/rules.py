@@ -1,10 +1,10 @@
-"""Tables of rules: which axis of the mesh a logical axis of a parameter or activation lies on."""
+"""Sharding rules: tables that map logical axes of parameters and activations to mesh axes."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
 
 Rules: TypeAlias = tuple[tuple[str, str | None], ...]
-"""(logical axis, mesh axis or None for replicated); of two for one array, the first wins."""
+"""Pairs (logical axis, mesh axis or None to replicate); the first of a logical axis applies."""
 
 STANDARD_RULES: Rules = (
     ("batch", "data"),
@@ -23,22 +23,22 @@ STANDARD_RULES: Rules = (
 FSDP_RULES: Rules = tuple(
     (name, "data" if name == "embed" else axis) for name, axis in STANDARD_RULES
 )
-"""T5X's rules for `parameter_partitioning_dims=2`: parameters and optimizer state are also
-split over 'data', along 'embed', and gathered layer by layer where they are used."""
+"""T5X's rules for `parameter_partitioning_dims=2`: parameters and optimizer state are also split
+over 'data', along 'embed', and all-gathered layer by layer where they are used."""
 
 _TABLES = {"standard": STANDARD_RULES, "fsdp": FSDP_RULES}
 _MESH_AXES = ("data", "model", None)
 
 
-def table_of(rules: str | Sequence[Sequence[str | None]], *, setting: str) -> Rules:
-    """The table that a name stands for, or a table of one's own, checked.
+def parse_rules(rules: str | Sequence[Sequence[str | None]], *, setting: str) -> Rules:
+    """Returns the table of a name, or checks a given table and converts it to tuples.
 
     Args:
-      rules: 'standard', 'fsdp', or pairs; lists, as gin may give them, become tuples.
-      setting: where they were given, for messages.
+      rules: 'standard', 'fsdp', or pairs, which may be lists as gin passes them.
+      setting: name of the setting, for error messages.
 
     Raises:
-      ValueError: no such name, no pairs, or no such axis of the mesh.
+      ValueError: the name is unknown, an entry is not a pair, or a mesh axis is unknown.
     """
     if isinstance(rules, str) and rules in _TABLES:
         return _TABLES[rules]

@@ -18,7 +18,7 @@ from gkd_jax.common.array_types import Params
 from gkd_jax.common.batch import Batch
 from gkd_jax.common.growing_files import GrowingFile
 from gkd_jax.data.pipeline import Dataset
-from gkd_jax.devices.partitioning import process_zero_decides
+from gkd_jax.devices.processes import process_zero_decides
 from gkd_jax.distillation.rollout import Rollout
 from gkd_jax.experiment import prepare
 from gkd_jax.experiment.experiment import Experiment

@@ -18,7 +18,7 @@ from gkd_jax.common.batch import Batch
 from gkd_jax.data import vocabularies
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.teacher_store import Block, StoreWriter
-from gkd_jax.devices.partitioning import process_zero_decides
+from gkd_jax.devices.processes import process_zero_decides
 from gkd_jax.distillation.stored_distributions import Support, token_keys
 from gkd_jax.experiment import prepare
 from gkd_jax.experiment.experiment import Experiment

@@ -16,7 +16,7 @@ from absl import logging
 from gkd_jax.checkpoints import layout
 from gkd_jax.checkpoints.manager import CheckpointManager
 from gkd_jax.data import vocabularies
-from gkd_jax.devices.partitioning import process_zero_decides
+from gkd_jax.devices.processes import process_zero_decides
 from gkd_jax.distillation.train_state import TrainState
 from gkd_jax.experiment import prepare
 from gkd_jax.experiment.checks import adapters

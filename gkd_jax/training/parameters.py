@@ -12,7 +12,8 @@ from absl import logging
 from gkd_jax.checkpoints import load
 from gkd_jax.checkpoints.manager import CheckpointManager, newest_step
 from gkd_jax.common.array_types import Params
-from gkd_jax.devices.partitioning import Partitioner, process_zero_decides
+from gkd_jax.devices.partitioning import Partitioner
+from gkd_jax.devices.processes import process_zero_decides
 from gkd_jax.distillation import parameter_sources
 from gkd_jax.distillation.parameter_sources import FrozenBase
 from gkd_jax.distillation.teachers import Teacher
@@ -51,7 +52,7 @@ def abstract_network(experiment: Experiment, teacher: Teacher) -> Params:
         experiment,
         teacher.model,
         dtype=jnp.dtype(teacher.model.config.dtype),
-        partitioner=experiment.partitioner.of_teacher,
+        partitioner=experiment.partitioner.for_teacher(),
     )
 
 
@@ -110,7 +111,7 @@ def load_teacher(experiment: Experiment) -> Params | None:
         params = load.load_params(teacher.checkpoint, abstract_network(experiment, teacher))
         model = teacher.network
         if isinstance(model, Int8):
-            shardings = experiment.partitioner.of_teacher.param_shardings(model)
+            shardings = experiment.partitioner.for_teacher().param_shardings(model)
             params = jax.jit(model.quantise, out_shardings=shardings)(params)
         return params
 

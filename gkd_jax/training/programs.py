@@ -83,7 +83,7 @@ class Arguments:
         model = teacher.network
         if not isinstance(model, Int8):
             return plain
-        shardings = self._experiment.partitioner.of_teacher.param_shardings(model)
+        shardings = self._experiment.partitioner.for_teacher().param_shardings(model)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             jax.eval_shape(model.quantise, plain),

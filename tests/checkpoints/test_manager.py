@@ -597,8 +597,9 @@ TWO_PROCESSES = textwrap.dedent(
     from jax.experimental import multihost_utils
     from gkd_jax.checkpoints import layout, load
     from gkd_jax.checkpoints.manager import CheckpointManager
-from gkd_jax.checkpoints.save import save_params
-    from gkd_jax.devices.partitioning import Partitioner, fetch_to_host
+    from gkd_jax.checkpoints.save import save_params
+    from gkd_jax.devices.partitioning import Partitioner
+    from gkd_jax.devices.processes import fetch_to_host
 
     partitioner = Partitioner(model_parallelism=2)
     ids = np.arange(8).reshape(2, 4)[partitioner.data_layout.shard_id]

@@ -11,7 +11,7 @@ from gkd_jax.checkpoints.layout import OtherShapesError
 from gkd_jax.common.array_types import Params
 from gkd_jax.data.hf_tokenizer import TOKENIZER, HFTokenizer
 from gkd_jax.data.vocabularies import Vocabulary, check_same_vocabulary
-from gkd_jax.devices.partitioning import layer_of
+from gkd_jax.devices.stacked_layers import layer_shape
 from gkd_jax.experiment.checks import adapters
 from gkd_jax.models import lora, stacking
 from gkd_jax.models.base import LanguageModel
@@ -92,7 +92,7 @@ def _unstacked_params(model: LanguageModel) -> Params:
 
     A checkpoint of either form can be restored into the other.
     """
-    return stacking.unstack(model.abstract_params(), lambda array, _: layer_of(array))
+    return stacking.unstack(model.abstract_params(), lambda array, _: layer_shape(array))
 
 
 def _check_same_config(setting: str, path: str, model: LanguageModel) -> None:
