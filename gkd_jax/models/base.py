@@ -1,4 +1,4 @@
-"""What a model family gives to the rollout and to the losses."""
+"""The interface of a model: what rollouts and losses call."""
 
 from typing import Any, Protocol, TypeAlias
 
@@ -8,64 +8,68 @@ from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyT
 from gkd_jax.common.batch import Batch
 
 DecodeState: TypeAlias = PyTree[Any]
-"""A model's decoding state. Every leaf has the batch as its first axis, so that samplers may
-repeat rows (several samples a prompt) or gather them (beam search) without knowing more."""
+"""A model's decoding state. The first axis of every array is the batch, so that samplers can
+repeat rows (several samples per prompt) or gather them (beam search) without knowing the model."""
 
 
 class LanguageModel(Protocol):
     """A conditional language model as pure functions of its parameters.
 
-    Hidden states and `unembed` are apart because a loss made in chunks needs them so. A model
-    knows no loss, sampler or mesh.
+    Hidden states and logits are computed by separate functions because the chunked loss needs them
+    separately. A model knows nothing of losses, samplers or meshes.
     """
 
     @property
     def config(self) -> Any:
-        """The frozen dataclass of sizes that defines this model."""
+        """The frozen dataclass of sizes and variants that defines the model."""
         ...
 
     def __hash__(self) -> int:
-        """Models are values: what was jitted for one serves its equal too."""
+        """Models are values: a function that was jitted for one also serves an equal one."""
         ...
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the output layer, padding of the vocabulary included."""
+        """Size of the output layer, including padding of the vocabulary."""
         ...
 
     @property
     def hidden_size(self) -> int:
-        """D, the width of hidden states."""
+        """Width of the hidden states, D."""
         ...
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Makes float32 parameters; jit-able."""
+        """Makes random float32 parameters; can be jitted."""
         ...
 
     def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the parameters, without allocating them."""
+        """Returns the shapes and dtypes of the parameters without allocating them."""
         ...
 
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
-        """Logical axis names of each parameter, e.g. `PartitionSpec('embed', 'mlp')`."""
+        """Returns each parameter's logical axis names, e.g. `PartitionSpec('embed', 'mlp')`."""
         ...
 
     def hidden_states(
         self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """Hidden states from which `unembed` predicts `batch.targets[:, t]` at position t.
+        """Computes the hidden states from which `unembed` predicts `batch.targets[:, t]`.
 
-        Where rows are packed (`batch.targets_segments`), an example of a row sees no other.
-        Dropout is on exactly when `dropout_key` is given.
+        In packed rows (`batch.targets_segments`) the examples of a row do not see each other.
+
+        Args:
+          params: the parameters.
+          batch: prompts and outputs.
+          dropout_key: key of the dropout; None turns dropout off.
         """
         ...
 
     def head(self, params: Params) -> Params:
-        """The part of the parameters that `unembed` reads, which takes it in place of all."""
+        """Returns the parameters that `unembed` reads. It accepts these in place of all."""
         ...
 
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
-        """Hidden states to float32 logits, with the model's own scale, bias and soft cap."""
+        """Computes float32 logits, including the model's own scale, bias and soft cap."""
         ...
 
     def prefill(
@@ -76,9 +80,11 @@ class LanguageModel(Protocol):
         *,
         max_length: int,
     ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Reads the prompts; returns the hidden state of the first output position.
+        """Reads the prompts in one pass.
 
-        The state has room for `max_length` output tokens.
+        Returns:
+          The hidden states of the first output position, and a state with room for `max_length`
+          output tokens.
         """
         ...
 
@@ -89,5 +95,9 @@ class LanguageModel(Protocol):
         tokens: Int[Array, " B"],
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Feeds the output tokens at position `index`; returns hidden states for the next."""
+        """Feeds the output tokens at position `index`.
+
+        Returns:
+          The hidden states of the next position, and the new state.
+        """
         ...

@@ -1,4 +1,4 @@
-"""Sizes and variants of decoder-only models: plain data that every floor may name."""
+"""Sizes and variants of decoder-only models, as plain data."""
 
 import dataclasses
 
@@ -11,22 +11,29 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (arXiv 2104.09864), and how it is stretched to longer contexts.
+    """Rotary position embedding and its scaling to longer contexts.
+
+    "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864.
 
     Attributes:
-      theta: the base of the wavelengths.
-      kind: 'default'; 'linear' (arXiv 2306.15595: positions over `factor`); 'llama3' (long
-        wavelengths over `factor`, short ones as they are); 'yarn' (arXiv 2309.00071).
-      factor: of the stretching.
-      low_freq_factor: 'llama3': wavelengths above `original_length` over this are stretched whole.
-      high_freq_factor: 'llama3': those below `original_length` over this are left.
-      original_length: positions that the model was trained with before stretching.
-      beta_fast: 'yarn': dimensions that turn more often than this within `original_length` are
-        left as they are.
-      beta_slow: 'yarn': those that turn less often are stretched whole.
-      attention_factor: 'yarn': scale of the rotated queries and keys; None for the paper's
+      theta: base of the wavelengths.
+      kind: 'default'; 'linear' ("Extending Context Window of Large Language Models via Positional
+        Interpolation", arXiv 2306.15595: positions are divided by `factor`); 'llama3' (long
+        wavelengths are multiplied by `factor`, short ones are unchanged); 'yarn' ("YaRN: Efficient
+        Context Window Extension of Large Language Models", arXiv 2309.00071).
+      factor: scaling factor.
+      low_freq_factor: 'llama3' only: wavelengths above `original_length / low_freq_factor` are
+        scaled by the whole factor.
+      high_freq_factor: 'llama3' only: wavelengths below `original_length / high_freq_factor` are
+        unchanged.
+      original_length: number of positions that the model was trained with before the scaling.
+      beta_fast: 'yarn' only: dimensions that rotate more often than this within `original_length`
+        are unchanged.
+      beta_slow: 'yarn' only: dimensions that rotate less often than this are scaled by the whole
+        factor.
+      attention_factor: 'yarn' only: scale of the rotated queries and keys; None for the paper's
         0.1 ln(factor) + 1.
-      truncate: 'yarn': whether the borders of the ramp are whole dimensions.
+      truncate: 'yarn' only: whether the limits of the ramp are rounded to whole dimensions.
 
     Raises:
       ValueError: an unknown kind, or a number that is not positive.
@@ -62,42 +69,48 @@ class DecoderConfig:
     """Sizes and variants of a decoder-only model: Llama, Mistral, Qwen, Gemma, SmolLM3.
 
     Attributes:
-      vocab_size: rows of the embedding, padding included.
-      emb_dim: D, width of hidden states.
-      num_heads: query heads.
-      num_kv_heads: heads of keys and values, each of which serves num_heads / num_kv_heads
-        query heads (arXiv 2305.13245).
+      vocab_size: rows of the embedding, including padding.
+      emb_dim: width of the hidden states, D.
+      num_heads: number of query heads.
+      num_kv_heads: number of heads of keys and values, each of which is shared by
+        num_heads / num_kv_heads query heads ("GQA: Training Generalized Multi-Query Transformer
+        Models from Multi-Head Checkpoints", arXiv 2305.13245).
       head_dim: width of a head.
       mlp_dim: width of the gated feed-forward block.
-      mlp_activation: of its gate.
-      layer_kinds: the kind of each layer; their number is the depth. 'full' attention sees all
+      mlp_activation: activation of its gate.
+      layer_kinds: the kind of each layer; the length is the depth. 'full' attention sees all
         positions up to its own, 'sliding' attention those in a window. 'full_nope' and
-        'sliding_nope' do not rotate queries and keys (NoPE, arXiv 2501.18795).
+        'sliding_nope' are the same without rotary embedding ("Rope to Nope and Back Again: A New
+        Hybrid Attention Strategy", arXiv 2501.18795).
       sliding_window: number of positions that a sliding layer sees, its own included.
       rope: rotary embedding of 'full' layers.
       sliding_rope: rotary embedding of 'sliding' layers; None for that of 'full' layers.
-      attention_bias: biases on queries, keys and values (Qwen2).
-      attention_out_bias: a bias on the attention's output.
-      mlp_bias: biases in the feed-forward block.
-      qk_norm: RMSNorm on each query and key head before rotation (Qwen3, Gemma 3).
-      post_norms: RMSNorm on the output of both blocks as well, before it is added (Gemma 2, 3).
-      norm_scale_offset: added to the norms' learnt scales: 1 in Gemma, whose scales start at 0.
-      norm_epsilon: of the norms.
+      attention_bias: whether queries, keys and values have biases (Qwen2).
+      attention_out_bias: whether the attention's output projection has a bias.
+      mlp_bias: whether the feed-forward block has biases.
+      qk_norm: whether RMSNorm is applied to each query and key head before rotation (Qwen3,
+        Gemma 3).
+      post_norms: whether RMSNorm is also applied to the output of both blocks before it is added
+        to the residual stream (Gemma 2 and 3).
+      norm_scale_offset: added to the learned scales of the norms: 1 in Gemma, whose scales are
+        initialised to 0.
+      norm_epsilon: epsilon of the norms.
       query_scale: factor of the attention logits; None for 1 / sqrt(head_dim).
-      attention_soft_cap: c tanh(logits / c) on attention logits; None for none.
-      final_soft_cap: the same on the output's logits.
-      scale_embeddings: multiplies embeddings by sqrt(emb_dim) (Gemma).
-      tie_embeddings: whether the output layer is the embedding.
-      dropout_rate: on embeddings, and on the output of each block.
-      dtype: compute dtype and that of the cache, 'float32' or 'bfloat16'. Softmax, norms and
+      attention_soft_cap: c of the soft cap c tanh(logits / c) of attention logits; None for no cap.
+      final_soft_cap: c of the soft cap of the output logits; None for no cap.
+      scale_embeddings: whether embeddings are multiplied by sqrt(emb_dim) (Gemma).
+      tie_embeddings: whether the output layer shares the embedding's parameters.
+      dropout_rate: dropout of the embeddings and of the output of each block.
+      dtype: dtype of the computations and of the cache, 'float32' or 'bfloat16'. Softmax, norms and
         rotations are float32.
-      scan_layers: whether layers run as one loop, with their parameters stacked: what is compiled
-        then does not grow with the depth.
-      remat_policy: which activations the backward pass of training computes again: 'none';
-        'minimal' (all but the products of weights); 'full' (all but what goes from layer to layer).
+      scan_layers: whether layers run in a loop over stacked parameters, so that the size of the
+        compiled program does not grow with the depth.
+      remat_policy: which activations are computed again in the backward pass: 'none'; 'minimal'
+        (all except the products with weights); 'full' (all except the hidden states between
+        layers).
 
     Raises:
-      ValueError: a size below 1, or a setting outside of what it may be.
+      ValueError: a size is below 1, or a setting has a value that it may not have.
     """
 
     vocab_size: int
@@ -183,20 +196,20 @@ class DecoderConfig:
 
     @property
     def num_layers(self) -> int:
-        """The depth."""
+        """Number of layers."""
         return len(self.layer_kinds)
 
     @property
     def has_window(self) -> bool:
-        """Whether any layer has a sliding window."""
+        """Whether there is a layer with a sliding window."""
         return any(is_sliding(kind) for kind in self.layer_kinds)
 
 
 def is_sliding(kind: str) -> bool:
-    """Returns whether layers of a kind see a window of positions only."""
+    """Returns whether layers of this kind see only a window of positions."""
     return kind in ("sliding", "sliding_nope")
 
 
 def is_rotated(kind: str) -> bool:
-    """Returns whether layers of a kind rotate queries and keys."""
+    """Returns whether layers of this kind rotate queries and keys."""
     return kind in ("full", "sliding")

@@ -23,7 +23,8 @@ from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyT
 from gkd_jax.common.batch import Batch
 from gkd_jax.models import layers, rope
 from gkd_jax.models.decoder_config import DecoderConfig, is_rotated, is_sliding
-from gkd_jax.models.linen import Index, LinenModel, extend_cache, make_layers, run_layers
+from gkd_jax.models.layer_loops import Index, extend_cache, make_layers, run_layers
+from gkd_jax.models.linen import LinenModel
 
 KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
 Rotation = tuple[Array, Array] | None

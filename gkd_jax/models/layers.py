@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax import lax
 
 from gkd_jax.common.array_types import Array, Bool, Float, Int
-from gkd_jax.models.linen import key_of_this_layer
+from gkd_jax.models.layer_loops import key_of_layer
 
 MASKED = -1e10
 """Added to the attention logits of what may not be seen. Finite, as in T5X: a row that sees
@@ -140,7 +140,7 @@ class Dropout(nn.Module):
         if self.rate == 0.0 or not self.has_rng("dropout"):
             return x
         shape = (*x.shape[:-2], 1, x.shape[-1]) if self.shared_over_positions else x.shape
-        key = key_of_this_layer(self.make_rng("dropout"))
+        key = key_of_layer(self.make_rng("dropout"))
         keep = jax.random.bernoulli(key, 1.0 - self.rate, shape)
         return jnp.where(keep, x / (1.0 - self.rate), 0.0).astype(x.dtype)
 

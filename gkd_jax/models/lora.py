@@ -25,7 +25,7 @@ from flax import traverse_util
 from gkd_jax.common.array_types import Array, Key, Params, PyTree
 from gkd_jax.models import layers, stacking
 from gkd_jax.models.base import LanguageModel
-from gkd_jax.models.linen import of_this_layer
+from gkd_jax.models.layer_loops import slice_of_layer
 from gkd_jax.models.wrapper import ModelWrapper, RestrictedVocabulary
 
 _ADAPTERS, _BASE = "adapters", "base"
@@ -154,7 +154,7 @@ class LoRA(ModelWrapper):
             if pair is None:
                 return y
             x = args[0].astype(y.dtype)
-            a, b = (of_this_layer(matrix, 2).astype(y.dtype) for matrix in pair)
+            a, b = (slice_of_layer(matrix, 2).astype(y.dtype) for matrix in pair)
             return y + self.scale * jnp.dot(jnp.dot(x, a), b)
 
         return nn.intercept_methods(add)

@@ -16,7 +16,7 @@ from flax import traverse_util
 
 from gkd_jax.common.array_types import Array, Float, Int, Key, Params, PyTree
 from gkd_jax.models import layers
-from gkd_jax.models.linen import of_this_layer
+from gkd_jax.models.layer_loops import slice_of_layer
 from gkd_jax.models.lora import products
 from gkd_jax.models.wrapper import ModelWrapper
 
@@ -84,7 +84,7 @@ class Int8(ModelWrapper):
                 module.get_variable("params", "kernel").astype(dtype),
                 preferred_element_type=jnp.float32,
             )
-            of_column = of_this_layer(of_column, 1)
+            of_column = slice_of_layer(of_column, 1)
             y = y * jnp.expand_dims(of_column, tuple(range(y.ndim - 1)))
             if module.use_bias:
                 bias: Array = module.get_variable("params", "bias").astype(jnp.float32)

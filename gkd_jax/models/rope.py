@@ -1,4 +1,8 @@
-"""Rotary position embeddings (RoFormer, arXiv 2104.09864) and how they are stretched."""
+"""Rotary position embeddings and their scaling to longer contexts.
+
+"RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864. The kinds of
+scaling are described in `decoder_config.Rope`.
+"""
 
 import math
 
@@ -10,14 +14,14 @@ from gkd_jax.models.decoder_config import Rope
 
 
 def frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, " K/2"], float]:
-    """Angles a position for each pair of dimensions, and the scale of what is rotated.
+    """Computes the frequency of each pair of dimensions, and the scale of queries and keys.
 
     Args:
-      rope: the base, and the kind of stretching.
-      head_dim: K, width of a head.
+      rope: base and scaling.
+      head_dim: width of a head, K.
 
     Returns:
-      Float32 frequencies, and 1.0, except for YaRN.
+      Angles per position in float32, and the scale, which is 1.0 except for YaRN.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     plain = (np.float32(1.0) / np.float32(rope.theta) ** exponents).astype(np.float32)
@@ -34,7 +38,7 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, " K/2"], f
 
 
 def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
-    """Long wavelengths stretched, short ones not, those between in proportion (Llama 3.1)."""
+    """Scales long wavelengths, keeps short ones, and interpolates in between (Llama 3.1)."""
     wavelengths = 2 * math.pi / plain
     low, high = rope.low_freq_factor, rope.high_freq_factor
     share = (rope.original_length / wavelengths - low) / (high - low)
@@ -43,7 +47,7 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
-    """A ramp over dimensions, by how often each turns within the original length."""
+    """Scales by a ramp over dimensions, by how often each rotates within the original length."""
 
     def dimension(turns: float) -> float:
         wavelength = rope.original_length / (turns * 2 * math.pi)
@@ -53,7 +57,7 @@ def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
-    width = max(last - first, 0.001)  # As the reference has it, against a division by 0.
+    width = max(last - first, 0.001)  # As in the reference; avoids a division by 0.
     stretched = np.clip((np.arange(head_dim // 2) - first) / width, 0.0, 1.0)
     return (stretched * plain / rope.factor + (1 - stretched) * plain).astype(np.float32)
 
@@ -61,7 +65,7 @@ def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
 def rotations(
     rope: Rope, head_dim: int, positions: Int[Array, "B L"]
 ) -> tuple[Float[Array, "B 1 L K/2"], Float[Array, "B 1 L K/2"]]:
-    """Cosines and sines of each position's angles, float32, for all heads alike."""
+    """Computes cosines and sines of each position's angles in float32, the same for all heads."""
     per_position, scale = frequencies(rope, head_dim)
     angles = positions[:, None, :, None].astype(jnp.float32) * per_position[None, None, None]
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale

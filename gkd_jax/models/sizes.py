@@ -1,4 +1,4 @@
-"""Sizes of released models, by name: T5, Llama 3, Qwen 3."""
+"""Configurations of released models by name: T5, Llama 3, Qwen 3."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from gkd_jax.models.t5_config import T5Config
 T5_VOCAB_SIZE = 32_128
 """T5's 32,000 pieces and 100 sentinels, padded to a multiple of 128."""
 
-# Name: (emb_dim, num_heads, layers of the encoder and of the decoder, head_dim, mlp_dim).
+# Name: (emb_dim, num_heads, layers of the encoder and of the decoder each, head_dim, mlp_dim).
 # Source: the gin files of T5X, t5x/examples/t5/t5_1_0 and t5_1_1.
 _SIZES = {
     "t5_1_0-small": (512, 8, 6, 64, 2048),
@@ -35,24 +35,21 @@ def t5_config(
     scan_layers: bool = False,
     remat_policy: str = "none",
 ) -> T5Config:
-    """Makes the configuration of a released T5.
+    """Returns the configuration of a released T5.
 
     FLAN-T5 has the sizes of T5 1.1.
 
     Args:
-      name: `t5_1_1-small` to `-xxl` (gated GELU, separate head), `t5_1_0-small` to `-11b`
-        (ReLU, tied head).
+      name: `t5_1_1-small` to `-xxl` (gated GELU, separate output layer), `t5_1_0-small` to `-11b`
+        (ReLU, tied output layer).
       vocab_size: rows of the embedding.
-      dropout_rate: as `T5Config.dropout_rate`.
-      dtype: compute dtype, 'float32' or 'bfloat16'.
-      scan_layers: as `T5Config.scan_layers`.
-      remat_policy: as `T5Config.remat_policy`.
-
-    Returns:
-      The configuration.
+      dropout_rate: see `T5Config`.
+      dtype: dtype of the computations, 'float32' or 'bfloat16'.
+      scan_layers: see `T5Config`.
+      remat_policy: see `T5Config`.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: the name is unknown.
     """
     if name not in _SIZES:
         raise ValueError(
@@ -78,9 +75,9 @@ def t5_config(
     )
 
 
-# Name: (emb_dim, layers, num_heads, num_kv_heads, mlp_dim, whether the embedding is the output
-# layer too).
-# Source: config.json of meta-llama/Meta-Llama-3-*, Qwen/Qwen3-*; bases and chat models alike.
+# Name: (emb_dim, layers, num_heads, num_kv_heads, mlp_dim, whether the output layer is tied to the
+# embedding).
+# Source: config.json of meta-llama/Meta-Llama-3-*, Qwen/Qwen3-*; base and chat models are equal.
 _DECODER_SIZES = {
     "llama3-8b": (4096, 32, 32, 8, 14336, False),
     "llama3-70b": (8192, 80, 64, 8, 28672, False),
@@ -107,22 +104,20 @@ def decoder_config(
     scan_layers: bool = False,
     remat_policy: str = "none",
 ) -> DecoderConfig:
-    """Makes the configuration of a released decoder-only model.
+    """Returns the configuration of a released decoder-only model.
 
-    The one that `checkpoints.hf.hf_model` reads from the checkpoint's config.json, without it.
+    It equals the one that `checkpoints.hf.hf_model` reads from the checkpoint's `config.json`, and
+    needs no checkpoint.
 
     Args:
       name: `llama3-8b`, `llama3-70b`, `qwen3-0.6b` to `qwen3-32b`.
-      dropout_rate: as `DecoderConfig.dropout_rate`.
-      dtype: compute dtype, 'float32' or 'bfloat16'.
-      scan_layers: as `DecoderConfig.scan_layers`.
-      remat_policy: as `DecoderConfig.remat_policy`.
-
-    Returns:
-      The configuration.
+      dropout_rate: see `DecoderConfig`.
+      dtype: dtype of the computations, 'float32' or 'bfloat16'.
+      scan_layers: see `DecoderConfig`.
+      remat_policy: see `DecoderConfig`.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: the name is unknown.
     """
     if name not in _DECODER_SIZES:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Parameters of layers, each on its own or stacked: 'layers_0/...', 'layers_1/...' or 'layers/...'.
+"""Two forms of the parameters of layers: 'layers_0/...', 'layers_1/...', or 'layers/...' stacked.
 
-A network that runs over its layers by `lax.scan` is compiled as one layer, however many it has, and
-has their parameters stacked along a first axis. Checkpoints for others have each on its own, and a
-checkpoint of either form serves a network of the other.
+A network that loops over its layers (`lax.scan`) compiles one layer instead of all, and its layers'
+parameters are stacked along a new first axis. Other networks, and exported checkpoints, have the
+parameters of each layer separately. A checkpoint of either form can be loaded in the other.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from flax import traverse_util
 from gkd_jax.common.array_types import PyTree
 
 STACKED = "layers"
-"""The name of stacked layers, and the logical axis along which they lie."""
+"""The name of the stacked layers, and of the logical axis along which they are stacked."""
 
 _LAYER = re.compile(rf"{STACKED}_(\d+)")
 
@@ -28,9 +28,9 @@ class Section:
     """Successive layers whose kinds repeat with a period.
 
     Attributes:
-      start: number of the first layer.
+      start: index of the first layer.
       kinds: the kinds of the layers of one period.
-      turns: how often the period occurs.
+      turns: number of periods.
     """
 
     start: int
@@ -39,30 +39,30 @@ class Section:
 
     @property
     def period(self) -> int:
-        """Layers of one turn."""
+        """Number of layers of one period."""
         return len(self.kinds)
 
     @property
     def num_layers(self) -> int:
-        """Layers of all turns."""
+        """Number of layers of the section."""
         return self.period * self.turns
 
 
 def sections(kinds: Sequence[Any]) -> tuple[Section, ...]:
-    """Divides layers into sections that are few and compile to few bodies.
+    """Divides layers into sections so that few layers have to be compiled.
 
-    A body is compiled for each layer of each section's period. 26 layers of Gemma 3, of which
-    every sixth is another kind, are four turns of six and then two turns of one.
+    The layers of one period are compiled for each section. The 26 layers of Gemma 3 1B, of which
+    every sixth is of another kind, are four turns of six layers and then two turns of one.
 
     Args:
-      kinds: the kind of each layer; hashable.
+      kinds: the kind of each layer, hashable.
     """
     return _sections(tuple(kinds))
 
 
 @functools.lru_cache(maxsize=64)
 def _sections(kinds: tuple[Any, ...]) -> tuple[Section, ...]:
-    # The best division of the first n layers: its cost, its bodies, its sections.
+    # The best division of the first n layers: its cost, how many layers are compiled, its sections.
     best: list[tuple[int, int, tuple[Section, ...]]] = [(0, 0, ())]
     for end in range(1, len(kinds) + 1):
         candidates = []
@@ -70,22 +70,23 @@ def _sections(kinds: tuple[Any, ...]) -> tuple[Section, ...]:
             start = end - period
             pattern = kinds[start:end]
             while start >= 0 and kinds[start : start + period] == pattern:
-                cost, bodies, before = best[start]
+                cost, compiled, before = best[start]
                 section = Section(start, pattern, (end - start) // period)
-                # A loop counts as two bodies more: one of a period comes before several of parts.
-                candidates.append((cost + period + 2, bodies + period, (*before, section)))
+                # A loop costs as much as two layers, so that one loop over a whole period is
+                # preferred to several over its parts.
+                candidates.append((cost + period + 2, compiled + period, (*before, section)))
                 start -= period
         best.append(min(candidates, key=lambda candidate: candidate[:2]))
     return best[-1][2]
 
 
 def are_stacked(names: Iterable[str]) -> bool:
-    """Whether parameters of these names, such as 'decoder/layers/mlp/wo/kernel', are stacked."""
+    """Returns whether these names, such as 'decoder/layers/mlp/wo/kernel', are stacked layers'."""
     return any(STACKED in name.split("/") for name in names)
 
 
 def names_of_layers(name: str, depth: int) -> list[str]:
-    """What 'decoder/layers/mlp' is called in each of the layers that are stacked."""
+    """Lists the names, one for each layer, of what is called 'decoder/layers/mlp' if stacked."""
     return [
         re.sub(rf"(^|/){STACKED}(?=/|$)", rf"\g<1>{STACKED}_{number}", name)
         for number in range(depth)
@@ -93,11 +94,11 @@ def names_of_layers(name: str, depth: int) -> list[str]:
 
 
 def stack(params: PyTree[Any], join: Callable[..., Any] | None = None) -> PyTree[Any]:
-    """Stacks the layers of a parameter tree, or of one like it.
+    """Stacks the layers of a parameter tree, or of a tree of the same structure.
 
     Args:
       params: nested dictionaries with 'layers_0', 'layers_1', ...
-      join: makes one leaf of those of all layers; None stacks arrays along a new first axis.
+      join: makes one leaf from the leaves of all layers; None stacks arrays along a new first axis.
     """
     if not isinstance(params, dict):
         return params
@@ -113,11 +114,12 @@ def stack(params: PyTree[Any], join: Callable[..., Any] | None = None) -> PyTree
 
 
 def unstack(params: PyTree[Any], take: Callable[[Any, int], Any] | None = None) -> PyTree[Any]:
-    """Undoes `stack`.
+    """Inverse of `stack`.
 
     Args:
       params: nested dictionaries with 'layers'.
-      take: makes the leaf of a layer of the stacked one; None takes a row of the array.
+      take: makes the leaf of one layer from the stacked leaf and the layer's index; None indexes
+        the array.
     """
     if not isinstance(params, dict):
         return params
@@ -135,7 +137,7 @@ def unstack(params: PyTree[Any], take: Callable[[Any, int], Any] | None = None) 
 
 
 def split(params: PyTree[Any]) -> tuple[list[PyTree[Any]], PyTree[Any]]:
-    """Takes the stacked layers out of a tree: one tree for each stack, and the rest."""
+    """Splits a tree into one tree for each stack of layers, and the rest."""
     flat = traverse_util.flatten_dict(params, keep_empty_nodes=True)
     stacks: dict[Any, dict[Any, Any]] = {}
     rest = {}
@@ -149,7 +151,7 @@ def split(params: PyTree[Any]) -> tuple[list[PyTree[Any]], PyTree[Any]]:
 
 
 def merge(stacks: Iterable[PyTree[Any]], rest: PyTree[Any]) -> PyTree[Any]:
-    """Undoes `split`."""
+    """Inverse of `split`."""
     flat = traverse_util.flatten_dict(rest, keep_empty_nodes=True)
     for tree in stacks:
         flat |= traverse_util.flatten_dict(tree)

@@ -17,14 +17,8 @@ from flax import linen as nn
 from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyTree
 from gkd_jax.common.batch import Batch
 from gkd_jax.models import layers
-from gkd_jax.models.linen import (
-    Index,
-    LinenModel,
-    extend_cache,
-    make_layers,
-    run_layers,
-    take_layer,
-)
+from gkd_jax.models.layer_loops import Index, extend_cache, make_layers, run_layers, take_layer
+from gkd_jax.models.linen import LinenModel
 from gkd_jax.models.t5_config import T5Config
 
 KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]

@@ -1,4 +1,4 @@
-"""Sizes of models: plain data that every floor may name."""
+"""Sizes and variants of T5, as plain data."""
 
 import dataclasses
 
@@ -9,23 +9,25 @@ ACTIVATIONS = ("gelu", "relu", "silu", "swish", "linear")
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes and variants of a T5 encoder-decoder, in the names of T5X's minimal T5.
+    """Sizes and variants of a T5 encoder-decoder, named as in T5X's minimal T5.
 
-    T5 1.1 has `mlp_activations=('gelu', 'linear')` and a head of its own; T5 1.0 has
-    `mlp_activations=('relu',)` and `logits_via_embedding=True`, whose logits are scaled by
+    T5 1.1 has `mlp_activations=('gelu', 'linear')` and a separate output layer. T5 1.0 has
+    `mlp_activations=('relu',)` and `logits_via_embedding=True`; its logits are scaled by
     1/sqrt(emb_dim).
 
     Attributes:
-      vocab_size: rows of the embedding, padding included (32,128 for the released models).
-      dtype: compute dtype, 'float32' or 'bfloat16'. Parameters, softmax and norms are float32.
+      vocab_size: rows of the embedding, including padding (32,128 in the released models).
+      dtype: dtype of the computations, 'float32' or 'bfloat16'. Parameters, softmax and norms are
+        float32.
       decoder_start_id: the token that starts every output; 0 (padding) in every T5.
-      scan_layers: whether layers run as one loop, with their parameters stacked: what is compiled
-        then does not grow with the depth.
-      remat_policy: which activations the backward pass of training computes again: 'none';
-        'minimal' (all but the products of weights); 'full' (all but what goes from layer to layer).
+      scan_layers: whether layers run in a loop over stacked parameters, so that the size of the
+        compiled program does not grow with the depth.
+      remat_policy: which activations are computed again in the backward pass: 'none'; 'minimal'
+        (all except the products with weights); 'full' (all except the hidden states between
+        layers).
 
     Raises:
-      ValueError: a size below 1, or a setting outside of what it may be.
+      ValueError: a size is below 1, or a setting has a value that it may not have.
     """
 
     vocab_size: int
@@ -87,7 +89,11 @@ class T5Config:
 
 
 def check_remat_policy(config: str, policy: str) -> None:
-    """Refuses an unknown policy of rematerialisation, a setting of the configuration named.
+    """Checks the rematerialisation policy of a configuration.
+
+    Args:
+      config: name of the configuration's class, for the message.
+      policy: its setting.
 
     Raises:
       ValueError: there is no such policy.
