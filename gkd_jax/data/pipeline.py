@@ -1,13 +1,12 @@
 """Batches from a task: the configuration of a data set, and the opened data set.
 
-`DatasetConfig` names a task, lengths and a vocabulary; `Dataset` opens it. Texts come from
-`examples`, token ids from `encoding`, batches from `batches`, and order and exact resumption from
-`iterators`.
+`DatasetConfig` names a task, feature lengths and a vocabulary; `Dataset` opens it. Texts come from
+`examples`, token ids from `encoding`, batches from `batches`; order and exact resumption are
+implemented in `iterators`.
 """
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,12 +18,13 @@ from gkd_jax.common.batch import Batch
 from gkd_jax.data import packed_rows
 from gkd_jax.data.batches import BatchMaker
 from gkd_jax.data.chat import ChatTemplate
+from gkd_jax.data.content import check_unchanged, content_of
 from gkd_jax.data.encoding import Encoder, RowReader
 from gkd_jax.data.examples import Examples
 from gkd_jax.data.iterators import BatchIterators, TrainIterator
 from gkd_jax.data.registry import get_task
 from gkd_jax.data.task import Task, TextExample
-from gkd_jax.data.teacher_store import StoreReader, differences
+from gkd_jax.data.teacher_store import StoreReader
 from gkd_jax.data.vocabularies import Vocabulary
 
 _FEATURES = ("inputs", "targets")
@@ -35,37 +35,39 @@ _CHECKED_EXAMPLES = 32
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """Which examples, in which order and of which lengths.
+    """A split of a task, its order, feature lengths and vocabulary.
 
     Attributes:
-      task: a task, or the name of a registered one (`MIXTURE_OR_TASK_NAME`).
+      task: a task, or the name of a registered task (`MIXTURE_OR_TASK_NAME`).
       split: a split of the task.
-      feature_lengths: longest 'inputs' and 'targets', end of sequence included
-        (`TASK_FEATURE_LENGTHS`).
-      batch_size: rows of a batch over all processes; examples, unless rows are packed.
-      vocabulary: text to token ids.
-      shuffle: whether training takes a new order each epoch; evaluation never shuffles.
-      seed: of the order.
-      num_examples: takes the first so many of the split; None takes all.
-      task_module: module to import first where `task` is a name (`MIXTURE_OR_TASK_MODULE`).
-      eos_after_cut_targets: whether an output too long for its length still ends with the
-        end-of-sequence token, as seqio's do. False leaves it out, so that a student is not
-        taught to stop in the middle of a sentence.
-      inputs_eos: whether prompts end with the end-of-sequence token; None does as the task says
-        (T5's do). A decoder-only model goes on from its prompt, so False there.
-      inputs_bos: whether prompts begin with the vocabulary's beginning of sequence, as
-        decoder-only models that have one were trained (Llama, Gemma).
-      cut_inputs: the side on which a prompt that is too long is cut: 'right', as seqio's are, or
-        'left', which keeps the question and a chat template's beginning of the answer.
-      chat: template of a chat model in which the task's prompt is the user's message; None gives
-        the prompt as it is.
-      teacher_chat: the teacher's template, where it was trained to read another one.
-      cache_bytes: token rows are kept in memory if those of all examples fit in this.
-      read_threads: threads that make batches ahead of their use; 0 makes each when asked for.
-      pack: whether several examples share a row of a training batch, whose lengths
-        `feature_lengths` are then: for steps on the data's outputs. Each example goes to the first
-        row with room for it, and a batch ends at the first that none has room for, so that its
-        number of examples varies. Other passes over the data, of a store say, take one a row.
+      feature_lengths: maximum lengths of 'inputs' and 'targets', including the end-of-sequence
+        token (`TASK_FEATURE_LENGTHS`); with `teacher_chat` also of 'teacher_inputs'.
+      batch_size: number of rows of a batch over all processes, with one example per row unless
+        `pack` is set.
+      vocabulary: converts text to token ids.
+      shuffle: whether each training epoch has a new order. Evaluation never shuffles.
+      seed: seed of the order.
+      num_examples: number of examples to use, from the first of the split; None uses all.
+      task_module: module to import first if `task` is a name (`MIXTURE_OR_TASK_MODULE`).
+      eos_after_cut_targets: whether an output that is too long is cut to end with the
+        end-of-sequence token, as in seqio. False omits the token, so that a student is not trained
+        to stop in the middle of a sentence.
+      inputs_eos: whether prompts end with the end-of-sequence token; None uses the task's setting
+        (True for T5). Set it to False for a decoder-only model, which continues its prompt.
+      inputs_bos: whether prompts start with the vocabulary's beginning-of-sequence token, which
+        decoder-only models such as Llama and Gemma were trained with.
+      cut_inputs: the side on which a prompt that is too long is cut: 'right', as in seqio, or
+        'left', which keeps the question and the start of the answer in a chat template.
+      chat: template of a chat model, in which the task's prompt is the user's message; None uses
+        the prompt unchanged.
+      teacher_chat: the teacher's template, if the teacher was trained with another one.
+      cache_bytes: token ids are cached in memory if those of all examples fit in this size.
+      read_threads: number of threads that prefetch batches; 0 makes each batch when it is
+        requested.
+      pack: whether several examples share a row of a training batch, for steps on the data's
+        outputs. `feature_lengths` are then the lengths of the rows. Each example is placed in the
+        first row with room for it, and a batch ends at the first example that fits in no row, so
+        its number of examples varies. Evaluation and stores have one example per row.
     """
 
     task: Task | str
@@ -135,26 +137,34 @@ class DatasetConfig:
 
     @property
     def teacher_inputs_length(self) -> int:
-        """Longest prompt of the teacher: that of the student where it is not given."""
+        """Maximum length of the teacher's prompt; defaults to that of the student's prompt."""
         return self.feature_lengths.get(_TEACHER, self.feature_lengths["inputs"])
 
     @property
     def batch(self) -> str:
-        """What a training batch is, in words."""
+        """Size of a training batch for messages, such as '32 examples'."""
         return f"{self.batch_size} {'packed rows' if self.pack else 'examples'}"
 
     def build(self) -> "Dataset":
-        """Opens and checks the data."""
+        """Opens and checks the data set."""
         return Dataset(self)
 
 
 class Dataset:
-    """One split of a task as batches.
+    """Batches of one split of a task.
+
+    Args:
+      config: the configuration.
+
+    Attributes:
+      config: the configuration.
+      task: the task.
+      num_examples: number of examples.
 
     Raises:
       FileNotFoundError: a file of the source is missing.
-      ValueError: the data are broken or empty, the task has no such split, or every prompt is
-        the same after cutting.
+      ValueError: the data are broken or empty, the task has no such split, or all prompts are the
+        same after cutting.
     """
 
     def __init__(self, config: DatasetConfig):
@@ -185,7 +195,7 @@ class Dataset:
             length = config.teacher_inputs_length
             encoder = dataclasses.replace(self._encoder, inputs_length=length)
             self._maker.teacher_rows = self._reader(encoder, config.teacher_chat)
-            self._maker.teacher_rows.read(np.zeros(1, np.int64))  # A broken template is found now.
+            self._maker.teacher_rows.read(np.zeros(1, np.int64))  # Tries the template.
         self._iterators = BatchIterators(
             self._maker,
             num_examples=self.num_examples,
@@ -201,43 +211,33 @@ class Dataset:
     ) -> RowReader:
         def read(index: int) -> TextExample:
             example = self.raw(index)
-            if as_text:  # Its ids are the student's.
+            if as_text:  # The ids are those of the student's vocabulary.
                 example = dataclasses.replace(example, inputs_ids=None, targets_ids=None)
             if chat is None:
                 return example
-            said = [{"role": "user", "content": example.inputs}]
-            return dataclasses.replace(example, inputs=chat.render(said), inputs_ids=None)
+            messages = [{"role": "user", "content": example.inputs}]
+            return dataclasses.replace(example, inputs=chat.render(messages), inputs_ids=None)
 
         cache_bytes = self.config.cache_bytes
         return RowReader(read, encoder, num_examples=self.num_examples, cache_bytes=cache_bytes)
 
     def use_stored_teacher(self, path: str) -> None:
-        """Gives the batches that follow what a store holds of a teacher for their outputs.
+        """Adds a teacher's stored distributions to all batches from now on.
+
+        Args:
+          path: folder of the store.
 
         Raises:
-          FileNotFoundError, ValueError: there is no complete store, or it is one of other data.
+          FileNotFoundError, ValueError: the store does not exist, is incomplete, or belongs to
+            other data.
         """
         store = StoreReader(path)
-        there, here = store.description["vocabulary"], self.config.vocabulary
-        if there["fingerprint"] != here.fingerprint:
-            raise ValueError(
-                f"the store {path} is of another vocabulary, so that its token ids mean other "
-                f"pieces; got {there['name']} ({there['size']} ids, {there['fingerprint'][:12]}) "
-                f"there and {here.name} ({here.size} ids, {here.fingerprint[:12]}) here. Set "
-                "DatasetConfig.vocabulary (VOCABULARY_PATH) to that one, or write the store again."
-            )
-        differing = differences(store.description["data"], self.content)
-        if differing:
-            raise ValueError(
-                f"the store {path} is of other data, or of other tokens of them ({differing}). Set "
-                "StoredTeacher.path to the store of these data, or write one with "
-                "--run_mode=store_teacher."
-            )
+        store.check_data(self.config.vocabulary, self.content)
         self._maker.stored_teacher = store
 
     @property
     def stored_teacher(self) -> StoreReader | None:
-        """That of `use_stored_teacher`."""
+        """The store that was passed to `use_stored_teacher`, if any."""
         return self._maker.stored_teacher
 
     def use_teacher_vocabulary(
@@ -248,16 +248,17 @@ class Dataset:
         inputs_eos: bool | None,
         inputs_bos: bool,
     ) -> None:
-        """Gives the batches that follow each prompt in a teacher's own tokens.
+        """Adds each prompt in the tokens of a teacher with another vocabulary to all batches.
 
         Args:
-          vocabulary: the teacher's.
-          inputs_length: longest prompt; None as many tokens as the student's.
-          inputs_eos: whether prompts end with the end of sequence; None as the student's.
-          inputs_bos: whether prompts begin with the beginning of sequence.
+          vocabulary: the teacher's vocabulary.
+          inputs_length: maximum length of a prompt; None uses that of the student's prompts.
+          inputs_eos: whether prompts end with the end-of-sequence token; None uses the student's
+            setting.
+          inputs_bos: whether prompts start with the beginning-of-sequence token.
 
         Raises:
-          ValueError: the vocabulary has none.
+          ValueError: `inputs_bos` is set and the vocabulary has no such token.
         """
         if inputs_bos and vocabulary.bos_id is None:
             raise ValueError(
@@ -275,7 +276,7 @@ class Dataset:
         self._teacher_vocabulary = vocabulary
 
     def use_source_ids(self, num_sources: int) -> None:
-        """Adds `source_id`, the source of each example in the mixture, to all batches from now on.
+        """Adds the source of each example in a mixture, `source_id`, to all batches from now on.
 
         Args:
           num_sources: number of sources that the mixture is expected to have.
@@ -308,7 +309,7 @@ class Dataset:
             )
 
     def _check_prompts_differ(self) -> None:
-        """Refuses lengths that leave of every prompt only what all have in common."""
+        """Raises if the prompts are cut so short that all of them are the same."""
         sample = self._examples.sample(_CHECKED_EXAMPLES)
         rows = self._rows.read(sample)
         all_same = bool((rows.inputs == rows.inputs[0]).all())
@@ -347,72 +348,51 @@ class Dataset:
 
     @functools.cached_property
     def content(self) -> dict[str, Any]:
-        """All that decides the rows of each example by its number, whatever their order."""
-        texts = [
-            dataclasses.astuple(self.raw(int(example))) for example in self._examples.sample(8)
-        ]
-        # Absent where they are as they were before they could be set: older positions stay good.
-        newer: dict[str, Any] = {"inputs_bos": True} if self._encoder.inputs_bos else {}
-        newer |= {"cut_inputs": "left"} if self._encoder.cut_inputs == "left" else {}
-        for name in ("chat", "teacher_chat"):
-            template: ChatTemplate | None = getattr(self.config, name)
-            if template is not None:
-                newer[name] = template.render([{"role": "user", "content": "?"}])
-        return newer | {
-            "source": self._examples.source_fingerprint,
-            "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-            "num_examples": self.num_examples,
-            "feature_lengths": {name: self.config.feature_lengths[name] for name in _FEATURES},
-            "inputs_eos": self._encoder.inputs_eos,
-            "eos_after_cut_targets": self._encoder.eos_after_cut_targets,
-            "vocabulary": self.config.vocabulary.fingerprint,
-            "eos_ids": list(self.config.vocabulary.eos_ids),
-        }
+        """Everything that determines the rows of each example, whatever their order."""
+        return content_of(
+            self._examples,
+            self._encoder,
+            chat=self.config.chat,
+            teacher_chat=self.config.teacher_chat,
+        )
 
     @property
     def fingerprint(self) -> str:
-        """All that decides which rows come at which position, as JSON; batch size does not."""
-        parts = self.content | {
+        """Everything that determines the rows at each position, as JSON; not the batch size."""
+        fields = self.content | {
             "shuffle": self.config.shuffle,
             "seed": self.config.seed,
             "order": [self.source_index(position) for position in range(8)],
         }
         if self.stored_teacher is not None:
-            parts["stored_teacher"] = self.stored_teacher.fingerprint
-        return json.dumps(parts, sort_keys=True)
+            fields["stored_teacher"] = self.stored_teacher.fingerprint
+        return json.dumps(fields, sort_keys=True)
 
     def check_fingerprint(self, saved: str) -> None:
-        """Refuses to go on from a position in other data.
+        """Refuses to resume from a position that was saved for other data.
+
+        Args:
+          saved: `fingerprint` of the data that the position was saved for.
 
         Raises:
-          ValueError: the data of the saved position were other ones; names what differs.
+          ValueError: the data differ; the message names the differences.
         """
-        if saved == self.fingerprint:
-            return
-        try:
-            before = dict(json.loads(saved))
-        except (ValueError, TypeError):
-            before = {}
-        raise ValueError(
-            "The position in the training data cannot be restored, since the data are not those "
-            f"it was saved for ({differences(before, json.loads(self.fingerprint))}). Restore the "
-            "data and DatasetConfig of that run, or start in a new MODEL_DIR."
-        )
+        check_unchanged(saved, self.fingerprint)
 
     def train_iterator(
         self, position: int = 0, *, process_index: int = 0, process_count: int = 1
     ) -> TrainIterator:
-        """An endless iterator over this process's rows.
+        """Returns an endless iterator over the rows of this process.
 
         Args:
-          position: number of examples consumed before, over all processes; from
-            `TrainIterator.position` (the rows that follow are then those of an uninterrupted
-            run).
-          process_index: which process this is.
-          process_count: how many there are.
+          position: number of examples consumed before, over all processes. With the value of
+            `TrainIterator.position` the iterator continues an interrupted run exactly.
+          process_index: index of this process.
+          process_count: number of processes.
 
         Raises:
-          ValueError: the batch cannot be divided by the processes, or a negative position.
+          ValueError: `batch_size` is not divisible by the number of processes, or `position` is
+            negative.
         """
         return self._iterators.train(
             position, process_index=process_index, process_count=process_count
@@ -425,26 +405,30 @@ class Dataset:
 
     @property
     def examples_per_batch(self) -> float:
-        """Examples of a training batch; of packed rows about so many."""
+        """Number of examples of a training batch; an estimate if rows are packed."""
         batch_size = self.config.batch_size
         return self.packing.examples_per_row * batch_size if self.config.pack else batch_size
 
     def eval_batches(
         self, *, process_index: int = 0, process_count: int = 1
     ) -> Iterator[tuple[Batch, Int[np.ndarray, " B"]]]:
-        """One pass in the source's order: each example once over all processes.
+        """Iterates over all examples once, in the order of the source, over all processes.
 
-        Every process yields as many batches. The last is completed by filler rows, whose
-        weights are 0 and whose prompt is one token.
+        All processes yield the same number of batches. The last batch is completed by filler rows
+        with weights 0 and a prompt of one token.
 
-        Yields:
-          A batch, and the number in the source of each row's example, -1 for filler; the same
-          numbers are `example_id`.
+        Args:
+          process_index: index of this process.
+          process_count: number of processes.
+
+        Returns:
+          An iterator over pairs of a batch and the number in the source of each row's example, -1
+          for filler rows. `example_id` has the same numbers.
         """
         return self._iterators.one_pass(process_index=process_index, process_count=process_count)
 
     def describe(self) -> str:
-        """A report on lengths and cuts over a sample of the examples, and one example's rows."""
+        """Reports lengths and truncation over a sample of the examples, and shows one example."""
         sample = self._examples.sample(_DESCRIBED_EXAMPLES)
         rows = self._rows.read(sample)
         lines = [

@@ -22,6 +22,7 @@ from gkd_jax.common.array_types import Int
 from gkd_jax.common.batch import TeacherDistributions
 from gkd_jax.common.moved import load_moved
 from gkd_jax.data.teacher_store_records import Packing, packing_of
+from gkd_jax.data.vocabularies import Vocabulary
 
 _FORMAT = "gkd_jax teacher store 1"
 _META, _DATA, _INDEX = "meta.json", "distributions.bin", "index.bin"
@@ -209,6 +210,33 @@ class StoreReader:
         """A summary of the store, followed by a digest of its description."""
         text = json.dumps(self.description, sort_keys=True)
         return f"{self} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
+
+    def check_data(self, vocabulary: Vocabulary, content: Mapping[str, Any]) -> None:
+        """Checks that the store belongs to a data set.
+
+        Args:
+          vocabulary: the data set's vocabulary.
+          content: the data set's content, as `Dataset.content`.
+
+        Raises:
+          ValueError: the store has another vocabulary or belongs to other data.
+        """
+        there, here = self.description["vocabulary"], vocabulary
+        if there["fingerprint"] != here.fingerprint:
+            raise ValueError(
+                f"the store {self._folder} is of another vocabulary, so that its token ids mean "
+                f"other pieces; got {there['name']} ({there['size']} ids, "
+                f"{there['fingerprint'][:12]}) there and {here.name} ({here.size} ids, "
+                f"{here.fingerprint[:12]}) here. Set "
+                "DatasetConfig.vocabulary (VOCABULARY_PATH) to that one, or write the store again."
+            )
+        differing = differences(self.description["data"], content)
+        if differing:
+            raise ValueError(
+                f"the store {self._folder} is of other data, or of other tokens of them "
+                f"({differing}). Set StoredTeacher.path to the store of these data, or write one "
+                "with --run_mode=store_teacher."
+            )
 
     def read(
         self,
