@@ -3,9 +3,9 @@
 Llama: arXiv 2302.13971, 2307.09288, 2407.21783. Qwen: 2407.10671, 2505.09388. Gemma: 2408.00118,
 2503.19786.
 
-Prompt and output lie in one row of S + T slots, the output's first token in slot S whatever the
-prompt's length: what is padding between them has no position and is seen by nothing. So a prompt
-is padded on the right (or anywhere), and no row is shifted.
+Prompt and output are in one row of S + T slots. The first output token is in slot S, whatever the
+prompt's length; the padding between prompt and output has no position and is masked out. So prompts
+may be padded on the right (or anywhere), and no row has to be shifted.
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ from gkd_jax.models.linen import LinenModel
 
 KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
 Rotation = tuple[Array, Array] | None
-"""Cosines and sines of the positions; None in layers that do not rotate."""
+"""Cosines and sines of the positions; None for layers without rotary embedding."""
 
 
 @flax.struct.dataclass
 class DecoderState:
-    """What decoding keeps between steps; the batch is the first axis of every leaf.
+    """The state of decoding between steps. The first axis of every array is the batch.
 
     Attributes:
-      cache: keys and values by layer, in a tuple or stacked along a second axis: the prompt's in
-        slots 0 to S - 1, output position t in slot S + t.
+      cache: keys and values of the layers, in a tuple or stacked along the second axis. The prompt
+        is in slots 0 to S - 1, output position t in slot S + t.
       inputs_mask: True on the real tokens of the prompt.
     """
 
@@ -46,32 +46,40 @@ class DecoderState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
-    """Where tokens stand, once for all layers.
+class PositionTables:
+    """Rotations and attention biases of given positions, computed once for all layers.
 
     Attributes:
-      rotation: cosines and sines by kind of layer.
-      bias: added to the attention logits by kind of layer, [B, 1, Q, L].
+      rotation: cosines and sines for each kind of layer.
+      bias: bias of the attention logits for each kind of layer, [B, 1, Q, L].
     """
 
     rotation: dict[str, Rotation]
     bias: dict[str, Array]
 
     def at(self, kind: str) -> tuple[Rotation, Array]:
-        """Rotation and bias of the layers of a kind."""
+        """Returns the rotation and the bias of layers of this kind."""
         return self.rotation[kind], self.bias[kind]
 
 
-def make_places(
+def make_position_tables(
     config: DecoderConfig,
     positions: Int[Array, "B Q"],
     key_positions: Int[Array, "B L"],
     is_key: Bool[Array, "B L"],
     segments: Int[Array, "B L"] | None = None,
-) -> Places:
-    """A query sees what stands at its position or before, within its layer's window.
+) -> PositionTables:
+    """Computes rotations and causal attention biases for each kind of layer in the configuration.
 
-    Of a packed row, where `segments` tell queries and keys, what is of its own example.
+    A query sees the keys at its own position or before, within the window of its layer.
+
+    Args:
+      config: configuration of the model.
+      positions: positions of the queries.
+      key_positions: positions of the keys.
+      is_key: True on keys that may be seen.
+      segments: for packed rows, the example of each query and key, 0 for padding. A query sees
+        keys of its own example only.
     """
     distance = positions[:, :, None] - key_positions[:, None, :]
     seen = (distance >= 0) & is_key[:, None, :]
@@ -88,11 +96,11 @@ def make_places(
             rope.rotations(one, config.head_dim, positions) if is_rotated(kind) else None
         )
         bias[kind] = layers.mask_to_bias(within[:, None])
-    return Places(rotation, bias)
+    return PositionTables(rotation, bias)
 
 
 class ScaledNorm(nn.Module):
-    """RMSNorm whose scale is learnt from `offset` on; float32 throughout."""
+    """RMSNorm with a learned scale, to which `norm_scale_offset` is added; float32 throughout."""
 
     config: DecoderConfig
     axis: str = "embed"
@@ -110,7 +118,7 @@ class ScaledNorm(nn.Module):
 
 
 class GroupedAttention(nn.Module):
-    """Attention in which several query heads share the keys and values of one."""
+    """Attention in which a group of query heads shares each head of keys and values."""
 
     config: DecoderConfig
 
@@ -139,7 +147,7 @@ class GroupedAttention(nn.Module):
         return nn.with_logical_constraint(x, ("batch", "heads", "length", "kv"))
 
     def keys_values(self, x: Float[Array, "B L D"], rotation: Rotation) -> KeysValues:
-        """Rotated keys, and values."""
+        """Returns rotated keys, and values."""
         keys = self._split_heads(self.key(x))
         if self.config.qk_norm:
             keys = self.key_norm(keys)
@@ -159,7 +167,7 @@ class GroupedAttention(nn.Module):
             queries = self.query_norm(queries)
         queries = rope.rotate(queries, rotation)
         scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-        # [B, kv heads, query heads of each, Q, K]: keys are not repeated for their queries.
+        # [B, key heads, query heads of each, Q, K]: keys are not repeated for each query head.
         grouped = queries.reshape(queries.shape[0], config.num_kv_heads, -1, *queries.shape[2:])
         logits = jnp.einsum("bngqk,bnlk->bngql", grouped, keys, preferred_element_type=jnp.float32)
         logits = layers.soft_cap(logits * scale, config.attention_soft_cap)
@@ -171,7 +179,7 @@ class GroupedAttention(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """Feed-forward block: wo(activation(wi_0 x) * wi_1 x)."""
+    """Gated feed-forward block: wo(activation(wi_0 x) * wi_1 x)."""
 
     config: DecoderConfig
 
@@ -196,7 +204,7 @@ class GatedBlock(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention over what came before, then the feed-forward block."""
+    """Causal attention, then the feed-forward block."""
 
     config: DecoderConfig
 
@@ -218,10 +226,17 @@ class DecoderLayer(nn.Module):
         bias: Float[Array, "B 1 Q L"],
         keep: Callable[[KeysValues], tuple[KeysValues, PyTree]] = lambda new: (new, new),
     ) -> tuple[Float[Array, "B Q D"], PyTree]:
-        """One body for a whole row and for a decode step, so that they cannot differ.
+        """Computes the layer, both for a whole row and for a decode step.
 
-        `keep` takes the keys and values of `x`; it returns all those that `x` attends to, and what
-        is to be returned beside the layer's output.
+        Args:
+          x: hidden states.
+          rotation: cosines and sines of the positions of `x`.
+          bias: bias of the attention logits.
+          keep: maps the keys and values of `x` to all keys and values that `x` attends to, and to
+            a second output of the layer.
+
+        Returns:
+          The new hidden states, and the second output of `keep`.
         """
         y = self.pre_attention_norm(x)
         (keys, values), kept = keep(self.attention.keys_values(y, rotation))
@@ -236,7 +251,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The Linen module: the parameter tree, and the computations on it."""
+    """The Linen module, which defines the parameter tree and the computations."""
 
     config: DecoderConfig
 
@@ -257,24 +272,26 @@ class Decoder(nn.Module):
     def _embed(self, tokens: Array) -> Array:
         x = self.token_embedder(tokens)
         if self.config.scale_embeddings:
-            # The factor is rounded to the compute dtype, as in the released models' own code.
+            # The factor is rounded to the compute dtype, as in the code of the released models.
             x = x * jnp.asarray(math.sqrt(self.config.emb_dim), x.dtype)
         return self.dropout(x)
 
     def row(self, tokens: Array, mask: Array, *, with_cache: bool) -> tuple[Array, PyTree]:
-        """Hidden states of all tokens of a row; and their keys and values, where wanted."""
+        """Computes hidden states of all tokens, and with `with_cache` their keys and values."""
         positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-        places = make_places(self.config, positions, positions, mask)
-        return self._at(places, tokens, with_cache=with_cache)
+        tables = make_position_tables(self.config, positions, positions, mask)
+        return self._run_row(tables, tokens, with_cache=with_cache)
 
-    def _at(self, places: Places, tokens: Array, *, with_cache: bool) -> tuple[Array, PyTree]:
+    def _run_row(
+        self, tables: PositionTables, tokens: Array, *, with_cache: bool
+    ) -> tuple[Array, PyTree]:
         config = self.config
 
         def body(layer: DecoderLayer, x: Array, number: Index, kind: str) -> tuple[Array, PyTree]:
-            x, keys_values = layer(x, *places.at(kind))
+            x, keys_values = layer(x, *tables.at(kind))
             return x, keys_values if with_cache else None
 
-        # A cache is not made for a backward pass.
+        # A cache is made for decoding, which has no backward pass.
         policy = "none" if with_cache else config.remat_policy
         return self._run(body, self._embed(tokens), remat_policy=policy)
 
@@ -293,33 +310,33 @@ class Decoder(nn.Module):
     def packed_hidden_states(
         self, inputs: Array, targets: Array, inputs_segments: Array, targets_segments: Array
     ) -> Array:
-        """The same of rows of several examples, whose positions begin anew with each."""
+        """Computes `hidden_states` of packed rows, in which positions restart with each example."""
         num_inputs, num_outputs = inputs.shape[1], targets.shape[1]
         # [B, T, S]: the prompt of each output position.
         is_prompt = targets_segments[:, :, None] == inputs_segments[:, None, :]
         lengths = jnp.sum(is_prompt, axis=2, dtype=jnp.int32)
-        places_of_outputs = layers.places_in_segments(targets_segments)
+        output_positions = layers.positions_in_segments(targets_segments)
         positions = jnp.concatenate(
-            [layers.places_in_segments(inputs_segments), lengths + places_of_outputs], axis=1
+            [layers.positions_in_segments(inputs_segments), lengths + output_positions], axis=1
         )[:, :-1]
         segments = jnp.concatenate([inputs_segments, targets_segments], axis=1)[:, :-1]
         tokens = jnp.concatenate([inputs, targets], axis=1)[:, :-1]
-        places = make_places(self.config, positions, positions, segments > 0, segments)
-        x, _ = self._at(places, tokens, with_cache=False)
-        # An output's first token follows its prompt's last, any other the one before it.
+        tables = make_position_tables(self.config, positions, positions, segments > 0, segments)
+        x, _ = self._run_row(tables, tokens, with_cache=False)
+        # The first token of an output follows the last of its prompt; others the one before.
         last_of_prompt = num_inputs - 1 - jnp.argmax(is_prompt[:, :, ::-1], axis=2)
         before = jnp.arange(num_inputs - 1, num_inputs - 1 + num_outputs)[None]
-        came_before = jnp.where(places_of_outputs == 0, last_of_prompt, before)
-        x = jnp.take_along_axis(x, came_before[:, :, None], axis=1)
+        previous = jnp.where(output_positions == 0, last_of_prompt, before)
+        x = jnp.take_along_axis(x, previous[:, :, None], axis=1)
         return self.dropout(self.decoder_norm(x))
 
     def prefill(self, inputs: Array, inputs_mask: Array, max_length: int) -> tuple:
         x, cache = self.row(inputs, inputs_mask, with_cache=True)
 
-        def with_room(leaf: Array) -> Array:
-            # The last output token predicts nothing that is wanted: it has no slot.
-            room = [(0, 0)] * (leaf.ndim - 2) + [(0, max_length - 1), (0, 0)]
-            return jnp.pad(leaf, room)
+        def with_room(array: Array) -> Array:
+            # The last output token is never fed: it has no slot.
+            room = [(0, 0)] * (array.ndim - 2) + [(0, max_length - 1), (0, 0)]
+            return jnp.pad(array, room)
 
         state = DecoderState(jax.tree.map(with_room, cache), inputs_mask)
         return self.decoder_norm(take_last(x, inputs_mask)), state
@@ -336,7 +353,7 @@ class Decoder(nn.Module):
         is_key = jnp.concatenate(
             [mask, jnp.broadcast_to(outputs <= index, (mask.shape[0], num_outputs))], axis=1
         )
-        places = make_places(self.config, lengths + index, key_positions, is_key)
+        tables = make_position_tables(self.config, lengths + index, key_positions, is_key)
         slot = num_inputs + index
 
         def body(layer: DecoderLayer, carry: tuple, number: Index, kind: str) -> tuple[tuple, None]:
@@ -345,19 +362,19 @@ class Decoder(nn.Module):
             def keep(new: KeysValues) -> tuple[KeysValues, PyTree]:
                 return extend_cache(cache, new, number, slot)
 
-            return layer(x, *places.at(kind), keep), None
+            return layer(x, *tables.at(kind), keep), None
 
         (x, cache), _ = self._run(body, (self._embed(tokens[:, None]), state.cache))
         return self.decoder_norm(x)[:, 0], dataclasses.replace(state, cache=cache)
 
     def __call__(self, tokens: Array, mask: Array) -> Array:
-        """Touches every parameter; for the initialisation."""
+        """Uses every parameter; for initialisation."""
         hidden = self.decoder_norm(self.row(tokens, mask, with_cache=False)[0])
         return hidden if self.config.tie_embeddings else self.logits_dense(hidden)
 
 
 def take_last(x: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:
-    """The row's entry at its last real token."""
+    """Returns the entry of each row's last real token."""
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
@@ -367,7 +384,7 @@ class DecoderOnly(LinenModel):
     """A decoder-only model as pure functions of its parameters; a `LanguageModel`.
 
     Attributes:
-      config: sizes and variant.
+      config: sizes and variants.
     """
 
     config: DecoderConfig
@@ -385,10 +402,10 @@ class DecoderOnly(LinenModel):
     def hidden_states(
         self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """Hidden states from which `unembed` predicts `batch.targets[:, t]` at position t.
+        """Computes the hidden states from which `unembed` predicts `batch.targets[:, t]`.
 
-        That of an output's first position is of its prompt's last token, so every prompt has at
-        least one.
+        The first output token is predicted at the last token of the prompt, so every prompt must
+        have at least one token.
         """
         arguments: tuple[Array, ...] = (batch.inputs, batch.inputs_mask, batch.targets)
         method: Callable[..., Any] = Decoder.hidden_states
@@ -399,15 +416,15 @@ class DecoderOnly(LinenModel):
         return self._apply(params, method, *arguments, dropout_key=dropout_key)
 
     def head(self, params: Params) -> Params:
-        """The head's kernel, or the embedding where it is tied, where they are in the tree."""
+        """Returns a tree with the output layer's kernel, or with the embedding if it is tied."""
         if self.config.tie_embeddings:
             return {"token_embedder": {"embedding": params["token_embedder"]["embedding"]}}
         return {"logits_dense": {"kernel": params["logits_dense"]["kernel"]}}
 
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
-        """Hidden states to float32 logits, with the final soft cap.
+        """Computes float32 logits, with the final soft cap.
 
-        A slice of the head's vocabulary axis gives that slice of the logits.
+        With a slice of the output layer along the vocabulary, it computes that slice of the logits.
         """
         if self.config.tie_embeddings:
             logits = layers.project(hidden, params["token_embedder"]["embedding"], axis=1)

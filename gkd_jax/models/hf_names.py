@@ -1,4 +1,4 @@
-"""Hugging Face's names of our parameters."""
+"""Names of parameters in Hugging Face checkpoints."""
 
 import dataclasses
 import re
@@ -12,8 +12,8 @@ class HFTensor:
     """A tensor in a Hugging Face checkpoint.
 
     Attributes:
-      names: the name that it is written by, then others that it is read by.
-      is_transposed: whether it is [out, in] where ours is [in, out].
+      names: the name that is written, followed by others that are read as well.
+      is_transposed: whether the tensor is [out, in], while our parameter is [in, out].
     """
 
     names: tuple[str, ...]
@@ -32,8 +32,8 @@ _DECODER_PARTS = {
     "mlp/wo": "mlp.down_proj",
     "pre_attention_norm": "input_layernorm",
 }
-# The norm before the feed-forward block has the name that elsewhere is that of one behind the
-# attention.
+# 'post_attention_layernorm' is the norm after the attention in models with norms after both blocks,
+# and the norm before the feed-forward block in others.
 _WITH_POST_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
     "pre_mlp_norm": "pre_feedforward_layernorm",
@@ -59,14 +59,18 @@ _T5_DECODER = {
 
 
 def hf_tensor(name: str, config: T5Config | DecoderConfig) -> HFTensor:
-    """What a parameter, such as 'layers_0/mlp/wo/kernel', is called in a checkpoint."""
+    """Returns the checkpoint's tensor for a parameter such as 'layers_0/mlp/wo/kernel'."""
     if isinstance(config, T5Config):
         return _t5_tensor(name)
     return _decoder_tensor(name, config)
 
 
 def is_left_out(name: str, config: T5Config | DecoderConfig) -> bool:
-    """Whether a checkpoint's tensor is one that says nothing more, or is of another modality."""
+    """Returns whether a checkpoint's tensor is ignored.
+
+    These are copies of other tensors, tensors that follow from the configuration, and those of
+    another modality.
+    """
     if isinstance(config, T5Config):
         is_tied = config.logits_via_embedding
         copies = r"(encoder|decoder)\.embed_tokens\.weight"
@@ -90,7 +94,7 @@ def _decoder_tensor(name: str, config: DecoderConfig) -> HFTensor:
             "token_embedder/embedding": "embed_tokens.weight",
             "decoder_norm/scale": "norm.weight",
         }[name]
-    # The latter two where the language model is part of one that sees images.
+    # The last two are used if the language model is part of a model that also takes images.
     prefixes = ("model.", "language_model.model.", "model.language_model.")
     return HFTensor(tuple(prefix + inner for prefix in prefixes), kind == "kernel")
 

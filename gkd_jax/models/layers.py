@@ -1,7 +1,8 @@
-"""Layers of T5, with the parameter names, initialisers and logical axes of T5X's minimal T5.
+"""Layers of T5, and functions and layers that decoder-only models share with it.
 
-Raffel et al. 2020 (https://arxiv.org/abs/1910.10683). Parameters are float32 at the start and
-are cast where they are used, so a tree restored in bfloat16 works as well.
+Parameter names, initialisers and logical axes are those of T5X's minimal T5. Parameters are
+initialised in float32 and cast where they are used, so that parameters restored in bfloat16 work,
+too.
 """
 
 import functools
@@ -20,8 +21,8 @@ from gkd_jax.common.array_types import Array, Bool, Float, Int
 from gkd_jax.models.layer_loops import key_of_layer
 
 MASKED = -1e10
-"""Added to the attention logits of what may not be seen. Finite, as in T5X: a row that sees
-nothing (a padded query) is uniform instead of NaN."""
+"""Added to the attention logits of masked keys. It is finite, as in T5X, so that the attention of a
+query without keys (a padded one) is uniform instead of NaN."""
 
 NUM_BUCKETS = 32
 MAX_DISTANCE = 128
@@ -31,23 +32,23 @@ variance_scaling = nn.initializers.variance_scaling
 
 
 def mask_to_bias(mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Turns a mask, True where attention may go, into what is added to the logits."""
+    """Converts a mask, True on keys that may be seen, to a bias of the attention logits."""
     return jnp.where(mask, 0.0, MASKED).astype(jnp.float32)
 
 
 def same_segment(queries: Int[Array, "B Q"], keys: Int[Array, "B L"]) -> Bool[Array, "B 1 Q L"]:
-    """True where query and key are of one example of a packed row, for all heads."""
+    """Returns whether query and key belong to the same example of a packed row."""
     return (queries[:, :, None] == keys[:, None, :])[:, None]
 
 
 def starts_of_segments(segments: Int[Array, "B L"]) -> Bool[Array, "B L"]:
-    """True at the first position of each example of a packed row, and of its padding."""
+    """Returns whether a position is the first of an example of a packed row, or of the padding."""
     changes = segments[:, 1:] != segments[:, :-1]
     return jnp.concatenate([jnp.ones_like(changes, shape=(len(segments), 1)), changes], axis=1)
 
 
-def places_in_segments(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """Counts positions from 0 on within each example of a packed row."""
+def positions_in_segments(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """Returns positions within each example of a packed row, from 0."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1])[None], segments.shape)
     starts = jnp.where(starts_of_segments(segments), index, 0)
     return index - lax.cummax(starts, axis=1)
@@ -60,32 +61,32 @@ def logical_param(
     axes: tuple[str, ...],
     shape: tuple[int, ...],
 ) -> Array:
-    """Declares a float32 parameter with logical axes; returns it without their box."""
+    """Declares a float32 parameter with logical axes, and returns the array."""
     boxed_init = nn.with_logical_partitioning(initializer, axes)
     return cast(Array, module.param(name, boxed_init, shape, jnp.float32))
 
 
 def soft_cap(logits: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
-    """cap * tanh(logits / cap), which keeps logits within the cap; None leaves them."""
+    """Returns cap * tanh(logits / cap), or the logits unchanged if `cap` is None."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def project(
     hidden: Float[Array, "*n D"], kernel: Array, *, axis: int, divisor: float = 1.0
 ) -> Float[Array, "*n V"]:
-    """Hidden states times an output layer, in float32, over `divisor`.
+    """Computes logits in float32: hidden states times an output layer, divided by `divisor`.
 
     Args:
-      hidden: of any dtype.
-      kernel: [D, V] or [V, D].
-      axis: that of the kernel which is D.
-      divisor: of the product.
+      hidden: hidden states of any dtype.
+      kernel: output layer, [D, V] or [V, D].
+      axis: axis D of the kernel.
+      divisor: divisor of the product.
     """
-    # Two bfloat16 operands stay so: their products are exact in float32, and a large teacher's
-    # head is not copied.
+    # If both are bfloat16 they are not cast: products are exact in float32, and the output layer
+    # of a large teacher is not copied.
     is_exact = hidden.dtype == kernel.dtype == jnp.bfloat16
     if not is_exact:
-        # Divided here, where there are fewer numbers than there will be logits.
+        # Hidden states are divided, since there are fewer of them than of logits.
         hidden, kernel = hidden.astype(jnp.float32) / divisor, kernel.astype(jnp.float32)
     logits = lax.dot_general(
         hidden,
@@ -101,10 +102,10 @@ class Dense(nn.Module):
 
     Attributes:
       features: size of the output.
-      axes: logical axes of the kernel, input first.
-      dtype: compute dtype.
+      axes: logical axes of the kernel: of the input, then of the output.
+      dtype: dtype of the computation.
       kernel_init: initialiser of the kernel.
-      use_bias: whether a learnt bias is added; T5 has none.
+      use_bias: whether a learned bias is added; T5 has none.
     """
 
     features: int
@@ -125,11 +126,12 @@ class Dense(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Zeroes a share of the values and scales up the others, where there is a dropout key.
+    """Sets a share of the values to 0 and scales up the others, if there is a dropout key.
 
     Attributes:
-      rate: share of the values.
-      shared_over_positions: one coin for all of the last axis but one, as T5X has it.
+      rate: expected share of values that are set to 0.
+      shared_over_positions: whether the mask is the same for all indices of the second-to-last
+        axis, as in T5X.
     """
 
     rate: float
@@ -146,7 +148,7 @@ class Dropout(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """T5's layer norm: x / rms(x) · scale, in float32 up to the scale, no mean and no bias."""
+    """T5's layer norm: x / rms(x) · scale, without mean and bias; float32 except for the scale."""
 
     dtype: Any
     epsilon: float = 1e-6
@@ -162,7 +164,7 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding: rows of a table, of standard normals in T5."""
+    """Token embedding. In T5 it is initialised from the standard normal distribution."""
 
     vocab_size: int
     features: int
@@ -217,9 +219,9 @@ class GatedMLP(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention without scaling: 1/sqrt(head_dim) is in the query's initialiser.
 
-    Keys and values are made apart from the attention itself, so that decoding can keep them.
-    Heads come before lengths, [B, H, L, K]: with the batch first, as caches need it, and each
-    head's keys in one block, as the matrix products of a decode step need it.
+    Keys and values are computed by a separate method, so that decoding can cache them. Their shape
+    is [B, H, L, K]: the batch first, as a decoding state needs it, and the keys of each head
+    contiguous, as the matrix products of a decode step need them.
     """
 
     num_heads: int
@@ -240,7 +242,7 @@ class Attention(nn.Module):
         self.key = project(kernel_init)
         self.value = project(kernel_init)
         self.out = Dense(self.features, ("joined_kv", "embed"), self.dtype, kernel_init)
-        # Over [B, H, Q, L]: one coin for each key, shared by all queries.
+        # Over [B, H, Q, L]: the mask of a key is the same for all queries.
         self.dropout = Dropout(self.dropout_rate)
 
     def _split_heads(self, x: Array) -> Array:
@@ -261,8 +263,8 @@ class Attention(nn.Module):
     ) -> Float[Array, "B Q D"]:
         queries = self._split_heads(self.query(x))
         logits = jnp.einsum("bhqk,bhlk->bhql", queries, keys, preferred_element_type=jnp.float32)
-        # Biases of different axes come apart: their sum would be as large as the logits, and is
-        # made only where it is added.
+        # Biases that broadcast over different axes are separate arguments: their sum is as large
+        # as the logits, and is computed only here.
         bias = functools.reduce(operator.add, biases)
         weights = jax.nn.softmax(logits + bias, axis=-1).astype(self.dtype)
         weights = self.dropout(weights)
@@ -276,12 +278,12 @@ def relative_position_buckets(
 ) -> Int[np.ndarray, " N"]:
     """Maps distances (key position minus query position) to T5's buckets.
 
-    Half of the buckets hold one distance each, the other half grow by powers up to
-    MAX_DISTANCE, beyond which all share the last one. In both directions, each direction has
-    half of the buckets; in one, every key after the query is in bucket 0.
+    Half of the buckets hold one distance each; the other half grow exponentially up to
+    MAX_DISTANCE, and larger distances are in the last bucket. If bidirectional, each direction has
+    half of the buckets; otherwise every key after the query is in bucket 0.
 
     Args:
-      distances: known when tracing.
+      distances: distances, which are known when tracing.
       bidirectional: True in the encoder.
 
     Returns:
@@ -296,7 +298,7 @@ def relative_position_buckets(
         behind = np.abs(behind)
     behind = np.maximum(behind, 0)
     exact = num_buckets // 2
-    # The epsilon (T5X's) keeps a distance on the border of two buckets in the upper one.
+    # The epsilon, as in T5X, puts a distance at the border of two buckets in the upper one.
     ratio = np.log(np.maximum(behind, 1) / exact + np.finfo(np.float32).eps)
     ratio = ratio / math.log(MAX_DISTANCE / exact)
     grown = np.minimum(exact + np.trunc(ratio * (num_buckets - exact)), num_buckets - 1)
@@ -304,7 +306,7 @@ def relative_position_buckets(
 
 
 class RelativePositionBias(nn.Module):
-    """Attention bias per head that depends on the distance of key and query."""
+    """Attention bias of each head that depends on the distance of key and query."""
 
     num_heads: int
     bidirectional: bool
@@ -325,9 +327,9 @@ class RelativePositionBias(nn.Module):
     def __call__(self, query_length: int, key_length: int) -> Float[Array, "1 H Q L"]:
         """Returns the biases of all pairs of positions, float32.
 
-        Each row is the row before it, shifted by one. Repeating values of period P and reading
-        them back in rows of P - 1 gives just these shifts, whose gradient is a sum where that
-        of a gather of all pairs would be a scatter.
+        Each row is the previous row, shifted by one. Repeating values of period P and reshaping
+        them to rows of P - 1 gives these shifts, and their gradient is a sum, while that of a
+        gather of all pairs would be a scatter.
         """
         ahead, behind = np.arange(key_length), np.arange(1 - query_length, 0)
         # Row q reads distance d at index d modulo P; one filler makes P - 1 >= key_length.

@@ -1,11 +1,15 @@
-"""LoRA: a frozen model with small trained matrices beside its products.
+"""LoRA: a frozen base model with small trained adapters on its matrix products.
 
-Hu et al. 2021 (https://arxiv.org/abs/2106.09685): y = x W + alpha / rank * (x A) B, with A random
-and B zero at the start, so that training begins at the base model exactly. W is frozen.
+"LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685:
 
-The parameters of such a student are two trees: `adapters`, which are trained, have optimizer state
-and are saved, and `base`, which is restored at every start and is none of these. Functions of the
-model take them joined; whoever trains or saves splits them.
+    y = x W + alpha / rank * (x A) B
+
+W is frozen. A is initialised at random and B to zero, so that training starts exactly at the base
+model.
+
+The parameters are two trees: `adapters`, which are trained, have optimizer state and are saved; and
+`base`, which is restored at every start and is not saved. The functions of the model take both,
+joined by `join`; training and checkpointing `split` them.
 """
 
 import dataclasses
@@ -31,26 +35,26 @@ from gkd_jax.models.wrapper import ModelWrapper, RestrictedVocabulary
 _ADAPTERS, _BASE = "adapters", "base"
 A, B = "lora_a", "lora_b"
 ALL_TARGETS = ("query", "key", "value", "out", "wi*", "wo")
-"""All products of the attention and of the feed-forward blocks."""
+"""All matrix products of the attention and the feed-forward blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA(ModelWrapper):
-    """A frozen model and its adapters; a `LanguageModel`.
+    """A frozen base model and its adapters; a `LanguageModel`.
 
-    Adapters are float32 and are used in the compute dtype of the product that they are added to.
+    Adapters are stored in float32 and used in the dtype of the product that they are added to.
 
     Attributes:
-      model: the base.
+      model: the base model.
       rank: columns of A and rows of B.
-      alpha: the adapters' sum counts alpha / rank.
-      targets: which products have adapters, by the end of their path in the parameter tree:
-        'query', 'wi*', 'self_attention/value', 'layers_0/mlp/wo'. `*` stands for any letters. The
-        output layer can have none.
-      base_dtype: that the base is kept in, 'bfloat16' or 'float32'.
+      alpha: the product of the adapters is multiplied by alpha / rank.
+      targets: the products that have adapters, as the last parts of their path in the parameter
+        tree: 'query', 'wi*', 'self_attention/value', 'layers_0/mlp/wo'. `*` matches any letters.
+        The output layer cannot have adapters.
+      base_dtype: dtype of the base's parameters, 'bfloat16' or 'float32'.
 
     Raises:
-      ValueError: rank, alpha or base_dtype is out of its range, or a target names no product.
+      ValueError: rank, alpha or base_dtype is out of range, or a target matches no product.
     """
 
     rank: int = 16
@@ -59,16 +63,16 @@ class LoRA(ModelWrapper):
     base_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        # A list, as gin may give it, could not be hashed.
+        # Gin may give a list, which cannot be hashed.
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
         _check_settings(self)
 
     @functools.cached_property
     def kernels(self) -> dict[str, tuple[tuple[int, ...], jax.sharding.PartitionSpec]]:
-        """Each product with adapters: its path to the kernel's shape and logical axes.
+        """Shape and logical axes of the kernel of each product with adapters, by path.
 
-        Of stacked layers these have one axis more, the first.
+        Kernels of stacked layers have the layers as an additional first axis.
         """
         candidates = products(self.model)
         return {
@@ -79,26 +83,26 @@ class LoRA(ModelWrapper):
 
     @property
     def scale(self) -> float:
-        """What the product of the adapters is multiplied by."""
+        """Factor of the product of the adapters, alpha / rank."""
         return self.alpha / self.rank
 
     @property
     def vocab_size(self) -> int:
-        """That of the base."""
+        """Size of the base model's output layer."""
         return self.model.vocab_size
 
     def inner(self, params: Params) -> Params:
-        """The base."""
+        """Returns the base's parameters."""
         return params.get(_BASE, params)
 
     def init_adapters(self, key: Key[Array, ""]) -> Params:
-        """A uniform in +-1/sqrt(its inputs), as PEFT has it, and B zero; float32."""
+        """Makes float32 adapters: A uniform in ±1/sqrt(inputs), as in PEFT, and B zero."""
         adapters = {}
         for path, ((*depth, inputs, outputs), _) in self.kernels.items():
             bound = 1.0 / math.sqrt(inputs)
 
             def random(name: str, inputs: int = inputs, bound: float = bound) -> Array:
-                # Keys by name: a target more or less leaves the others as they are.
+                # Keys depend on the name, so that other targets do not change these values.
                 own = jax.random.fold_in(key, zlib.crc32(name.encode()))
                 return jax.random.uniform(own, (inputs, self.rank), jnp.float32, -bound, bound)
 
@@ -111,17 +115,17 @@ class LoRA(ModelWrapper):
         return traverse_util.unflatten_dict(adapters, sep="/")
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Makes adapters, and a random base of its dtype; jit-able."""
+        """Makes adapters, and a random base in `base_dtype`; can be jitted."""
         base = self.model.init(key)
         base = jax.tree.map(lambda leaf: leaf.astype(self.base_dtype), base)
         return join(self.init_adapters(key), base)
 
     def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the parameters, without allocating them."""
+        """Returns the shapes and dtypes of the parameters without allocating them."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
-        """Logical axis names: A lies as the kernel's inputs do, B as its outputs."""
+        """Returns logical axis names: A has those of the kernel's inputs, B of its outputs."""
         spec = jax.sharding.PartitionSpec
         adapters = {
             path: {A: spec(*axes[:-1], None), B: spec(*axes[:-2], None, axes[-1])}
@@ -131,9 +135,15 @@ class LoRA(ModelWrapper):
         return join(nested, self.model.logical_axes())
 
     def merge(self, params: Params) -> Params:
-        """The base's parameters with the adapters added, float32 where there are any.
+        """Merges the adapters into the base: W + alpha / rank * A B.
 
-        W + alpha / rank * A B: the base model computes with them what this one does.
+        The base model computes with the result what this model computes.
+
+        Args:
+          params: adapters and base.
+
+        Returns:
+          Parameters of the base model; kernels that had adapters are float32.
         """
         pairs = pairs_of(params[_ADAPTERS])
         flat = traverse_util.flatten_dict(params[_BASE], sep="/")
@@ -143,7 +153,7 @@ class LoRA(ModelWrapper):
         return traverse_util.unflatten_dict(flat, sep="/")
 
     def tracing(self, params: Params) -> Any:
-        """While a function of the base is traced: the adapters are added to its products."""
+        """Returns a context in which traced functions of the base add the adapters."""
         pairs = pairs_of(params[_ADAPTERS])
 
         def add(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -161,16 +171,19 @@ class LoRA(ModelWrapper):
 
 
 def join(trained: Params, frozen: Params | None) -> Params:
-    """Parameters as a model takes them, from what is trained and what is frozen, if anything is."""
+    """Joins trained and frozen parameters as a model takes them; `frozen` may be None."""
     return trained if frozen is None else {_ADAPTERS: trained, _BASE: frozen}
 
 
 def split(model: LanguageModel, params: PyTree[Any]) -> tuple[PyTree[Any], PyTree[Any] | None]:
-    """What of a model's parameters is trained, and what is frozen; None where nothing is.
+    """Splits a model's parameters into trained and frozen ones. Inverse of `join`.
 
     Args:
-      model: any.
-      params: its parameters, or a tree like them: of shapes, of shardings.
+      model: any model.
+      params: its parameters, or a tree of the same structure, such as shapes or shardings.
+
+    Returns:
+      The trained parameters, and the frozen ones or None.
     """
     if isinstance(model, RestrictedVocabulary):
         model = model.model
@@ -180,30 +193,30 @@ def split(model: LanguageModel, params: PyTree[Any]) -> tuple[PyTree[Any], PyTre
 
 
 def init_trained(model: LanguageModel, key: Key[Array, ""]) -> Params:
-    """Random parameters of what is trained: all of a model, or its adapters; jit-able."""
+    """Makes the trained parameters at random: a model's adapters, or all if it has none."""
     return model.init_adapters(key) if isinstance(model, LoRA) else model.init(key)
 
 
 def has_adapters(model: LanguageModel | None) -> bool:
-    """Whether it is a base with adapters."""
+    """Returns whether the model has adapters."""
     return isinstance(model, LoRA)
 
 
 def base_of(model: LanguageModel) -> LanguageModel:
-    """The model without adapters; itself where it has none."""
+    """Returns the model without adapters; unchanged if it has none."""
     return model.model if isinstance(model, LoRA) else model
 
 
 def are_adapters(names: Iterable[str]) -> bool:
-    """Whether parameters of these names, such as 'layers_0/mlp/wo/lora_a', are adapters."""
+    """Returns whether parameters with these names, e.g. 'layers_0/mlp/wo/lora_a', are adapters."""
     return any(name.rpartition("/")[2] == A for name in names)
 
 
 def fingerprint(params: Params) -> str:
-    """A digest of parameters by which a base is known again, on any mesh.
+    """Returns a digest of parameters, which identifies a base on any mesh.
 
-    Of each array, the sum of its bits as whole numbers, which is exact in any order. Layers count
-    one by one, however they lie.
+    It contains a weighted sum of the bits of each array as integers, which is exact in any order.
+    Stacked layers have the same digest as separate ones.
     """
     params = stacking.unstack(params)
     digest = hashlib.sha256()
@@ -216,25 +229,25 @@ def fingerprint(params: Params) -> str:
 def _sum_of_bits(leaf: Array) -> Array:
     width = 8 * leaf.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
-    # Weighed by place, so that rows in another order are another model.
-    place = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, 0) if leaf.ndim else jnp.uint32(0)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    # Weighted by row, so that the same rows in another order are another model.
+    row = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, 0) if leaf.ndim else jnp.uint32(0)
+    return jnp.sum(bits * (2 * row + 1), dtype=jnp.uint32)
 
 
 def pairs_of(adapters: Params) -> dict[str, tuple[Array, Array]]:
-    """Path of each product to its A and B."""
+    """Returns A and B of each product, by path."""
     flat = traverse_util.flatten_dict(adapters, sep="/")
     paths = [name.removesuffix(f"/{A}") for name in flat if name.endswith(f"/{A}")]
     return {path: (flat[f"{path}/{A}"], flat[f"{path}/{B}"]) for path in paths}
 
 
-@functools.lru_cache(maxsize=64)  # Asked again by every equal model; it traces the model.
+@functools.lru_cache(maxsize=64)  # It traces the model, and is called for every equal model.
 def products(
     model: LanguageModel,
 ) -> dict[str, tuple[tuple[int, ...], jax.sharding.PartitionSpec]]:
-    """Every product of a model but that of the output layer, which losses make by themselves.
+    """Returns shape and logical axes of the kernel of every matrix product, by path.
 
-    The path of each to its kernel's shape and logical axes.
+    The output layer is left out, since losses compute its product themselves.
     """
     shapes = traverse_util.flatten_dict(model.abstract_params(), sep="/")
     axes = traverse_util.flatten_dict(model.logical_axes(), sep="/")
@@ -247,7 +260,7 @@ def products(
 
 
 def _names(target: str, path: str) -> bool:
-    """Whether a target's parts match the last parts of a path."""
+    """Returns whether a target matches the last parts of a path."""
     wanted, parts = target.split("/"), path.split("/")
     ends = zip(reversed(parts), reversed(wanted), strict=False)
     return len(wanted) <= len(parts) and all(fnmatch.fnmatchcase(*pair) for pair in ends)

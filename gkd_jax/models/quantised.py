@@ -1,8 +1,9 @@
-"""A teacher's weights in int8: a whole number from -127 to 127 for each, a scale for each column.
+"""Int8 weights for teachers: integers from -127 to 127, with a float32 scale for each column.
 
-W_ij is about s_j q_ij with s_j = max_i |W_ij| / 127, so y_j = s_j (x q)_j: activations are not
-quantised, and whole numbers up to 127 are exact in bfloat16. Embeddings, norms and the output layer
-stay as they are: the losses read the output layer by themselves.
+    W_ij ≈ s_j q_ij with s_j = max_i |W_ij| / 127, so y_j = s_j (x q)_j
+
+Activations are not quantised, and integers up to 127 are exact in bfloat16. Embeddings, norms and
+the output layer are not quantised; losses read the output layer directly.
 """
 
 import dataclasses
@@ -25,26 +26,26 @@ _LARGEST = 127
 
 @dataclasses.dataclass(frozen=True)
 class Int8(ModelWrapper):
-    """A model whose products have int8 weights; a `LanguageModel` for inference.
+    """A model whose matrix products have int8 weights; a `LanguageModel` for inference.
 
-    Parameters are two trees: `weights`, those of the model with int8 kernels, and `scales`, the
-    float32 scales of the kernels by path.
+    The parameters are two trees: `weights`, the model's parameters with int8 kernels, and `scales`,
+    the float32 scales of the kernels by path.
 
     Attributes:
-      model: the model.
+      model: the model that is quantised.
     """
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the output layer."""
+        """Size of the output layer."""
         return self.model.vocab_size
 
     def inner(self, params: Params) -> Params:
-        """The weights."""
+        """Returns the model's parameters with int8 kernels."""
         return params.get("weights", params)
 
     def quantise(self, params: Params) -> Params:
-        """The model's parameters with int8 kernels; jit-able."""
+        """Quantises the model's parameters; can be jitted."""
         flat = dict(traverse_util.flatten_dict(params, sep="/"))
         scales = {}
         for path in products(self.model):
@@ -52,15 +53,15 @@ class Int8(ModelWrapper):
         return {"weights": traverse_util.unflatten_dict(flat, sep="/"), "scales": scales}
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Makes random parameters, quantised; jit-able."""
+        """Makes random quantised parameters; can be jitted."""
         return self.quantise(self.model.init(key))
 
     def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the parameters."""
+        """Returns the shapes and dtypes of the parameters."""
         return jax.eval_shape(self.quantise, self.model.abstract_params())
 
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
-        """Logical axis names: scales lie as the outputs of their kernels do."""
+        """Returns logical axis names; scales have those of their kernels' outputs."""
         spec = jax.sharding.PartitionSpec
         scales = {
             path: spec(*axes[:-2], axes[-1]) for path, (_, axes) in products(self.model).items()
@@ -68,15 +69,15 @@ class Int8(ModelWrapper):
         return {"weights": self.model.logical_axes(), "scales": scales}
 
     def tracing(self, params: Params) -> Any:
-        """While a function of the model is traced: its products are scaled."""
+        """Returns a context in which traced functions of the model scale their products."""
         scales = params["scales"]
 
         def scale(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             module = context.module
             if not isinstance(module, layers.Dense) or context.method_name != "__call__":
                 return next_fn(*args, **kwargs)
-            of_column = scales.get("/".join(module.path))
-            if of_column is None:
+            column_scales = scales.get("/".join(module.path))
+            if column_scales is None:
                 return next_fn(*args, **kwargs)
             x, dtype = args[0], module.dtype
             y = jnp.dot(
@@ -84,8 +85,8 @@ class Int8(ModelWrapper):
                 module.get_variable("params", "kernel").astype(dtype),
                 preferred_element_type=jnp.float32,
             )
-            of_column = slice_of_layer(of_column, 1)
-            y = y * jnp.expand_dims(of_column, tuple(range(y.ndim - 1)))
+            column_scales = slice_of_layer(column_scales, 1)
+            y = y * jnp.expand_dims(column_scales, tuple(range(y.ndim - 1)))
             if module.use_bias:
                 bias: Array = module.get_variable("params", "bias").astype(jnp.float32)
                 y = y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
@@ -97,7 +98,7 @@ class Int8(ModelWrapper):
 def quantise_kernel(
     kernel: Float[Array, "*n I O"],
 ) -> tuple[Int[Array, "*n I O"], Float[Array, "*n O"]]:
-    """Rounds a kernel to int8 with a float32 scale for each column; one of zeros has scale 1."""
+    """Rounds a kernel to int8, with a float32 scale for each column, 1 for columns of zeros."""
     kernel = kernel.astype(jnp.float32)
     largest = jnp.max(jnp.abs(kernel), axis=-2)
     scales = jnp.where(largest == 0, 1.0, largest / _LARGEST)

@@ -1,7 +1,8 @@
-"""T5 1.0 and 1.1: the encoder-decoder that distillation began with.
+"""T5 1.0 and 1.1, encoder-decoder models.
 
-Raffel et al. 2020 (https://arxiv.org/abs/1910.10683). The parameter tree is that of T5X's
-minimal T5, so T5X's checkpoints are read name by name.
+"Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+arXiv 1910.10683. The parameter tree is that of T5X's minimal T5, so that T5X's checkpoints have the
+same names.
 """
 
 import dataclasses
@@ -26,12 +27,12 @@ KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
 
 @flax.struct.dataclass
 class T5DecodeState:
-    """What decoding keeps between steps; the batch is the first axis of every leaf.
+    """The state of decoding between steps. The first axis of every array is the batch.
 
     Attributes:
-      self_attention: keys and values of the fed tokens by layer, in a tuple or stacked along a
-        second axis; slot 0 is the start token's, slot t + 1 that of output position t.
-      cross_attention: keys and values of the encoded prompt, likewise.
+      self_attention: keys and values of the fed tokens for each layer, in a tuple or stacked along
+        the second axis. The start token is in slot 0, output position t in slot t + 1.
+      cross_attention: keys and values of the encoded prompt, in the same form.
       inputs_mask: True on the real tokens of the prompt.
     """
 
@@ -91,7 +92,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embedded prompts to encoded prompts."""
+    """Encodes embedded prompts."""
 
     config: T5Config
 
@@ -103,7 +104,7 @@ class Encoder(nn.Module):
         )
         self.encoder_norm = _norm(config)
         self.dropout = _dropout(config)
-        # In T5X, the encoder's last dropout alone draws for each position.
+        # As in T5X, this dropout alone has a mask that differs between positions.
         self.final_dropout = layers.Dropout(config.dropout_rate, shared_over_positions=False)
 
     def __call__(
@@ -113,10 +114,10 @@ class Encoder(nn.Module):
         segments: Int[Array, "B S"] | None,
     ) -> Float[Array, "B S D"]:
         length = x.shape[1]
-        # Padded queries see nothing, so that their (unused) outputs are T5X's as well.
+        # Padded queries see no key, so that their (unused) outputs equal T5X's, too.
         mask = inputs_mask[:, None, :, None] & inputs_mask[:, None, None, :]
         if segments is not None:
-            # Distances within an example are those it would have alone.
+            # Distances within an example are the same as in a row of its own.
             mask &= layers.same_segment(segments, segments)
         relpos = self.relpos_bias(length, length)
 
@@ -132,7 +133,7 @@ class Encoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention over the output, attention to the prompt, feed-forward block."""
+    """Causal self-attention over the output, attention to the prompt, feed-forward block."""
 
     config: T5Config
 
@@ -156,10 +157,18 @@ class DecoderLayer(nn.Module):
         cross_bias: Float[Array, "B 1 #T S"],
         keep: Callable[[KeysValues], tuple[KeysValues, PyTree]] = lambda new: (new, None),
     ) -> tuple[Float[Array, "B T D"], PyTree]:
-        """One body for a whole output and for a decode step, so that they cannot differ.
+        """Computes the layer, both for a whole output and for a decode step.
 
-        `keep` takes the keys and values of `x`; it returns all those that `x` attends to, and what
-        is to be returned beside the layer's output.
+        Args:
+          x: hidden states.
+          cross: keys and values of the encoded prompt.
+          self_biases: biases of the self-attention's logits; they are added up.
+          cross_bias: bias of the logits of the attention to the prompt.
+          keep: maps the keys and values of `x` to all keys and values that `x` attends to, and to
+            a second output of the layer.
+
+        Returns:
+          The new hidden states, and the second output of `keep`.
         """
         y = self.pre_self_attention_layer_norm(x)
         (keys, values), kept = keep(self.self_attention.keys_values(y))
@@ -173,7 +182,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedded output tokens to hidden states, all at once or one position at a time."""
+    """Maps embedded output tokens to hidden states, all at once or one position at a time."""
 
     config: T5Config
 
@@ -197,7 +206,7 @@ class Decoder(nn.Module):
         targets_segments: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         length = x.shape[1]
-        # Causal only: which positions count is for the loss weights to say.
+        # A causal mask only: the loss weights exclude padding.
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
         whole = self.relpos_bias(length, length) + layers.mask_to_bias(causal)
         self_biases: tuple[Array, ...] = (whole,)
@@ -219,7 +228,7 @@ class Decoder(nn.Module):
         return run_layers(self.layers, body, carry, kinds=kinds, **options)
 
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> PyTree:
-        """Keys and values of all layers, in a tuple or stacked along a second axis."""
+        """Computes the keys and values of all layers, in a tuple or stacked on the second axis."""
 
         def body(
             layer: DecoderLayer, carry: tuple, number: Index, kind: Any
@@ -229,7 +238,7 @@ class Decoder(nn.Module):
         return self._run(body, ())[1]
 
     def empty_cache(self, batch_size: int, num_slots: int) -> PyTree:
-        """A cache of the same form as `cross_keys_values`, of zeros."""
+        """Returns a cache of zeros in the form of `cross_keys_values`."""
         config = self.config
         depth = (config.num_decoder_layers,) if config.scan_layers else ()
         shape = (batch_size, *depth, config.num_heads, num_slots, config.head_dim)
@@ -237,7 +246,7 @@ class Decoder(nn.Module):
         def zeros() -> KeysValues:
             return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
-        # Not one array for all: donated buffers must not be shared.
+        # Not one array for all layers: donated buffers must not be shared.
         return zeros() if depth else tuple(zeros() for _ in range(config.num_decoder_layers))
 
     def step(
@@ -262,7 +271,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The Linen module: the parameter tree, and the computations on it."""
+    """The Linen module, which defines the parameter tree and the computations."""
 
     config: T5Config
 
@@ -306,7 +315,7 @@ class Transformer(nn.Module):
         return hidden[:, 0], state
 
     def __call__(self, inputs: Array, inputs_mask: Array, targets: Array) -> Array:
-        """Touches every parameter; for the initialisation."""
+        """Uses every parameter; for initialisation."""
         hidden = self.hidden_states(inputs, inputs_mask, targets)
         return hidden if self.config.logits_via_embedding else self.decoder.logits_dense(hidden)
 
@@ -316,11 +325,11 @@ class T5(LinenModel):
     """T5 as pure functions of its parameters; a `LanguageModel`.
 
     Attributes:
-      config: sizes and variant.
+      config: sizes and variants.
     """
 
     config: T5Config
-    # The start token lies in the first.
+    # The start token is in slot 0.
     _first_slot: ClassVar[int] = 1
 
     @property
@@ -344,10 +353,10 @@ class T5(LinenModel):
         """Encodes prompts.
 
         Args:
-          params: parameters.
-          inputs: prompt tokens, padded anywhere.
+          params: the parameters.
+          inputs: prompt tokens, with padding at any position.
           inputs_mask: True on real tokens.
-          dropout_key: key of the dropout, which is off without it.
+          dropout_key: key of the dropout; None turns dropout off.
 
         Returns:
           Outputs of the encoder in the compute dtype.
@@ -358,18 +367,18 @@ class T5(LinenModel):
     def hidden_states(
         self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """Hidden states from which `unembed` predicts `batch.targets[:, t]` at position t.
+        """Computes the hidden states from which `unembed` predicts `batch.targets[:, t]`.
 
-        The decoder reads the start token and the targets but the last, so position t depends
-        on the targets before t alone; of a packed row, on its own example's alone.
+        The decoder reads the start token and all targets except the last, so position t depends
+        only on the targets before t, and in a packed row only on its own example.
 
         Args:
-          params: parameters.
+          params: the parameters.
           batch: prompts and outputs.
-          dropout_key: key of the dropout, which is off without it.
+          dropout_key: key of the dropout; None turns dropout off.
 
         Returns:
-          Outputs of the decoder's last norm (and dropout), in the compute dtype.
+          Outputs of the decoder's last norm (and dropout) in the compute dtype.
         """
         arguments = (
             *(batch.inputs, batch.inputs_mask, batch.targets),
@@ -378,7 +387,7 @@ class T5(LinenModel):
         return self._apply(params, Transformer.hidden_states, *arguments, dropout_key=dropout_key)
 
     def head(self, params: Params) -> Params:
-        """The head's kernel (T5 1.1) or the embedding (T5 1.0), where they are in the tree."""
+        """Returns a tree with the output layer's kernel (T5 1.1) or the embedding (T5 1.0)."""
         if self.config.logits_via_embedding:
             return {"token_embedder": {"embedding": params["token_embedder"]["embedding"]}}
         return {
@@ -386,10 +395,10 @@ class T5(LinenModel):
         }
 
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
-        """Hidden states to float32 logits.
+        """Computes float32 logits.
 
-        The head's kernel (T5 1.1), or the embedding, scaled by 1/sqrt(D) (T5 1.0). Only that
-        parameter is read, and a slice of its vocabulary axis gives that slice of the logits.
+        The output layer is a kernel (T5 1.1), or the embedding scaled by 1/sqrt(D) (T5 1.0). With a
+        slice of it along the vocabulary, this computes that slice of the logits.
         """
         if not self.config.logits_via_embedding:
             return layers.project(hidden, params["decoder"]["logits_dense"]["kernel"], axis=0)
