@@ -38,8 +38,11 @@ from t5x import adafactor, models, partitioning, trainer, utils
 from t5x.examples.t5 import network
 
 from gkd_jax import t5x_trainer
+from gkd_jax.t5x_trainer.batches import to_batch
+from gkd_jax.t5x_trainer.model import FINAL_WEIGHTS
+from gkd_jax.t5x_trainer.programs import ModelWithTeacher
 
-ROOT = pathlib.Path(t5x_trainer.__file__).resolve().parents[1]
+ROOT = pathlib.Path(t5x_trainer.__file__).resolve().parents[2]
 OBJECTIVE = Objective(GeneralizedJSD(beta=0.3), teacher_temperature=0.7, z_loss=1e-4)
 SIZES = {
     "vocab_size": 96,
@@ -250,8 +253,8 @@ def test_microbatches_of_t5x_give_our_gradient(reduction, tiny, teacher_sizes, f
     def of_t5x(params, teacher_params, *, num_microbatches):
         state = dataclasses.make_dataclass("State", ["params", "flax_mutables"])(params, None)
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-        bound = t5x_trainer._WithTeacher(model, teacher_params, mesh)
-        whole = {**features, t5x_trainer._FINAL_WEIGHTS: weights}
+        bound = ModelWithTeacher(model, teacher_params, mesh)
+        whole = {**features, FINAL_WEIGHTS: weights}
         whole = {name: jnp.asarray(array) for name, array in whole.items()}
         rng = jax.random.PRNGKey(2)
         grads, metrics, _ = trainer.accumulate_grads_microbatched(
@@ -352,7 +355,7 @@ def test_settings_that_t5x_cannot_have_are_refused(tiny, teacher_sizes, features
     with pytest.raises(FileNotFoundError, match="nowhere"):
         make(teacher_checkpoint="nowhere")
     with pytest.raises(ValueError, match=r"pack = False"):
-        t5x_trainer.to_batch({**features, "decoder_segment_ids": features["decoder_input_tokens"]})
+        to_batch({**features, "decoder_segment_ids": features["decoder_input_tokens"]})
     with pytest.raises(ValueError, match="GkdTrainer"):
         model.loss_fn({}, features, None)
     plain = models.EncoderDecoderModel(
