@@ -1,8 +1,12 @@
-"""What the student minimises, and on whose outputs.
+"""What the student minimises, and on whose outputs: divergences, the objective, the loss.
 
-Pure functions of arrays and frozen dataclasses; no network, no mesh. Start with `divergences`,
-where a divergence is a term per vocabulary entry, and with `objective`; `fused` is the form that
-training uses. `objectives.X` is the one public name of every divergence.
+Pure functions of arrays and frozen dataclasses. The room knows no network (a model comes as hidden
+states and a function that makes logits of them), no optimizer and no files; of the device mesh it
+knows the roles of its axes (`common.mesh_axes`).
+
+Start with `divergences`, where a divergence is a term per vocabulary entry, and `per_token`, which
+makes a value and a gradient of it. Then `objective`, with the loss in its plain form, and `fused`,
+the form that training uses. `objectives.X` is the public name of every divergence.
 """
 
 from typing import Any

@@ -115,7 +115,7 @@ def chunked_loss(
     weights: Float[Array, "B T"],
     advantages: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """Sums weights * `objective.of_logits` over all positions, in chunks.
+    """Sums weights * `objective.value_and_gradient` over all positions, in chunks.
 
     `fused_weighted_loss` for any kind of teacher, without its checks.
 
@@ -125,7 +125,7 @@ def chunked_loss(
       teacher: a tree of arrays [B, T, ...] with the teacher's data at each position, and the
         parameters of its output layer.
       make_teacher: function of (output layer, the tree at the positions of a chunk) that returns
-        the teacher as `objective.of_logits` takes it.
+        the teacher as `objective.value_and_gradient` takes it.
       targets: output tokens.
       weights: final weights; nothing is computed at positions where they are 0.
       advantages: advantages of the output tokens, or None.
@@ -384,7 +384,7 @@ def _group_loss(
 ) -> tuple[Float[Array, " G"], Float[Array, ""], Float[Array, "G V"]]:
     """Computes what `_chunk_loss` does, of all its positions at once."""
     teacher, targets, weights, advantages = group
-    value, gradient = objective.of_logits(logits, teacher, targets, advantages)
+    value, gradient = objective.value_and_gradient(logits, teacher, targets, advantages)
     mask = weights != 0
     value = jnp.where(mask, value, 0.0)
     loss = value

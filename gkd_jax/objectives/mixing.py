@@ -1,4 +1,8 @@
-"""Where a step's outputs come from: the coin of GKD's Algorithm 1 and its probability lambda."""
+"""The source of a step's outputs: the coin of GKD's Algorithm 1 and its probability lambda.
+
+"On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (GKD,
+arXiv 2306.13649).
+"""
 
 import dataclasses
 import math
@@ -6,30 +10,39 @@ from typing import Protocol
 
 import numpy as np
 
-# Keeps the coin's stream apart from other uses of the same seed.
+# Separates the random stream of the coin from other uses of the same seed.
 _COIN_STREAM = 0x6B64636F696E
 
 
 class FractionSchedule(Protocol):
-    """Lambda as a function of the step."""
+    """A schedule of lambda, the fraction of steps on the student's own outputs."""
 
     def __call__(self, step: int) -> float:
-        """Probability, in [0, 1], that step `step` trains on the student's own outputs."""
+        """Returns the probability that step `step` trains on the student's own outputs."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class RisingFraction:
-    """lambda = 1 - base^(step / num_steps): ImitKD's schedule (arXiv 2009.07253).
+    """A fraction that rises from 0 with the step,
 
-    It begins at 0, with the data's outputs alone, and ends at 1 - base.
+        lambda = 1 - base^(step / num_steps).
+
+    The schedule of "Autoregressive Knowledge Distillation through Imitation Learning" (ImitKD,
+    arXiv 2009.07253). It begins with the data's outputs alone and ends at 1 - base.
 
     Attributes:
       base: r in (0, 1); 1 - base is the fraction at `num_steps`.
-      num_steps: length of the training, I in the paper.
+      num_steps: number of training steps, I in the paper.
 
     Raises:
       ValueError: a setting is outside its range.
+
+    Examples:
+      >>> from gkd_jax import objectives
+      >>> schedule = objectives.RisingFraction(base=0.01, num_steps=1000)
+      >>> print(" ".join(f"{schedule(step):.2f}" for step in (0, 100, 500, 1000)))
+      0.00 0.37 0.90 0.99
     """
 
     base: float
@@ -54,32 +67,40 @@ class RisingFraction:
 
 @dataclasses.dataclass(frozen=True)
 class OutputMix:
-    """Decides for each step whether its batch trains on the student's own outputs.
+    """Decides for each step whether its batch is trained on the student's own outputs.
 
-    Algorithm 1 of GKD (arXiv 2306.13649): draw u ~ U(0, 1); where u <= lambda the outputs of
-    the whole batch are sampled from the student, otherwise they come from the data.
+    Algorithm 1 of GKD: draw u ~ U(0, 1); if u <= lambda, the outputs of the whole batch are sampled
+    from the student, otherwise they come from the data.
 
     Attributes:
-      student_data_fraction: lambda, a number in [0, 1] or a schedule. 1 is on-policy at every
-        step, 0 never.
-      per_example: each example of a batch tosses a coin of its own. The expected loss is the
-        same and varies less, but outputs are sampled at every step.
+      student_data_fraction: lambda, a number in [0, 1] or a schedule. 1 trains on the student's
+        outputs at every step, 0 never.
+      per_example: whether each example of a batch tosses a coin of its own. The expected loss is
+        the same and varies less, but outputs are sampled at every step.
 
     Raises:
       ValueError: the fraction is a number outside [0, 1].
+
+    Examples:
+      The coin of a step depends on the seed and the step alone:
+
+      >>> from gkd_jax import objectives
+      >>> mix = objectives.OutputMix(student_data_fraction=0.5)
+      >>> [mix.is_on_policy(step, seed=0) for step in range(4)]
+      [True, True, False, False]
     """
 
     student_data_fraction: float | FractionSchedule = 0.5
     per_example: bool = False
 
     def __post_init__(self) -> None:
-        # A class is callable too: what gin gives for a schedule named without its brackets.
+        # A class is callable too: gin passes one if a schedule is named without its brackets.
         is_schedule = callable(self.student_data_fraction)
         if not is_schedule or isinstance(self.student_data_fraction, type):
             _check_fraction(self.student_data_fraction)
 
     def fraction(self, step: int) -> float:
-        """Lambda at a step.
+        """Returns lambda at a step.
 
         Raises:
           ValueError: a schedule gave a value outside [0, 1].
@@ -91,34 +112,34 @@ class OutputMix:
     def is_on_policy(self, step: int, *, seed: int) -> bool:
         """Tosses the coin of one step, on the host.
 
-        It depends on (seed, step) alone, so all hosts agree without talking to each other, and
-        a resumed run tosses the same.
+        It depends on (seed, step) alone, so all hosts agree without communication, and a resumed
+        run tosses the same.
 
         Args:
           step: number of the training step, from 0.
           seed: the run's seed, not negative.
 
         Returns:
-          True where the batch's outputs are to be sampled from the student.
+          True if the outputs of the batch are to be sampled from the student.
 
         Raises:
           ValueError: the seed or the step is negative.
         """
-        # 1 - random() lies in (0, 1]: a fraction of 0 is never hit, a fraction of 1 always.
+        # 1 - random() is in (0, 1]: a fraction of 0 is never hit, a fraction of 1 always.
         coin = 1.0 - host_generator(_COIN_STREAM, seed=seed, step=step).random()
         return bool(coin <= self.fraction(step))
 
 
 def host_generator(stream: int, *, seed: int, step: int, use: int = 0) -> np.random.Generator:
-    """Random numbers on the host that are a function of (stream, seed, step, use).
+    """Returns random numbers on the host that are a function of (stream, seed, step, use).
 
-    All hosts agree on them without talking to each other, and a resumed run draws the same.
+    All hosts agree on them without communication, and a resumed run draws the same.
 
     Args:
-      stream: keeps one purpose apart from others with the same seed.
-      seed: the run's.
+      stream: separates one purpose from others with the same seed.
+      seed: the run's seed.
       step: number of the training step, from 0.
-      use: tells several draws of a purpose at a step apart.
+      use: separates several draws for one purpose at one step.
 
     Raises:
       ValueError: the seed or the step is negative.

@@ -1,4 +1,8 @@
-"""The distillation objective: a divergence per token, its temperatures and its reduction."""
+"""The distillation objective: a divergence per token, its temperatures and its reduction.
+
+`weighted_loss` is the loss in its plain form, which is the reference; training uses
+`fused.fused_weighted_loss`, which computes the same.
+"""
 
 import dataclasses
 import math
@@ -18,55 +22,81 @@ from gkd_jax.objectives.per_token import (
 )
 
 Reduction: TypeAlias = Literal["per_sequence", "per_token"]
-"""'per_sequence' is the mean over a sequence's tokens, then over sequences (the paper's);
+"""'per_sequence' is the mean over a sequence's tokens, then over sequences, as in the GKD paper;
 'per_token' is the mean over all tokens of the batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """A model's predictions of a batch's targets, before they are logits.
+    """A model's predictions of a batch's targets, before the output layer is applied.
 
     Attributes:
-      hidden: position t predicts `targets[:, t]`.
-      head: the parameters of the output layer.
-      unembed: `(head, hidden)` to float32 logits.
+      hidden: hidden states; position t predicts `targets[:, t]`.
+      head: parameters of the output layer.
+      unembed: function of (head, hidden states) that returns float32 logits.
     """
 
     hidden: Float[Array, "B T D"]
     head: Params
     unembed: Callable[[Params, Array], Array]
 
-    def logits(self, counts: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Logits of all positions; those that do not count are of hidden states of 0.
+    def logits(self, mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Returns the logits of all positions; those outside of `mask` are of hidden states of 0.
 
-        Whatever is there, NaN included, would reach the output layer's gradient as 0 * NaN.
+        Otherwise their values, NaN included, would reach the gradient of the output layer as
+        0 * NaN.
         """
-        hidden = jnp.where(counts[..., None], self.hidden, jnp.zeros((), self.hidden.dtype))
+        hidden = jnp.where(mask[..., None], self.hidden, jnp.zeros((), self.hidden.dtype))
         return self.unembed(self.head, hidden)
 
     def without_gradient(self) -> "Predictions":
-        """The same, of a model that is not trained."""
+        """Returns the predictions of a model that is not trained."""
         hidden, head = jax.lax.stop_gradient((self.hidden, self.head))
         return dataclasses.replace(self, hidden=hidden, head=head)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What the student minimises on a batch of outputs, wherever they came from.
+    """The loss that the student minimises on a batch of outputs, from whatever source.
 
-    The temperature at which outputs are sampled is no part of it: that is the rollout's.
+    The temperature at which outputs are sampled is not part of it; that is a setting of the
+    rollout.
 
     Attributes:
-      divergence: what is measured between teacher and student at each token.
-      student_temperature: of the student's softmax inside the divergence; above 0.
-      teacher_temperature: of the teacher's softmax inside the divergence; above 0 (the paper
-        uses 0.1 for GSM8K, 1 for WMT).
+      divergence: divergence between teacher and student at each token.
+      student_temperature: temperature of the student's softmax inside the divergence; above 0.
+      teacher_temperature: temperature of the teacher's softmax inside the divergence; above 0 (the
+        GKD paper uses 0.1 for GSM8K, 1 for WMT).
       reduction: 'per_sequence' or 'per_token'.
-      z_loss: factor of log^2 Z, Z the normaliser of the student's logits without temperature;
-        0 leaves it out (T5's pretraining uses 1e-4).
+      z_loss: factor of log^2 Z, with Z the normaliser of the student's logits without temperature;
+        0 for none (T5's pretraining uses 1e-4).
 
     Raises:
       ValueError: a setting is outside its range, or would have no effect.
+
+    Examples:
+      Two sequences of two tokens; the second token of the second one is padding. The output layer
+      is the identity here, so that hidden states are logits.
+
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> objective = objectives.Objective(objectives.ForwardKL(), teacher_temperature=0.5)
+      >>> mask = jnp.array([[1.0, 1.0], [1.0, 0.0]])
+      >>> weights = objectives.final_weights(mask, reduction=objective.reduction)
+      >>> print(weights)
+      [[0.25 0.25]
+       [0.5  0.  ]]
+      >>> student = jnp.zeros((2, 2, 3))
+      >>> teacher = jnp.array([[[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [[0.0, 2.0, 0.0]] * 2])
+      >>> loss, per_token = objectives.weighted_loss(
+      ...     objective,
+      ...     student=objectives.Predictions(student, jnp.eye(3), lambda head, x: x @ head),
+      ...     teacher=objectives.Predictions(teacher, jnp.eye(3), lambda head, x: x @ head),
+      ...     targets=jnp.zeros((2, 2), int),
+      ...     weights=weights,
+      ... )
+      >>> print(f"{loss:.4f}", " ".join(f"{value:.4f}" for value in per_token.ravel()))
+      0.5689 0.4330 0.0000 0.9213 0.0000
     """
 
     divergence: Divergence
@@ -96,14 +126,14 @@ class Objective:
                 "Objective.z_loss to 0.0 for none."
             )
 
-    def of_logits(
+    def value_and_gradient(
         self,
         logits: Float[Array, "*n V"],
         teacher: TokenTeacher | None,
         targets: Int[Array, "*n"],
         advantages: Float[Array, "*n"] | None,
     ) -> tuple[Float[Array, "*n"], Float[Array, "*n V"]]:
-        """The divergence of each token, and its gradient in the student's logits."""
+        """Returns the divergence of each token, and its gradient in the student's logits."""
         return divergence_and_gradient(
             self.divergence,
             logits,
@@ -121,63 +151,77 @@ def final_weights(
     reduction: Reduction,
     segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """Turns the weights of a whole batch into factors whose weighted sum is the reduced loss.
+    """Converts loss weights to factors whose weighted sum is the reduced loss.
 
-    Make them from the outputs that are trained on, after a rollout and before the batch is
-    split: then the sums over any microbatches add up to the same loss and gradient.
+    Call it on a whole batch: after a rollout, so that the outputs are those that are trained on,
+    and before the batch is split. The sums over any microbatches then add up to the same loss and
+    gradient.
 
     Args:
-      loss_weights: 0 where a token does not count, not negative; of the whole global batch.
-      reduction: 'per_sequence' divides each sequence by its own sum and by the number of
-        sequences that have any weight; 'per_token' divides by the sum of all.
-      segments: `Batch.targets_segments` where rows are packed: sequences are then the examples in
+      loss_weights: 0 at tokens without weight, not negative; of the whole global batch.
+      reduction: 'per_sequence' divides each sequence by its own sum and by the number of sequences
+        that have any weight; 'per_token' divides by the sum over all.
+      segments: `Batch.targets_segments` if rows are packed. Sequences are then the examples in
         them, so that the loss is that of the same examples in rows of their own.
 
     Returns:
-      float32 weights that sum to 1; all 0 where no token of the batch counts.
+      float32 weights that sum to 1; all 0 if no token of the batch has weight.
 
     Raises:
       ValueError: the reduction is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> mask = jnp.array([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+      >>> print(objectives.final_weights(mask, reduction="per_sequence"))
+      [[0.125 0.125 0.125 0.125]
+       [0.5   0.    0.    0.   ]]
+      >>> print(objectives.final_weights(mask, reduction="per_token"))
+      [[0.2 0.2 0.2 0.2]
+       [0.2 0.  0.  0. ]]
     """
     _check_reduction(reduction)
-    # bfloat16 cannot count above 256.
+    # A sum of ones in bfloat16 cannot exceed 256.
     weights = loss_weights.astype(jnp.float32)
     if reduction == "per_token":
         return _divide_or_zero(weights, jnp.sum(weights, keepdims=True))
     lengths = jnp.sum(weights, axis=1, keepdims=True)
     num_sequences = jnp.sum((lengths > 0).astype(jnp.float32), keepdims=True)
     if segments is not None:
-        of_outputs, numbers = _sums_of_outputs(weights, segments)
-        lengths = jnp.take_along_axis(of_outputs, numbers, axis=1)
-        num_sequences = jnp.sum((of_outputs > 0).astype(jnp.float32), keepdims=True)
+        output_sums, indices = _sums_of_outputs(weights, segments)
+        lengths = jnp.take_along_axis(output_sums, indices, axis=1)
+        num_sequences = jnp.sum((output_sums > 0).astype(jnp.float32), keepdims=True)
     return _divide_or_zero(_divide_or_zero(weights, lengths), num_sequences)
 
 
 def count_outputs(
     loss_weights: Float[Array, "B T"], segments: Int[Array, "B T"] | None
 ) -> Float[Array, ""]:
-    """Outputs of which any token counts: rows, or the examples in packed rows."""
-    counts = loss_weights > 0
+    """Counts the outputs that have any weight: rows, or the examples in packed rows."""
+    mask = loss_weights > 0
     if segments is None:
-        return jnp.sum(jnp.any(counts, axis=1).astype(jnp.float32))
-    of_outputs, _ = _sums_of_outputs(counts.astype(jnp.float32), segments)
-    return jnp.sum((of_outputs > 0).astype(jnp.float32))
+        return jnp.sum(jnp.any(mask, axis=1).astype(jnp.float32))
+    output_sums, _ = _sums_of_outputs(mask.astype(jnp.float32), segments)
+    return jnp.sum((output_sums > 0).astype(jnp.float32))
 
 
 def _sums_of_outputs(
     values: Float[Array, "B T"], segments: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
-    """Sums of each output of packed rows, in their order, and which of them a position is of.
+    """Sums values over each output of packed rows.
 
-    The padding at a row's end is one more.
+    Returns:
+      The sums, in the order of the outputs in a row; and for each position the index of its output.
+      The padding at the end of a row counts as one more output.
     """
     changes = (segments[:, 1:] != segments[:, :-1]).astype(jnp.int32)
-    numbers = jnp.pad(jnp.cumsum(changes, axis=1), ((0, 0), (1, 0)))
+    indices = jnp.pad(jnp.cumsum(changes, axis=1), ((0, 0), (1, 0)))
 
-    def of_row(values: Array, numbers: Array) -> Array:
-        return jax.ops.segment_sum(values, numbers, num_segments=len(values))
+    def row_sums(values: Array, indices: Array) -> Array:
+        return jax.ops.segment_sum(values, indices, num_segments=len(values))
 
-    return jax.vmap(of_row)(values, numbers), numbers
+    return jax.vmap(row_sums)(values, indices), indices
 
 
 def weighted_loss(
@@ -189,21 +233,23 @@ def weighted_loss(
     weights: Float[Array, "B T"],
     advantages: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """Sums weights * (divergence + z_loss * log^2 Z) over all positions.
+    """Computes the loss of a batch in its plain form,
 
-    The plain form: it makes the logits of all positions, [B, T, V], once each. Gradients go to
-    the student's hidden states and head; none to the teacher, the weights or the advantages.
-    Positions of weight 0 are left out: whatever is there, NaN included, reaches neither the loss
-    nor a gradient. `fused.fused_weighted_loss` computes the same without those arrays.
+        sum of weights * (divergence + z_loss * log^2 Z) over all positions.
+
+    It makes the logits of all positions, [B, T, V], of both models; `fused_weighted_loss` computes
+    the same without these arrays. Gradients go to the student's hidden states and head; none to the
+    teacher, the weights or the advantages. Positions of weight 0 are left out: their values, NaN
+    included, reach neither the loss nor a gradient.
 
     Args:
       objective: the divergence and its settings; its reduction is already in `weights`.
-      student: hidden states and head of the student.
-      teacher: likewise, or distributions from a store, to which the objective's teacher
-        temperature has been applied; None where the divergence needs no teacher.
-      targets: the output tokens.
-      weights: from `final_weights`, perhaps multiplied by further factors.
-      advantages: of the output tokens, where the divergence needs them.
+      student: hidden states and output layer of the student.
+      teacher: those of the teacher; or stored distributions, which include the objective's teacher
+        temperature; None if the divergence needs no teacher.
+      targets: output tokens.
+      weights: result of `final_weights`, optionally multiplied by further factors.
+      advantages: advantages of the output tokens, if the divergence needs them.
 
     Returns:
       The loss (float32 scalar), and the divergence per token (float32, no gradient, without
@@ -214,27 +260,27 @@ def weighted_loss(
     """
     check_predictions(objective.divergence, student, teacher, weights)
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
-    counts = weights != 0
-    student_logits = student.logits(counts)
-    of_teacher: TokenTeacher | None
+    mask = weights != 0
+    student_logits = student.logits(mask)
+    token_teacher: TokenTeacher | None
     if isinstance(teacher, Predictions):
-        of_teacher = teacher.without_gradient().logits(counts)
+        token_teacher = teacher.without_gradient().logits(mask)
     else:
-        of_teacher = teacher
+        token_teacher = teacher
     per_token = token_divergence(
         objective.divergence,
         student_logits,
-        of_teacher,
+        token_teacher,
         targets,
         student_temperature=objective.student_temperature,
         teacher_temperature=objective.teacher_temperature,
         advantages=advantages,
     )
-    per_token = jnp.where(counts, per_token, 0.0)
+    per_token = jnp.where(mask, per_token, 0.0)
     loss = jnp.sum(weights * per_token)
     if objective.z_loss:
         log_z = jax.nn.logsumexp(student_logits.astype(jnp.float32), axis=-1)
-        log_z = jnp.where(counts, log_z, 0.0)
+        log_z = jnp.where(mask, log_z, 0.0)
         loss = loss + objective.z_loss * jnp.sum(weights * jnp.square(log_z))
     return loss, jax.lax.stop_gradient(per_token)
 
@@ -267,7 +313,7 @@ def check_predictions(
     teacher: Predictions | TeacherDistributions | None,
     weights: Array,
 ) -> None:
-    """Checks that there is a teacher exactly where it is read, and the shapes.
+    """Checks that a teacher is given exactly if the divergence reads one, and the shapes.
 
     Raises:
       ValueError: as `weighted_loss`.

@@ -1,4 +1,8 @@
-"""From logits to a divergence per token and its gradient, for every divergence alike."""
+"""Divergence per token and its gradient, from logits: the part that all divergences share.
+
+It normalises logits, applies temperatures, sums the terms of a `Divergence` over the vocabulary and
+makes the gradient from its slopes.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +17,7 @@ from gkd_jax.objectives.buckets import Buckets
 from gkd_jax.objectives.divergences import EXCLUDED_LOG_PROB, Divergence, VocabularyEntries
 
 TokenTeacher: TypeAlias = Float[Array, "*n V"] | TeacherDistributions
-"""A teacher's logits, or its distributions as a store gives them."""
+"""A teacher's logits, or its stored distributions."""
 
 
 def token_divergence(
@@ -26,33 +30,45 @@ def token_divergence(
     teacher_temperature: float = 1.0,
     advantages: Float[Array, "*n"] | None = None,
 ) -> Float[Array, "*n"]:
-    """Computes D(P || Q) of each token, P = softmax(teacher/tau_t), Q = softmax(student/tau_s).
+    """Computes the divergence of each token,
 
-    Differentiable in the student's logits; the teacher's get no gradient. No factor tau^2 is
-    applied. Entries that are -inf in both are outside both distributions and contribute 0. A
-    token whose cotangent is 0 has gradient 0, even where its divergence is infinite.
+        D(P || Q),  P = softmax(teacher / tau_t),  Q = softmax(student / tau_s).
 
-    Of a teacher that is known at some entries only, it is the divergence of two bucketed
-    distributions: those entries, and all others as one. The student is normalised over its whole
-    vocabulary all the same.
+    It is differentiable in the student's logits; the teacher's get no gradient. No factor tau^2 is
+    applied. Entries that are -inf in both are outside both distributions and contribute 0. A token
+    whose cotangent is 0 has gradient 0, even if its divergence is infinite.
+
+    If the teacher is known at some entries only, the divergence is that of two bucketed
+    distributions: those entries, and all others as one (`buckets`). The student is normalised over
+    its whole vocabulary nevertheless.
 
     Args:
-      divergence: which one.
-      student_logits: as the model gives them, without temperature.
-      teacher: logits likewise; or stored distributions, in which the temperature already is; None
-        exactly where the divergence needs no teacher.
-      targets: the output tokens, which the negative log-likelihood and the sampled reverse KL
-        read.
+      divergence: the divergence to compute.
+      student_logits: logits of the model, without temperature.
+      teacher: logits likewise; or stored distributions, which include their temperature; None
+        exactly if the divergence needs no teacher.
+      targets: output tokens; only the negative log-likelihood and sampled estimates read them.
       student_temperature: divides the student's logits, here and nowhere else; above 0.
       teacher_temperature: divides the teacher's logits, here and nowhere else; above 0.
-      advantages: of the output tokens, for a divergence that needs them; None for all others.
-        They get no gradient.
+      advantages: advantages of the output tokens, for a divergence that needs them; None for all
+        others. They get no gradient.
 
     Returns:
       The divergence per token in nats, float32 (or wider, if the logits are).
 
     Raises:
       ValueError: the teacher or the advantages are missing or not needed, or shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> student = jnp.array([[0.0, 1.0], [2.0, 2.0]])
+      >>> teacher = jnp.array([[0.0, 0.0], [3.0, 3.0]])
+      >>> values = objectives.token_divergence(
+      ...     objectives.ForwardKL(), student, teacher, jnp.array([0, 1])
+      ... )
+      >>> print(f"{values[0]:.4f} {values[1]:.4f}")
+      0.1201 0.0000
     """
     _check(divergence, student_logits, teacher, targets)
     check_advantages(divergence, advantages, targets)
@@ -73,11 +89,18 @@ def divergence_and_gradient(
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n V"]]:
     """Computes `token_divergence` and its gradient in the student's logits in one pass.
 
-    With f'_v = df/d log q_v the gradient is (f'_v - q_v sum_u f'_u) / tau_s. For losses that
-    make their gradients in the forward pass; others differentiate `token_divergence`.
+    With the slopes f'_v = df/d log q_v the gradient is
+
+        (f'_v - q_v * sum over u of f'_u) / tau_s.
+
+    For losses that make their gradients in the forward pass; others differentiate
+    `token_divergence`, whose arguments these are.
 
     Returns:
       The divergence per token, and its gradient per logit, in the same dtype.
+
+    Raises:
+      ValueError: as `token_divergence`.
     """
     _check(divergence, student_logits, teacher, targets)
     check_advantages(divergence, advantages, targets)
@@ -107,7 +130,7 @@ def divergence_and_gradient(
 
 
 def _teacher_log_probs(teacher: TokenTeacher | None, temperature: float) -> Array | None:
-    """log p of every entry."""
+    """Returns log p of every entry, the tail of a sparse teacher last."""
     if teacher is None:
         return None
     if not isinstance(teacher, TeacherDistributions):
@@ -116,17 +139,17 @@ def _teacher_log_probs(teacher: TokenTeacher | None, temperature: float) -> Arra
     if teacher.ids is not None:
         assert teacher.tail is not None, "entries that are not all have a tail"
         log_probs = jnp.concatenate([log_probs, teacher.tail[..., None]], axis=-1)
-    # The temperature is in them; few digits may have been kept, whose sum is not quite 1.
+    # They include their temperature. They may have been stored with few digits and not sum to 1.
     return tempered_log_probs(log_probs, 1.0)
 
 
 def term_and_slope(divergence: Divergence, entries: VocabularyEntries) -> tuple[Array, Array]:
-    """Both of each entry; 0 where neither distribution has any probability."""
+    """Returns term and slope of each entry; 0 for entries that both distributions exclude."""
     student, teacher = entries.student_log_probs, entries.teacher_log_probs
     if teacher is None:
         return divergence.term(entries), divergence.slope(entries)
-    # -inf minus -inf is NaN. A finite number has probability 0 as well, so that a term that reads
-    # its whole row is right too.
+    # -inf minus -inf is NaN. A very negative number has probability 0 as well, so terms that sum
+    # over their row are right too.
     excluded = jnp.isneginf(student) & jnp.isneginf(teacher)
     entries = dataclasses.replace(
         entries,
@@ -138,12 +161,12 @@ def term_and_slope(divergence: Divergence, entries: VocabularyEntries) -> tuple[
     return term, slope
 
 
-# The teacher, the output tokens and their advantages: what gets no gradient.
+# The teacher, the output tokens and their advantages, which get no gradient.
 _Constants: TypeAlias = tuple[Any, Array, Array | None]
 
 
-# One [*n, V] array is kept for the backward pass, the gradient itself: both logits are free as
-# soon as the forward pass has ended. Without differentiation XLA drops it as unused.
+# One array [*n, V] is kept for the backward pass, the gradient itself, so the memory of both logits
+# is free at the end of the forward pass. Without differentiation XLA removes it as unused.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _token_divergence(
     divergence: Divergence,
@@ -178,19 +201,19 @@ def _backward(
 ) -> tuple[Array, None]:
     del divergence, temperatures
     cotangent = cotangent[..., None]
-    # 0 times an infinite gradient would be NaN, and a token that does not count must not matter.
-    of_student = jnp.where(cotangent == 0, 0.0, cotangent * gradient)
-    return of_student.astype(gradient.dtype), None
+    # 0 times an infinite gradient would be NaN, and a token without weight must not matter.
+    student_gradient = jnp.where(cotangent == 0, 0.0, cotangent * gradient)
+    return student_gradient.astype(gradient.dtype), None
 
 
 _token_divergence.defvjp(_forward, _backward)
 
 
 def tempered_log_probs(logits: Array, temperature: float) -> Array:
-    """log softmax(logits / temperature) in at least float32.
+    """Returns log softmax(logits / temperature), in float32 or wider.
 
-    The maximum is subtracted before the division, so that large logits and low temperatures
-    cost no digits.
+    The maximum is subtracted before the division, so that no digits are lost with large logits and
+    low temperatures.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     shifted = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
@@ -224,10 +247,10 @@ def _check(
 
 
 def check_advantages(divergence: Divergence, advantages: Array | None, targets: Array) -> None:
-    """Checks that there are advantages exactly where they are read, one for each output token.
+    """Checks that advantages are given exactly if the divergence reads them, one per output token.
 
     Raises:
-      ValueError: there are none, or such that nothing reads, or their shape is another.
+      ValueError: they are missing or not needed, or their shape is not that of the targets.
     """
     name = type(divergence).__name__
     if divergence.needs_advantages and advantages is None:
@@ -249,22 +272,23 @@ def check_advantages(divergence: Divergence, advantages: Array | None, targets: 
 
 def _check_teacher_shape(student_logits: Array, teacher: TokenTeacher) -> None:
     shape = student_logits.shape
-    of_teacher, whose = teacher, "teacher"
+    name = "teacher"
     if isinstance(teacher, TeacherDistributions):
-        of_teacher, whose = teacher.log_probs, "stored teacher"
+        teacher_shape, name = teacher.log_probs.shape, "stored teacher"
         if teacher.ids is not None:  # Any number of entries.
             shape = (*shape[:-1], teacher.ids.shape[-1])
-    assert not isinstance(of_teacher, TeacherDistributions)
-    if of_teacher.shape[-1] != shape[-1]:
+    else:
+        teacher_shape = teacher.shape
+    if teacher_shape[-1] != shape[-1]:
         raise ValueError(
             "teacher and student must have output layers of one vocabulary size; got "
-            f"{of_teacher.shape[-1]} ({whose}) and {shape[-1]} (student). Set "
+            f"{teacher_shape[-1]} ({name}) and {shape[-1]} (student). Set "
             "vocab_size of both models alike, or restrict the larger by "
             "`models.wrapper.restrict_vocabulary` to the entries that both have, on one vocabulary."
         )
-    if of_teacher.shape != shape:
+    if teacher_shape != shape:
         raise ValueError(
             "teacher and student logits must have one shape; got "
-            f"{of_teacher.shape} ({whose}) and {shape} (student). Give both "
+            f"{teacher_shape} ({name}) and {shape} (student). Give both "
             "models the same batch."
         )

@@ -1,4 +1,8 @@
-"""Rewards in the loss: the policy gradient as one more term on the output token."""
+"""Rewards in the loss: a policy gradient as one more term, on the output token.
+
+It combines with a divergence to the objective of RL with GKD (`with_policy_gradient`) or to
+MiniLLM's (`with_returns`).
+"""
 
 import dataclasses
 from typing import ClassVar
@@ -14,19 +18,21 @@ from gkd_jax.objectives.objective import Objective, Reduction, final_weights
 
 @dataclasses.dataclass(frozen=True)
 class PolicyGradient(Divergence):
-    """The gradient -A grad log q_y of minus a return, by the score function; its value is 0.
+    """The policy gradient (score function) of an expected return, as a loss of value 0,
 
-    For outputs that the student has sampled: y is the sampled token and A its advantage, which is
-    held fixed. The mean is the gradient of minus the expected return, whatever was subtracted
-    from the return that did not depend on y. What the return is itself, the advantages of single
-    tokens do not tell: it is measured where they are made.
+        gradient = -A grad log q_y.
+
+    For outputs sampled from the student: y is the sampled token and A its advantage, which is held
+    fixed. Its mean is the gradient of minus the expected return, even if a baseline that does not
+    depend on y was subtracted from the return. The return itself cannot be told from the advantages
+    of single tokens, so the value is 0; it is measured where the advantages are made.
     """
 
     needs_teacher: ClassVar[bool] = False
     needs_advantages: ClassVar[bool] = True
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """0."""
+        """0 everywhere."""
         return jnp.zeros_like(entries.student_log_probs)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
@@ -36,23 +42,27 @@ class PolicyGradient(Divergence):
 
 
 def with_policy_gradient(objective: Objective, alpha: float) -> Objective:
-    """alpha D, and (1 - alpha) times the gradient of minus the return: RL with GKD, negated.
+    """Adds a policy gradient to an objective: RL with GKD.
 
-    GKD (arXiv 2306.13649) maximises E_x[(1 - alpha) E_{y~Q}[r(y)] - alpha E_{y~Q}[D(P || Q)(y|x)]].
+    GKD (arXiv 2306.13649) maximises
+
+        E_x[(1 - alpha) E_{y~Q}[r(y)] - alpha E_{y~Q}[D(P || Q)(y|x)]].
+
+    The result is the negative: alpha D, and (1 - alpha) times the gradient of minus the return.
 
     Args:
-      objective: its divergence is D; all other settings stay as they are.
-      alpha: from 0 to 1. 1 gives the objective itself, 0 leaves D and with it the teacher out.
+      objective: gives D, its divergence; all other settings stay unchanged.
+      alpha: from 0 to 1. 1 returns the objective itself, 0 leaves out D and with it the teacher.
 
     Returns:
-      An objective that needs advantages, unless alpha is 1.
+      An objective that needs advantages, unless `alpha` is 1.
     """
     if alpha == 1.0:
         return objective
     divergence: Divergence = PolicyGradient()
     if alpha > 0.0:
         divergence = WeightedSum((objective.divergence, divergence), (alpha, 1.0 - alpha))
-    # No teacher, no temperature of it.
+    # Without a teacher its temperature must be 1.
     teacher_temperature = objective.teacher_temperature if divergence.needs_teacher else 1.0
     return dataclasses.replace(
         objective, divergence=divergence, teacher_temperature=teacher_temperature
@@ -60,7 +70,10 @@ def with_policy_gradient(objective: Objective, alpha: float) -> Objective:
 
 
 def with_returns(objective: Objective) -> Objective:
-    """D and the gradient of minus the return: with `ReverseKL` the two parts of MiniLLM's gradient.
+    """Adds the gradient of minus the return to an objective, with weight 1.
+
+    With `ReverseKL` and the returns of `returns_to_go` these are the two parts of MiniLLM's
+    gradient (arXiv 2306.08543).
 
     Returns:
       An objective that needs advantages.
@@ -72,9 +85,9 @@ def with_returns(objective: Objective) -> Objective:
 def divergence_alone(
     divergence: Divergence, per_token: Float[Array, "B T"]
 ) -> Float[Array, "B T"] | None:
-    """D per token, from the values alpha D of what `with_policy_gradient` made of it.
+    """Returns D per token, from the values alpha D of an objective of `with_policy_gradient`.
 
-    None where the divergence is not such a sum: it is D itself, or has none.
+    Returns None if the divergence is not such a sum, but D itself or the policy gradient alone.
     """
     if not (isinstance(divergence, WeightedSum) and len(divergence.divergences) == 2):
         return None
@@ -86,22 +99,22 @@ def divergence_alone(
 def token_advantages(
     advantages: Float[Array, " B"], loss_weights: Float[Array, "B T"], *, reduction: Reduction
 ) -> Float[Array, "B T"]:
-    """An advantage for every token, such that the reduced loss is that of whole outputs.
+    """Distributes the advantages of outputs over their tokens, undoing the loss's reduction.
 
-    An output's policy gradient is A sum_t grad log q_t, averaged over outputs. The reduction of the
-    loss is a mean over tokens (of each output, or of all), and what it divides by is put back here:
-    with 'per_sequence' an output's length.
+    The policy gradient of an output is A * sum over t of grad log q_t, and the loss is to be its
+    mean over outputs. The reduction of the loss divides by more, with 'per_sequence' by an output's
+    length; each token's advantage is multiplied by what it divides by.
 
     Args:
-      advantages: of each output.
-      loss_weights: 1 where a token counts, of the whole global batch.
-      reduction: that of the objective.
+      advantages: advantage of each output.
+      loss_weights: 1 at tokens with weight, of the whole global batch.
+      reduction: reduction of the objective.
 
     Returns:
-      float32 advantages per token, without gradient; 0 where a token does not count.
+      float32 advantages per token, without gradient; 0 at tokens without weight.
     """
     weights = final_weights(loss_weights, reduction=reduction)
-    counts = weights > 0
-    num_outputs = jnp.sum(jnp.any(counts, axis=1).astype(jnp.float32))
-    scale = jnp.where(counts, 1.0 / (jnp.where(counts, weights, 1.0) * num_outputs), 0.0)
+    mask = weights > 0
+    num_outputs = jnp.sum(jnp.any(mask, axis=1).astype(jnp.float32))
+    scale = jnp.where(mask, 1.0 / (jnp.where(mask, weights, 1.0) * num_outputs), 0.0)
     return jax.lax.stop_gradient(advantages.astype(jnp.float32)[:, None] * scale)

@@ -1,10 +1,13 @@
-"""The reverse KL of whole outputs by policy gradient: MiniLLM's returns and importance weights.
+"""Reverse KL of whole outputs by policy gradient: MiniLLM's returns and importance weights.
 
-KL(Q || P) of whole outputs is -E_{y~Q} sum_t r_t with r_t = log p_t - log q_t, and its gradient
-splits in two (MiniLLM, arXiv 2306.08543, section 2.2). A token's own r_t gives, summed over the
-vocabulary, the gradient of the reverse KL at that position: `ReverseKL`, exact. What follows it
-gives -R_{t+1} grad log q_t, with the return R_{t+1}, the sum of r_u over u > t, held fixed:
-`PolicyGradient`.
+With r_t = log p_t - log q_t of the output tokens, the reverse KL of whole outputs is
+
+    KL(Q || P) = -E_{y~Q} sum over t of r_t.
+
+Its gradient has two parts ("MiniLLM: Knowledge Distillation of Large Language Models",
+arXiv 2306.08543, section 2.2). A token's own r_t, summed over the vocabulary, gives the gradient of
+the reverse KL at that position: `ReverseKL`, exact. The tokens after it give -R_{t+1} grad log q_t
+with the return R_{t+1}, the sum of r_u over u > t, held fixed: `PolicyGradient`.
 """
 
 import math
@@ -18,26 +21,27 @@ from gkd_jax.common.array_types import Array, Float
 def returns_to_go(
     log_ratio: Float[Array, "B T"], loss_weights: Float[Array, "B T"], *, length_normalized: bool
 ) -> Float[Array, "B T"]:
-    """R_{t+1}, what follows each token, as its advantage.
+    """Computes the return R_{t+1} of the tokens after each token, as its advantage.
 
     Args:
-      log_ratio: r_t = log p_t - log q_t of the output tokens; read where they count.
+      log_ratio: r_t = log p_t - log q_t of the output tokens; read at tokens with weight.
       loss_weights: 1 up to and including the end of an output, 0 after it.
-      length_normalized: the mean of r_u over the tokens u > t that there are and not their sum,
-        as MiniLLM's: otherwise long outputs have large returns, and the student learns to be short.
+      length_normalized: whether to take the mean of r_u over the tokens u > t instead of the sum,
+        as MiniLLM does. Otherwise long outputs have large returns, and the student learns to write
+        short ones.
 
     Returns:
-      Advantages without gradient; 0 on the last token of an output and behind it.
+      Advantages without gradient; 0 on the last token of an output and after it.
     """
-    counts = loss_weights > 0
-    own = jnp.where(counts, log_ratio, 0.0)
+    mask = loss_weights > 0
+    own = jnp.where(mask, log_ratio, 0.0)
     following = _reversed_cumsum(own) - own
     if length_normalized:
-        mask = counts.astype(own.dtype)
-        following = following / jnp.maximum(_reversed_cumsum(mask) - mask, 1.0)
-    is_followed = jnp.pad(counts[:, 1:], ((0, 0), (0, 1)))
-    # Not a rounding away from 0 where nothing follows.
-    return jax.lax.stop_gradient(jnp.where(counts & is_followed, following, 0.0))
+        ones = mask.astype(own.dtype)
+        following = following / jnp.maximum(_reversed_cumsum(ones) - ones, 1.0)
+    is_followed = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    # Exactly 0 where nothing follows, not a rounding error away from it.
+    return jax.lax.stop_gradient(jnp.where(mask & is_followed, following, 0.0))
 
 
 def importance_weights(
@@ -47,19 +51,21 @@ def importance_weights(
     *,
     teacher_share: float,
 ) -> Float[Array, "B T"]:
-    """w_t = q_t / ((1 - s) q_t + s p_t), for outputs of the mixture with the teacher's share s.
+    """Computes importance weights for outputs sampled from a mixture of student and teacher,
 
-    MiniLLM's approximation: the ratio of the token itself, without those of the tokens before it,
-    whose product would vary too much. It is at most 1 / (1 - s), so nothing is clipped.
+        w_t = q_t / ((1 - s) q_t + s p_t).
+
+    MiniLLM's approximation: the ratio of the token itself, without the ratios of the tokens before
+    it, whose product would vary too much. It is at most 1 / (1 - s), so nothing is clipped.
 
     Args:
       student_log_probs: log q of the output tokens.
-      teacher_log_probs: log p of them.
-      loss_weights: 0 where a token does not count.
-      teacher_share: s, between 0 and 1.
+      teacher_log_probs: log p of the output tokens.
+      loss_weights: 0 at tokens without weight.
+      teacher_share: the teacher's share s of the mixture, between 0 and 1.
 
     Returns:
-      Weights without gradient; 1 where a token does not count.
+      Weights without gradient; 1 at tokens without weight.
     """
     mixture = jnp.logaddexp(
         math.log(1.0 - teacher_share) + student_log_probs,
@@ -70,5 +76,5 @@ def importance_weights(
 
 
 def _reversed_cumsum(values: Array) -> Array:
-    """The sum of each entry and of all behind it."""
+    """Returns the sum of each entry and all entries after it."""
     return jax.lax.cumsum(values, axis=1, reverse=True)

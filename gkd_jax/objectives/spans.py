@@ -54,7 +54,7 @@ class SpanObjective(Objective):
                 f"vocabulary is compared on spans; got {self.z_loss}. Set Objective.z_loss to 0.0."
             )
 
-    def of_logits(
+    def value_and_gradient(
         self,
         logits: Float[Array, "*n V1"],
         teacher: Any,
