@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# What the launchers share; they source it. launch/README.md says how they are used.
+# Functions that the launchers share and source. launch/README.md describes their use.
 #
 # A launcher sets LAUNCHER, NAME and SETTINGS, and defines:
 #   submit        starts the run
 #   is_going_on   whether a run of this name has been started and has not ended
-#   wait_for_end  waits for it, and sets STATUS: 0, $SAVED (to be started again), or a fault's
+#   wait_for_end  waits for its end, and sets STATUS: 0, $SAVED (to be restarted), or a fault
 #   status, logs, cancel
 
 # The exit status of a process that saved and ended: EXIT_STATUS of gkd_jax/training/interruption.py.
 SAVED=75
-# That of a process that JAX aborts since another one of its run is lost.
+# The exit status of a process that JAX aborts because another one of its run is lost.
 # shellcheck disable=SC2034 # Some launchers ask for it.
 LEFT_ALONE=134
 
@@ -36,7 +36,7 @@ read_command_line() {
   fi
 }
 
-# Notes the settings that have no value.
+# Records the required settings that are unset.
 need() {
   local name
   for name in "$@"; do
@@ -44,14 +44,14 @@ need() {
   done
 }
 
-# Notes a program that is not there; a dry run does without.
+# Records a program that is not installed; a dry run does not need it.
 need_program() {
   [ -n "$DRY_RUN" ] || command -v "$1" >/dev/null || missing+=("$1 ($2)")
 }
 
 is_starting() { [ "$SUBCOMMAND" = submit ] || [ "$SUBCOMMAND" = resume ]; }
 
-# To be called after all that was needed: reads MODEL_DIR, and ends with all that is missing.
+# Call it after all checks: reads MODEL_DIR, and exits with a list of everything that is missing.
 check_settings() {
   if is_starting; then
     [ ${#ARGUMENTS[@]} -gt 0 ] ||
@@ -72,8 +72,8 @@ check_settings() {
   # shellcheck disable=SC2153 # The launcher sets it.
   OF_NAME="$PWD/runs/launch/$LAUNCHER-$NAME"
   CANCELLED="$OF_NAME/cancelled"
-  # Beside the run where this machine sees its folder. Without LOCAL_MODEL_DIR a folder of that
-  # name is only believed to be the run's if the one that it lies in is there.
+  # In the run's folder if this machine sees it. Without LOCAL_MODEL_DIR a folder of that name is
+  # only taken for the run's if its parent exists.
   if ! is_starting; then
     KEPT="$(cat "$OF_NAME/kept" 2>/dev/null || echo "$OF_NAME")"
   elif [ -n "${LOCAL_MODEL_DIR:-}" ] || [ -w "$(dirname "$MODEL_DIR")" ]; then
@@ -83,7 +83,7 @@ check_settings() {
   fi
 }
 
-# The text that the last --gin.$1='"text"' gives, without its quotes.
+# Prints the value of the last --gin.$1='"value"', without its quotes.
 text_of() {
   python3 - "$1" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"} <<'PYTHON'
 import ast, sys
@@ -97,7 +97,7 @@ except (SyntaxError, ValueError):
 PYTHON
 }
 
-# Runs a command; a dry run prints it, for a shell to read.
+# Runs a command; a dry run prints it, quoted for a shell.
 run() {
   if [ -n "$DRY_RUN" ]; then
     printf '%q ' "$@"
@@ -107,7 +107,7 @@ run() {
   fi
 }
 
-# Writes standard input to a file beside the run; a dry run prints what it would be.
+# Writes standard input to a file of the launch record; a dry run prints it.
 keep_as() {
   if [ -n "$DRY_RUN" ]; then
     say "would be written to $KEPT/$1:"
@@ -118,12 +118,12 @@ keep_as() {
   fi
 }
 
-# Adds the command that is being carried out, with its settings, to those kept beside the run.
+# Appends the current command, with its settings, to the launch record.
 keep_command() {
   local name
   [ -z "$DRY_RUN" ] || return 0
   mkdir -p "$KEPT" "$OF_NAME"
-  # So that logs finds it without the run's arguments.
+  # `logs` finds it there without the run's arguments.
   echo "$KEPT" >"$OF_NAME/kept"
   {
     echo "# $(date -u +%Y-%m-%dT%H:%M:%SZ), gkd_jax $(revision)"
@@ -141,8 +141,8 @@ revision() {
   git describe --always --dirty 2>/dev/null || echo "of no repository"
 }
 
-# Sets LAST and DONE from the checkpoints. What --gin.TRAIN_STEPS says now goes before what the
-# run was started with.
+# Sets LAST and DONE from the checkpoints. The present --gin.TRAIN_STEPS takes precedence over the one
+# that the run was started with.
 read_progress() {
   local answer steps
   steps="$(text_of TRAIN_STEPS)"
@@ -154,20 +154,20 @@ read_progress() {
 
 pause() { sleep "${POLL_SECONDS:-60}"; }
 
-# Ends where it cannot be known whether a run is going on: another beside it would do harm.
+# Exits if it is unknown whether the run is active, since a second one beside it would do harm.
 no_answer() {
   say "$1 does not answer: nothing is started"
   exit 1
 }
 
-# Counts looks without an answer, one after the other; false when there were too many.
+# Counts consecutive status checks without an answer; false after too many.
 unanswered=0
 bear_silence() {
   unanswered=$((unanswered + 1))
   [ "$unanswered" -lt 10 ] || { say "no answer for $unanswered times: given up" && return 1; }
 }
 
-# Starts the run as often as it takes. Each try must save a later step than those before it.
+# Restarts the run until it is done. Each attempt must save a later step than those before it.
 resume() {
   local try before tries="${MAX_TRIES:-20}"
   if [[ $HERE_MODEL_DIR != gs://* && ! -d $HERE_MODEL_DIR && ! -w $(dirname "$HERE_MODEL_DIR") ]]; then
@@ -214,7 +214,7 @@ resume() {
   return 1
 }
 
-# Does what the sub-command says. cancel first tells a resume that is under way.
+# Executes the subcommand. `cancel` first stops an active `resume`.
 carry_out() {
   if [ "$SUBCOMMAND" = submit ] && [ -z "$DRY_RUN" ] && is_going_on; then
     say "a run named $NAME is going on: cancel it first, or give resume to wait for it"

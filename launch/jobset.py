@@ -3,9 +3,9 @@
     NAME=wmt IMAGE=... TPU=tpu-v5-lite-podslice TOPOLOGY=4x4 HOSTS=4 CHIPS=4 \
       python launch/jobset.py --gin_file=gin_configs/wmt_ende.gin ...
 
-JSON is YAML. Each host of a slice is a pod; GKE itself gives pods that ask for TPUs the variables
-by which JAX finds its processes: TPU_WORKER_ID and TPU_WORKER_HOSTNAMES, and MEGASCALE_* where
-there are several slices.
+The manifest is JSON, which is valid YAML. Each host of a slice is a pod. For pods that request
+TPUs, GKE sets the environment variables by which JAX finds its processes: TPU_WORKER_ID and
+TPU_WORKER_HOSTNAMES, and MEGASCALE_* for several slices.
 """
 
 import json
@@ -13,15 +13,15 @@ import os
 import sys
 from typing import Any
 
-# EXIT_STATUS of gkd_jax/training/interruption.py: saved, to be started again.
+# EXIT_STATUS of gkd_jax/training/interruption.py: saved, to be restarted.
 SAVED = 75
-# That of a process that JAX aborts since another one of its run is lost.
+# The exit status of a process that JAX aborts because another one of its run is lost.
 LEFT_ALONE = 134
 CONTAINER = "gkd"
 
 
 def literal(argument: str) -> str:
-    """Keeps Kubernetes from putting variables in: it reads $(NAME), and $$ as one $."""
+    """Escapes an argument: Kubernetes expands $(NAME), and reads $$ as one $."""
     return argument.replace("$", "$$")
 
 
@@ -29,7 +29,7 @@ def _pod(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": CONTAINER,
         "image": settings["IMAGE"],
-        # After the image's entry point, python -m gkd_jax.main.
+        # Appended to the image's entry point, python -m gkd_jax.main.
         "args": ["--multiprocess", *map(literal, arguments)],
         "resources": {"limits": {"google.com/tpu": int(settings["CHIPS"])}},
     }
@@ -42,8 +42,8 @@ def _pod(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
         },
         "tolerations": [
             {"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"},
-            # A lost node is known as such when the other processes end for want of it, after
-            # JAX's 100 seconds (--heartbeat_timeout_s).
+            # Kubernetes must recognise a lost node before the other processes end because of it,
+            # after JAX's 100 seconds (--heartbeat_timeout_s).
             *(
                 {
                     "key": f"node.kubernetes.io/{condition}",
@@ -74,11 +74,11 @@ def _job(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
         "parallelism": hosts,
         "completions": hosts,
         "completionMode": "Indexed",
-        # A pod that ends so ends its job: one that is started again alone finds no others.
+        # Such a pod ends its job, since a pod that is restarted alone finds no others.
         "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [
-                # The node was taken away: whatever the status, not a fault of the run.
+                # The node was taken away: not a fault of the run, whatever the status.
                 {
                     "action": "Count",
                     "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
@@ -98,11 +98,11 @@ def _job(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
 
 
 def manifest(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
-    """Makes the JobSet.
+    """Builds the manifest of the JobSet.
 
     Args:
-      settings: those that launch/README.md lists, by name.
-      arguments: of gkd_jax.main.
+      settings: settings of launch/README.md by name.
+      arguments: arguments of gkd_jax.main.
     """
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -110,7 +110,7 @@ def manifest(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
         "metadata": {
             "name": settings["NAME"],
             "namespace": settings.get("NAMESPACE") or "default",
-            # A job is a slice: none shares its node pool.
+            # A job is a slice, and has its node pool to itself.
             "annotations": {
                 "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
             },
@@ -118,9 +118,9 @@ def manifest(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
         "spec": {
             "failurePolicy": {
                 "maxRestarts": int(settings.get("MAX_RESTARTS") or 20),
-                # All processes of a try are gone before the next begins: they share MODEL_DIR.
+                # All processes of an attempt end before the next starts: they share MODEL_DIR.
                 "restartStrategy": "BlockingRecreate",
-                # Other ends of a job restart all jobs.
+                # Any other failure of a job restarts all jobs.
                 "rules": [
                     {
                         "name": "fault",

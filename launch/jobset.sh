@@ -19,7 +19,7 @@ need_program kubectl "Kubernetes' command, with the cluster's credentials"
 check_settings
 export "${SETTINGS[@]}"
 
-# One that has ended is in the way of a new one of its name.
+# A JobSet that has ended blocks a new one of the same name.
 submit() {
   local text
   text="$(python3 launch/jobset.py "${ARGUMENTS[@]}")"
@@ -35,7 +35,7 @@ status() {
     --selector="jobset.sigs.k8s.io/jobset-name=$NAME"
 }
 
-# Its pods get SIGTERM, and GRACE_SECONDS to save.
+# The pods receive SIGTERM and have GRACE_SECONDS to save.
 cancel() {
   run kubectl --namespace="${NAMESPACE:-default}" delete jobset "$NAME" --cascade=foreground
 }

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# What the launchers on GKE share: both make a JobSet, NAME in NAMESPACE. They source this after
-# common.sh.
+# Functions that the launchers on GKE share: both create the JobSet NAME in NAMESPACE. They source this
+# after common.sh.
 
 kubectl_here() { kubectl --namespace="${NAMESPACE:-default}" "$@"; }
 
-# The JobSet's end: Completed, Failed, nothing while it goes on; ABSENT, or UNKNOWN without answer.
+# Prints how the JobSet ended: Completed, Failed, nothing while active; ABSENT; UNKNOWN without answer.
 jobset_state() {
   local answer
   if answer="$(kubectl_here get jobset "$NAME" --output='jsonpath={.status.terminalState}' 2>&1)"; then
@@ -29,7 +29,7 @@ logs() {
     --max-log-requests=100 --selector="jobset.sigs.k8s.io/jobset-name=$NAME"
 }
 
-# The exit codes of the processes that are left, and "True" for each pod whose node was taken away.
+# Prints the exit codes of the remaining processes, and "True" for each pod whose node was taken away.
 pods_end() {
   kubectl_here get pods --selector="jobset.sigs.k8s.io/jobset-name=$NAME" --output='jsonpath={range .items[*]}{.status.containerStatuses[*].state.terminated.exitCode}{" "}{.status.conditions[?(@.type=="DisruptionTarget")].status}{"\n"}{end}'
 }
@@ -49,7 +49,7 @@ wait_for_end() {
     esac
   done
   told="$(pods_end || true)"
-  # Where a node was lost, what became of the other processes says nothing.
+  # After the loss of a node the exit codes of the other processes are meaningless.
   [[ $told != *True* ]] || { STATUS="$SAVED" && return; }
   STATUS=1
   for one in $told; do

@@ -11,11 +11,11 @@ import shlex
 import sys
 from typing import Any
 
-# EXIT_STATUS of gkd_jax/training/interruption.py: saved, to be started again.
+# EXIT_STATUS of gkd_jax/training/interruption.py: saved, to be restarted.
 SAVED = 75
 
-# A host of a TPU slice finds the others by itself. Elsewhere SkyPilot says which node this is, and
-# a process has all GPUs of its node.
+# The hosts of a TPU slice find each other. Elsewhere SkyPilot provides the node's number, and a
+# process uses all GPUs of its node.
 _BY_ITSELF = "--multiprocess"
 _BY_SKYPILOT = (
     '--coordinator_address="$(head -n 1 <<<"$SKYPILOT_NODE_IPS"):8476" '
@@ -24,11 +24,11 @@ _BY_SKYPILOT = (
 
 
 def task(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
-    """Makes the task.
+    """Builds the task.
 
     Args:
-      settings: those that launch/README.md lists, by name.
-      arguments: of gkd_jax.main.
+      settings: settings of launch/README.md by name.
+      arguments: arguments of gkd_jax.main.
     """
     accelerators, nodes = settings["ACCELERATORS"], int(settings.get("NODES") or 1)
     is_tpu = accelerators.lower().startswith("tpu-")
@@ -36,7 +36,7 @@ def task(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
     found = _BY_ITSELF if is_tpu else _BY_SKYPILOT if nodes > 1 else ""
     resources: dict[str, Any] = {
         "accelerators": accelerators,
-        # The number of errors that are not faults has no bound: each was asked for by SIGTERM.
+        # The number of such restarts is not limited, since each followed a SIGTERM.
         "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": [SAVED]},
     }
     if settings.get("SPOT"):
@@ -47,7 +47,7 @@ def task(settings: dict[str, str], arguments: list[str]) -> dict[str, Any]:
         resources["accelerator_args"] = {"runtime_version": settings["RUNTIME_VERSION"]}
     made: dict[str, Any] = {
         "name": settings["NAME"],
-        # The checkout, without what .gitignore names.
+        # The checkout, without files that .gitignore excludes.
         "workdir": ".",
         "num_nodes": nodes,
         "resources": resources,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs gkd_jax as a managed job of SkyPilot, which starts it again where a spot machine is taken
-# away: see launch/README.md.
+# Runs gkd_jax as a managed job of SkyPilot, which restarts it after the preemption of a spot machine:
+# see launch/README.md.
 #
 #   NAME=wmt ACCELERATORS=tpu-v6e-8 SPOT=1 INFRA=gcp BUCKET=gs://my-runs MOUNT=/mnt/runs \
 #   bash launch/skypilot.sh submit \
@@ -39,8 +39,8 @@ is_going_on() {
   grep -qE "(^|[[:space:]])$NAME([[:space:]]|\$)" <<<"$answer"
 }
 
-# The log ends with the job, by one of SkyPilot's exit statuses. That the job ended otherwise than
-# well means that SkyPilot did not take it for preempted or saved.
+# The log ends with the job, with one of SkyPilot's exit statuses. If the job failed, SkyPilot did not
+# consider it preempted or saved.
 wait_for_end() {
   local ended
   unanswered=0

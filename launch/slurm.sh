@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs gkd_jax under Slurm, a process for each GPU or for each node of CPUs: see launch/README.md.
+# Runs gkd_jax under Slurm, with one process per GPU or per CPU node: see launch/README.md.
 #
 #   NAME=wmt NODES=2 GPUS_PER_NODE=8 TIME=8:00:00 bash launch/slurm.sh resume \
 #     --gin_file=gin_configs/wmt_ende.gin --gin.MODEL_DIR='"/shared/runs/wmt"' ...
@@ -19,11 +19,11 @@ JOB=""
 
 submit() {
   local options=()
-  # What a site wants besides, such as --qos=long: words, parted by spaces.
+  # Further options of a site, such as --qos=long, separated by spaces.
   read -r -a options <<<"${OPTIONS:-}"
   keep_command
-  # JAX takes one GPU for each task, the one of the task's number on its node: all GPUs must be
-  # seen by all tasks of a node, so they are asked for by node. Without B: the signal before the
+  # JAX uses one GPU per task, selected by the task's number on its node. All tasks of a node must
+  # therefore see all of its GPUs, which are requested per node. Without B: the signal before the
   # time limit goes to the tasks, not to the shell that starts them.
   JOB="$(run sbatch --parsable --job-name="$NAME" --nodes="$NODES" \
     --ntasks-per-node="${GPUS_PER_NODE:-1}" ${GPUS_PER_NODE:+--gpus-per-node="$GPUS_PER_NODE"} \
@@ -34,18 +34,18 @@ submit() {
   if [ -n "$DRY_RUN" ]; then
     echo "$JOB"
   else
-    # A federation's name may follow.
+    # The name of a federation may follow.
     JOB="${JOB%%;*}"
     say "submitted: job $JOB, its log: $KEPT/slurm-$JOB.log"
   fi
 }
 
-# Numbers of the jobs of this name that wait or run.
+# Prints the ids of pending and running jobs of this name.
 jobs_now() { squeue --noheader --me --name="$NAME" --format=%i; }
 
 status() { run squeue --me --name="$NAME"; }
 
-# The log of the last job that has one.
+# Prints the path of the log of the last job that has one.
 logs() {
   local log
   if [ -n "$DRY_RUN" ]; then
@@ -57,7 +57,7 @@ logs() {
   run tail -n 100 -F "$log"
 }
 
-# SIGTERM to the tasks alone: the run saves and ends. A job that still waits is taken back.
+# Sends SIGTERM to the tasks only: the run saves and ends. A pending job is cancelled.
 cancel() {
   run scancel --me --name="$NAME" --state=PENDING
   run scancel --me --name="$NAME" --signal=TERM
@@ -70,8 +70,8 @@ is_going_on() {
   [ -n "$JOB" ]
 }
 
-# The job's shell notes its exit status; a job that is gone without a note was killed, with its
-# node or for its time, and Slurm did not queue it again.
+# The job's shell records its exit status. A job that ended without a record was killed, with its node
+# or at its time limit, and was not requeued by Slurm.
 wait_for_end() {
   local answer
   unanswered=0

@@ -5,12 +5,12 @@ set -uo pipefail
 python="$1" folder="$2"
 shift 2
 
-# Where a signal comes to this shell too it must outlive the tasks, to note how they ended. The
-# empty command, unlike an ignored signal, is not passed on to them.
+# If this shell receives the signal too, it must outlive the tasks to record how they ended. A trap
+# with the empty command, unlike an ignored signal, is not inherited by them.
 trap : TERM
 rm -f "$folder/slurm-$SLURM_JOB_ID.status"
-# When one process is lost the others wait for it: all are ended, a minute later, so that processes
-# that have saved and end one after another do so themselves.
+# If a process is lost, the others wait for it. They are ended after a minute, so that processes that
+# have saved can end by themselves, one after another.
 srun --kill-on-bad-exit=0 --wait=60 "$python" -m gkd_jax.main --multiprocess "$@"
 status=$?
 echo "$status" >"$folder/slurm-$SLURM_JOB_ID.status"

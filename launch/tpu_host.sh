@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# On each host of a TPU VM, in the checkout: launch/tpu_vm.sh calls it over ssh.
-#   start ARGUMENTS  starts a run that goes on when the connection ends
-#   status           prints "gkd_jax: " and running, its exit status, or lost
+# Runs on each host of a TPU VM, in the checkout; launch/tpu_vm.sh calls it over ssh.
+#   start ARGUMENTS  starts a run that survives the connection
+#   status           prints "gkd_jax: " and one of: running, the exit status, lost
 #   stop             sends SIGTERM: the run saves and ends
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,7 +31,7 @@ case "$1" in
     if is_running; then
       echo "gkd_jax: running"
     else
-      # The one moment between the end and the note of it.
+      # The process may have ended without its status being recorded yet.
       [ -s gkd_jax.status ] || sleep 1
       echo "gkd_jax: $(cat gkd_jax.status 2>/dev/null || echo lost)"
     fi

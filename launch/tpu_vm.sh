@@ -22,7 +22,7 @@ zone=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 kind=tpu-vm
 [ -z "${QUEUED:-}" ] || kind=queued-resources
 
-# The state of the VM, or of its queued resource. What cannot be asked is not taken for gone.
+# Prints the state of the VM or its queued resource. If the query fails, it does not count as deleted.
 state() {
   local answer format=state
   [ -z "${QUEUED:-}" ] || format=state.state
@@ -47,7 +47,7 @@ delete() {
   run gcloud compute tpus "$kind" delete "$TPU_NAME" "${zone[@]}" ${QUEUED:+--force} --quiet
 }
 
-# Waits until the TPU is ready, and makes it, or makes it anew, if this launcher may.
+# Waits until the TPU is ready; creates it, or creates it again, if this launcher may.
 ensure_tpu() {
   local now told="" made=0
   if [ -n "$DRY_RUN" ]; then
@@ -82,7 +82,7 @@ ensure_tpu() {
   done
 }
 
-# Runs a line of shell on every host, or on the one that is named.
+# Runs a shell command on every host, or on a given one.
 on_hosts() {
   run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${zone[@]}" --worker="${2:-all}" --command="$1"
 }
@@ -94,7 +94,7 @@ submit() {
   keep_command
   run git archive --format=tar.gz --output="$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:gkd_jax.tar.gz" "${zone[@]}" --worker=all
-  # Quoted once more for the shell of the host.
+  # Quoted again for the shell of the host.
   arguments="$(printf ' %q' "${ARGUMENTS[@]}")"
   on_hosts "set -e
 mkdir -p gkd_jax && tar -xzf gkd_jax.tar.gz -C gkd_jax && cd gkd_jax
@@ -115,10 +115,10 @@ logs() {
   on_hosts "tail -n 100 -F gkd_jax/gkd_jax.log" "${WORKER:-0}"
 }
 
-# What each host says of its process, e.g. "running 75"; nothing where the hosts do not answer.
+# Prints the state of each host's process, e.g. "running 75"; nothing if the hosts do not answer.
 answers() { ask_hosts status 2>/dev/null | sed -n 's/^gkd_jax: //p' | tr '\n' ' ' || true; }
 
-# SIGTERM: the run saves and ends. A TPU that was made here is then deleted, which ends its costs.
+# Sends SIGTERM: the run saves and ends. A TPU that was created here is then deleted.
 cancel() {
   local waited
   ask_hosts stop || [ -n "${ACCELERATOR_TYPE:-}" ]
@@ -138,8 +138,8 @@ is_going_on() {
   esac
 }
 
-# A preemption may show in the processes before it shows in the state, so that a fault is only
-# believed where the TPU is still there after a pause.
+# A preemption may be visible in the processes before it is in the state, so that a fault only counts
+# if the TPU still exists after a pause.
 wait_for_end() {
   local one told="" fault=""
   unanswered=0
@@ -173,7 +173,7 @@ wait_for_end() {
       esac
     done
     if [[ $told == *lost* ]]; then
-      # The others wait for a process that is no longer there.
+      # The others wait for a process that no longer exists.
       ask_hosts stop || true
       return
     fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs gkd_jax on TPU slices of a GKE cluster that XPK made: see launch/README.md.
+# Runs gkd_jax on TPU slices of a GKE cluster made by XPK: see launch/README.md.
 #
 #   NAME=wmt CLUSTER=my-cluster TPU_TYPE=v5litepod-16 STORAGE=runs \
 #   IMAGE=europe-docker.pkg.dev/my-project/my/gkd_jax bash launch/xpk.sh submit \
@@ -20,16 +20,16 @@ check_settings
 
 where=(--cluster="$CLUSTER" ${PROJECT:+--project="$PROJECT"} ${ZONE:+--zone="$ZONE"})
 
-# XPK writes the command into a shell script that is a container's command, in which Kubernetes
-# puts variables in: $$ is a $ that is left alone. exec, since XPK passes SIGTERM on to the
-# process that it started, and to none below that.
+# XPK writes the command into a shell script that is the container's command, in which Kubernetes
+# expands variables: $$ gives a literal $. `exec` is needed because XPK passes SIGTERM to the process
+# that it started, and not to its children.
 command_line() {
   local command
   command="exec python -m gkd_jax.main --multiprocess$(printf ' %q' "${ARGUMENTS[@]}")"
   printf '%s' "${command//\$/\$\$}"
 }
 
-# One that has ended is in the way of a new one of its name.
+# A JobSet that has ended blocks a new one of the same name.
 submit() {
   keep_command
   if [ -n "$DRY_RUN" ] || [ "$(jobset_state)" != ABSENT ]; then
@@ -44,7 +44,7 @@ submit() {
 
 status() { run xpk workload list "${where[@]}" --filter-by-job="$NAME"; }
 
-# Its pods get SIGTERM, and GRACE_SECONDS to save.
+# The pods receive SIGTERM and have GRACE_SECONDS to save.
 cancel() { run xpk workload delete --workload="$NAME" "${where[@]}" --force; }
 
 carry_out
