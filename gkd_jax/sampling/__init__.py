@@ -1,7 +1,7 @@
-"""How outputs are decoded: choosing a token, the scan over a cache, beam search.
+"""Decoding: sampling methods, the decoding loop over a key-value cache, and beam search.
 
-It gets a model as functions and knows nothing of losses or data. Start with `decode`, the loop, and
-`methods`, how it chooses a token.
+Models are passed in as functions; this package does not depend on losses or data. Start with
+`decode`, the decoding loop, and `methods`, which choose the next token.
 """
 
 from typing import Any

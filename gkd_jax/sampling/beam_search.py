@@ -1,4 +1,4 @@
-"""Beam search with a length penalty, as T5X has it."""
+"""Beam search with the length penalty of T5X."""
 
 import dataclasses
 from typing import Any
@@ -17,15 +17,19 @@ _BLOCK_SIZE = 128  # the lanes of a TPU's vector register
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearch:
-    """Keeps the `num_beams` likeliest prefixes and returns the best ended ones.
+    """Beam search: keeps the `num_beams` most likely prefixes and returns the best outputs.
 
-    An ended output of n tokens (its end-of-sequence token included) has the score
-    log P(output) / ((5 + n) / 6) ** alpha, the length penalty of Wu et al. 2016
-    (arXiv 1609.08144, equation 14).
+    A finished output of n tokens, including the end-of-sequence token, has the score
+
+        log P(output) / ((5 + n) / 6) ** alpha
+
+    with the length penalty of "Google's Neural Machine Translation System: Bridging the Gap between
+    Human and Machine Translation" (arXiv 1609.08144, equation 14).
 
     Attributes:
-      num_beams: prefixes kept, and outputs returned, for each prompt.
-      alpha: 0 scores by log-probability alone; larger values favour longer outputs.
+      num_beams: number of prefixes kept, and of outputs returned, for each prompt.
+      alpha: exponent of the length penalty. 0 scores by log-probability alone; larger values favour
+        longer outputs.
     """
 
     num_beams: int = 4
@@ -46,19 +50,19 @@ class BeamSearch:
 
 @flax.struct.dataclass
 class Beams:
-    """The outputs of a beam search, **best first** (T5X sorts them worst first).
+    """Outputs of a beam search, sorted **best first** (T5X sorts them worst first).
 
-    A prompt none of whose outputs ended returns its unended beams, `finished` False, scored by
-    their log-probability without a length penalty, as T5X does. Where some ended but fewer than
-    `num_beams`, the places left are empty: padding, weight 0 and score -inf.
+    If no output of a prompt has finished, its unfinished beams are returned with `finished` False
+    and scored by their log-probability without a length penalty, as in T5X. If fewer than
+    `num_beams` have finished, the remaining beams are empty: padding, weight 0 and score -inf.
 
     Attributes:
-      tokens: output tokens up to and including the end, then the padding id.
-      weights: 1 up to and including the end, 0 after it.
-      log_probs: of each token; 0 where the weight is.
-      scores: what the beams are sorted by.
-      finished: True where the output ended within the length.
-      steps_run: output positions that were computed, a scalar.
+      tokens: output tokens up to and including the end-of-sequence token, then the padding id.
+      weights: 1 up to and including the end-of-sequence token, 0 after it.
+      log_probs: log-probability of each token; 0 where the weight is 0.
+      scores: scores that the beams are sorted by.
+      finished: True if the output has an end-of-sequence token.
+      steps_run: number of output positions that were computed, a scalar.
     """
 
     tokens: Int[Array, "B N T"]
@@ -70,7 +74,7 @@ class Beams:
 
 
 class _Hypotheses(flax.struct.PyTreeNode):
-    """Prefixes or ended outputs, best first. An empty place has the score -inf."""
+    """Prefixes or finished outputs, sorted best first. Empty entries have the score -inf."""
 
     tokens: Int[Array, "B N T"]
     log_probs: Float[Array, "B N T"]
@@ -79,18 +83,18 @@ class _Hypotheses(flax.struct.PyTreeNode):
 
 
 class _Search(flax.struct.PyTreeNode):
-    """The state of the loop: `live` goes on, `ended` has reached its end."""
+    """State of the search loop."""
 
-    index: Int[Array, ""]  # the output position that comes next
-    live: _Hypotheses  # scores without a length penalty
-    ended: _Hypotheses  # scores with it
-    parents: Int[Array, "B N"]  # the beam whose cache each live beam goes on from
+    index: Int[Array, ""]  # next output position
+    live: _Hypotheses  # unfinished prefixes, scored without length penalty
+    ended: _Hypotheses  # finished outputs, scored with length penalty
+    parents: Int[Array, "B N"]  # index of the beam whose cache each live beam continues
     state: DecodeState
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rules:
-    """What stays the same in a search."""
+    """Constants of a search."""
 
     num_beams: int
     alpha: float
@@ -99,11 +103,11 @@ class _Rules:
 
     @property
     def num_candidates(self) -> int:
-        """Enough that, if every beam ends in every way it can, as many again go on."""
+        """Candidates per step: `num_beams` are left even if every possible end is among them."""
         return self.num_beams * (1 + max(1, len(self.eos_ids)))
 
     def penalty(self, length: int | Int[Array, ""]) -> Float[Array, ""]:
-        """Divides the log-probability of an output of this length."""
+        """Returns the divisor of the log-probability of an output of this length."""
         return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** self.alpha
 
 
@@ -119,24 +123,28 @@ def beam_search(
     pad_id: int,
     example_id: Int[Array, " B"] | None = None,
 ) -> Beams:
-    """Searches the best outputs of every prompt; see `BeamSearch` and `Beams`.
+    """Searches for the best outputs of each prompt; see `BeamSearch` and `Beams`.
 
-    Stops when no live beam of any prompt can beat the ended ones: a log-probability only falls,
-    and no penalty is larger than the one of the full length.
+    The search stops when no live beam of any prompt can outscore the finished ones: a
+    log-probability only decreases, and the length penalty is largest at the full length.
 
     Args:
+      model: model to decode from.
+      params: its parameters.
+      inputs: token ids of the prompts.
+      inputs_mask: True at prompt tokens, False at padding.
       method: number of beams and length penalty.
-      max_length: T, any number from 1.
+      max_length: T, maximum number of output tokens, at least 1.
       eos_ids: ids that end an output; may be empty.
-      pad_id: fills `tokens` after the end.
-      example_id: -1 marks filler rows, which nothing waits for and which come back empty.
+      pad_id: id that fills `tokens` after the end.
+      example_id: -1 marks filler rows, whose beams are empty and do not prolong the search.
 
     Returns:
       All beams, best first.
 
     Raises:
-      ValueError: ids outside the vocabulary, a length below 1, or a vocabulary too small for
-        the number of beams.
+      ValueError: an id is outside the vocabulary, `max_length` is below 1, or the vocabulary is
+        too small for the number of beams.
     """
     check_output_ids(model.vocab_size, eos_ids=eos_ids, pad_id=pad_id, max_length=max_length)
     rules = _Rules(method.num_beams, method.alpha, max_length, eos_ids)
@@ -151,24 +159,31 @@ def beam_search(
     hidden, state = model.prefill(params, inputs, inputs_mask, max_length=max_length)
     hidden, state = repeat_rows((hidden, state), method.num_beams)
     search = _extend(_start(rules, batch_size, state), model.unembed(params, hidden), rules)
-
-    def step(search: _Search) -> _Search:
-        state = _gather_rows(search.state, search.parents)
-        last = lax.dynamic_index_in_dim(search.live.tokens, search.index - 1, 2, keepdims=False)
-        hidden, state = model.decode_step(params, state, last.reshape(-1), search.index - 1)
-        return _extend(search.replace(state=state), model.unembed(params, hidden), rules)
-
-    def can_improve(search: _Search) -> Bool[Array, ""]:
-        best_possible = search.live.scores[:, 0] / rules.penalty(max_length)
-        open_rows = (best_possible > search.ended.scores[:, -1]) & ~filler
-        return (search.index < max_length) & jnp.any(open_rows)
-
-    search = lax.while_loop(can_improve, step, search)
+    search = lax.while_loop(
+        lambda search: _can_improve(search, filler, rules),
+        lambda search: _step(search, model, params, rules),
+        search,
+    )
     return _collect(search, filler, pad_id)
 
 
+def _step(search: _Search, model: LanguageModel, params: Params, rules: _Rules) -> _Search:
+    """Runs the model on the last tokens of the live beams and extends the beams."""
+    state = _gather_rows(search.state, search.parents)
+    last = lax.dynamic_index_in_dim(search.live.tokens, search.index - 1, 2, keepdims=False)
+    hidden, state = model.decode_step(params, state, last.reshape(-1), search.index - 1)
+    return _extend(search.replace(state=state), model.unembed(params, hidden), rules)
+
+
+def _can_improve(search: _Search, filler: Bool[Array, " B"], rules: _Rules) -> Bool[Array, ""]:
+    """Returns whether a live beam of any prompt can still outscore its finished ones."""
+    best_possible = search.live.scores[:, 0] / rules.penalty(rules.max_length)
+    open_rows = (best_possible > search.ended.scores[:, -1]) & ~filler
+    return (search.index < rules.max_length) & jnp.any(open_rows)
+
+
 def _start(rules: _Rules, batch_size: int, state: DecodeState) -> _Search:
-    """One live beam, the empty prefix, and nothing ended."""
+    """Returns the initial search: one live beam, the empty prefix, and no finished output."""
     shape = (batch_size, rules.num_beams)
     none = _Hypotheses(
         tokens=jnp.zeros((*shape, rules.max_length), jnp.int32),
@@ -186,15 +201,15 @@ def _start(rules: _Rules, batch_size: int, state: DecodeState) -> _Search:
 
 
 def _extend(search: _Search, logits: Float[Array, "BN V"], rules: _Rules) -> _Search:
-    """Adds the best next tokens to the live beams and moves those that end."""
+    """Extends the live beams by their best next tokens and moves finished ones to `ended`."""
     batch_size, num_beams = search.live.scores.shape
     vocab_size = logits.shape[-1]
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     log_probs = log_probs.reshape(batch_size, num_beams, vocab_size)
     totals = (search.live.scores[:, :, None] + log_probs).reshape(batch_size, -1)
-    totals, places = _top_few(totals, rules.num_candidates)
-    parents, tokens = places // vocab_size, places % vocab_size
-    token_log_probs = jnp.take_along_axis(log_probs.reshape(batch_size, -1), places, axis=1)
+    totals, indices = _top_few(totals, rules.num_candidates)
+    parents, tokens = indices // vocab_size, indices % vocab_size
+    token_log_probs = jnp.take_along_axis(log_probs.reshape(batch_size, -1), indices, axis=1)
 
     candidates = _gather(search.live, parents)
     candidates = candidates.replace(
@@ -209,7 +224,7 @@ def _extend(search: _Search, logits: Float[Array, "BN V"], rules: _Rules) -> _Se
 
     scores = jnp.where(ends, totals / rules.penalty(search.index + 1), -jnp.inf)
     pool = jax.tree.map(
-        lambda *parts: jnp.concatenate(parts, axis=1),
+        lambda *arrays: jnp.concatenate(arrays, axis=1),
         search.ended,
         candidates.replace(scores=scores),
     )
@@ -223,7 +238,7 @@ def _extend(search: _Search, logits: Float[Array, "BN V"], rules: _Rules) -> _Se
 
 
 def _collect(search: _Search, filler: Bool[Array, " B"], pad_id: int) -> Beams:
-    """Takes the ended outputs, or the live ones of a prompt of which none ended."""
+    """Returns the finished outputs, or the live beams for prompts without a finished output."""
     any_ended = search.ended.scores[:, 0] > -jnp.inf
 
     def choose(ended: Array, live: Array) -> Array:
@@ -246,10 +261,10 @@ def _collect(search: _Search, filler: Bool[Array, " B"], pad_id: int) -> Beams:
 def _top_few(
     values: Float[Array, "B n"], count: int
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
-    """Does what lax.top_k does (the lower of equal places first), for a few of very many.
+    """Equivalent to `lax.top_k`, including the order of equal values, for small `count`.
 
-    lax.top_k over a batch that is sharded over devices gathers all of it to each of them; this
-    moves nothing. The k best entries lie in the k blocks with the best maxima.
+    `lax.top_k` gathers a batch that is sharded over devices on each of them; this function moves no
+    data between devices. The k largest entries are in the k blocks with the largest maxima.
     """
     size = values.shape[1]
     ids = lax.broadcasted_iota(jnp.int32, values.shape, 1)
@@ -262,40 +277,40 @@ def _top_few(
         values = _gather(blocks, best).reshape(values.shape[0], -1)
         ids = best[:, :, None] * _BLOCK_SIZE + ids[:, None, :_BLOCK_SIZE]
         ids = ids.reshape(values.shape)
-    best_values, places = _top_by_turns(values, ids, count)
-    # Only NaNs, which are never the largest, could lead beyond the row.
-    return best_values, jnp.minimum(places, size - 1)
+    best_values, best_ids = _top_by_turns(values, ids, count)
+    # Rows with NaNs, which never compare as the largest, may yield ids beyond the row.
+    return best_values, jnp.minimum(best_ids, size - 1)
 
 
 def _top_by_turns(
     values: Float[Array, "B n"], ids: Int[Array, "B n"], count: int
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
-    """Takes the largest value (of equal ones the lowest id) `count` times."""
+    """Selects the largest value (the lowest id among equal values) `count` times."""
     beyond = jnp.iinfo(jnp.int32).max
 
     def next_best(last: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], tuple]:
         last_value, last_id = last
         comes_later = (values < last_value) | ((values == last_value) & (ids > last_id))
         value = jnp.max(jnp.where(comes_later, values, -jnp.inf), axis=1, keepdims=True)
-        is_it = comes_later & (values == value)
-        place = jnp.min(jnp.where(is_it, ids, beyond), axis=1, keepdims=True)
-        return (value, place), (value[:, 0], place[:, 0])
+        is_best = comes_later & (values == value)
+        best_id = jnp.min(jnp.where(is_best, ids, beyond), axis=1, keepdims=True)
+        return (value, best_id), (value[:, 0], best_id[:, 0])
 
     first = (jnp.full_like(values[:, :1], jnp.inf), jnp.full_like(ids[:, :1], -1))
-    _, (best, places) = lax.scan(next_best, first, None, length=count)
-    return best.T, places.T
+    _, (best_values, best_ids) = lax.scan(next_best, first, None, length=count)
+    return best_values.T, best_ids.T
 
 
 def _gather(tree: Any, beams: Int[Array, "B M"]) -> Any:
-    """Takes beams [B, N, ...] by number, within each row."""
-    take = jax.vmap(lambda array, numbers: array[numbers])
+    """Selects entries of arrays [B, N, ...] by index within each row."""
+    take = jax.vmap(lambda array, indices: array[indices])
     return jax.tree.map(lambda array: take(array, beams), tree)
 
 
 def _gather_rows(state: PyTree, beams: Int[Array, "B N"]) -> PyTree:
-    """Takes the rows [B * N, ...] of a decoding state by beam number, within each prompt.
+    """Selects the rows [B * N, ...] of a decoding state by beam index within each prompt.
 
-    Indexing is batched over prompts, so a batch sharded over devices moves nothing.
+    Indexing is batched over prompts, so no data moves between the devices of a sharded batch.
     """
     grouped = jax.tree.map(lambda array: array.reshape(*beams.shape, *array.shape[1:]), state)
     taken = _gather(grouped, beams)

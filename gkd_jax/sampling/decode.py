@@ -1,5 +1,6 @@
-"""Decoding with a cache: one prefill, then scans in chunks that end when all outputs have."""
+"""Decoding with a key-value cache: one prefill, then a scan in chunks with early stopping."""
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -14,22 +15,23 @@ from gkd_jax.sampling.methods import Greedy, Sample, position_keys, row_keys
 from gkd_jax.sampling.outputs import check_output_ids, is_any_of, repeat_rows
 
 CHUNK_SIZE = 16
-"""The most steps between two looks, over all devices, at whether every output has ended."""
+"""Maximum number of steps between two checks, over all devices, for the end of all outputs."""
 
 DecodingMethod = Greedy | Sample | BeamSearch
 
 
 @flax.struct.dataclass
 class Decoded:
-    """Outputs of a batch; with several samples a prompt, rows are prompt-major.
+    """Decoded outputs of a batch. The samples of one prompt are in consecutive rows.
 
     Attributes:
-      tokens: output tokens up to and including the end, then the padding id.
-      weights: 1 up to and including the end, 0 after it; all 0 on filler rows.
-      log_probs: of each token under the sampling policy; 0 where the weight is.
-      lengths: number of tokens, the end-of-sequence token included.
-      truncated: True where the output did not end within the length; never on filler rows.
-      steps_run: output positions that were computed, a scalar.
+      tokens: output tokens up to and including the end-of-sequence token, then the padding id.
+      weights: 1 up to and including the end-of-sequence token, 0 after it; 0 on filler rows.
+      log_probs: log-probability of each token under the distribution that it was sampled from; 0
+        where the weight is 0.
+      lengths: number of tokens, including the end-of-sequence token.
+      truncated: True if the output has no end-of-sequence token; False on filler rows.
+      steps_run: number of output positions that were computed, a scalar.
     """
 
     tokens: Int[Array, "B T"]
@@ -42,7 +44,7 @@ class Decoded:
 
 @flax.struct.dataclass
 class _Columns:
-    """What one step writes, [B]; or what all steps wrote, [B, T]."""
+    """Outputs of one step, [B], or of all steps, [B, T]."""
 
     tokens: Array
     weights: Array
@@ -51,21 +53,36 @@ class _Columns:
 
 @flax.struct.dataclass
 class _Progress:
-    """What a step hands to the next."""
+    """State carried from one step to the next."""
 
     tokens: Int[Array, " B"]
     state: DecodeState
     ended: Bool[Array, " B"]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """When outputs end.
+
+    Attributes:
+      max_length: maximum number of output tokens.
+      eos_ids: ids that end an output.
+      pad_id: id that fills outputs after their end.
+    """
+
+    max_length: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+
 _Step = Callable[[_Progress, Int[Array, ""]], tuple[_Progress, _Columns]]
 
 
 def check_num_samples(method: DecodingMethod, num_samples: int) -> None:
-    """Refuses a number of samples below 1, or of a method that would repeat one output.
+    """Checks the number of samples per prompt.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: it is below 1, or above 1 for a deterministic method.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1; got {num_samples}. Set 1 or more.")
@@ -91,82 +108,88 @@ def decode(
     num_samples: int = 1,
     chunk_size: int = CHUNK_SIZE,
 ) -> Decoded:
-    """Decodes up to `max_length` tokens for every prompt.
+    """Decodes up to `max_length` tokens for each prompt.
 
-    Whether an output has ended is tracked, never read off the ids, so `pad_id` may equal an
-    end-of-sequence id. With `BeamSearch` the best beam is returned.
+    The end of each output is tracked explicitly and not inferred from token ids, so `pad_id` may
+    be one of `eos_ids`. With `BeamSearch`, the best beam is returned.
 
     Args:
+      model: model to decode from.
+      params: its parameters.
+      inputs: token ids of the prompts.
+      inputs_mask: True at prompt tokens, False at padding.
       method: how tokens are chosen.
-      max_length: T, any number from 1.
-      eos_ids: ids that end an output; none makes every output `max_length` long.
-      pad_id: fills `tokens` after the end.
-      key: for `Sample`; a new one for every call.
-      example_id: position in the global order of examples, folded into `key`; -1 marks filler
-        rows, which count as ended. The numbers of the rows by default.
-      num_samples: N outputs a prompt, which is read once.
-      chunk_size: the most steps between two looks at whether all outputs have ended.
+      max_length: T, maximum number of output tokens, at least 1.
+      eos_ids: ids that end an output. If empty, each output has `max_length` tokens.
+      pad_id: id that fills `tokens` after the end.
+      key: random key, required by `Sample`; use a new key for each call.
+      example_id: position of each prompt in the global order of examples, folded into `key`; -1
+        marks filler rows, which are not decoded. Defaults to the row indices.
+      num_samples: N, number of outputs per prompt. The prompt is prefilled once.
+      chunk_size: maximum number of steps between two checks for the end of all outputs.
 
     Returns:
       Outputs of B * num_samples rows.
 
     Raises:
-      ValueError: ids outside the vocabulary, a length below 1, `Sample` without a key, or
-        several samples of a method that always gives the same one.
+      ValueError: an id is outside the vocabulary, `max_length` is below 1, `Sample` is given no
+        key, or several samples are requested of a deterministic method.
     """
     check_output_ids(model.vocab_size, eos_ids=eos_ids, pad_id=pad_id, max_length=max_length)
     check_num_samples(method, num_samples)
     if example_id is None:
         example_id = jnp.arange(inputs.shape[0], dtype=jnp.int32)
+    prompts, limits = (inputs, inputs_mask), _Limits(max_length, eos_ids, pad_id)
     if isinstance(method, BeamSearch):
         beams = beam_search(
-            model,
-            params,
-            inputs,
-            inputs_mask,
-            method=method,
-            max_length=max_length,
-            eos_ids=eos_ids,
-            pad_id=pad_id,
-            example_id=example_id,
+            model, params, *prompts, method=method, example_id=example_id, **vars(limits)
         )
-        return _best_beam(beams, filler=example_id < 0)
-
-    hidden, state = model.prefill(params, inputs, inputs_mask, max_length=max_length)
+        return _best_beam(beams, is_filler=example_id < 0)
+    hidden, state = model.prefill(params, *prompts, max_length=max_length)
     hidden, state, example_id = repeat_rows((hidden, state, example_id), num_samples)
     keys = _output_keys(method, key, example_id, num_samples)
+    decoder = _Decoder(model, params, method, keys, limits)
+    first = decoder.choose(hidden, state, example_id < 0, jnp.zeros((), jnp.int32))
+    return _run_chunks(decoder.step, *first, limits=limits, chunk_size=chunk_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """Decoding steps of one batch.
+
+    Attributes:
+      model: model that is decoded.
+      params: its parameters.
+      method: how tokens are chosen.
+      keys: random key of each row; None if `method` needs none.
+      limits: when outputs end.
+    """
+
+    model: LanguageModel
+    params: Params
+    method: Greedy | Sample
+    keys: Key[Array, " B"] | None
+    limits: _Limits
 
     def choose(
-        hidden: Array, state: DecodeState, ended: Array, position: Array
+        self, hidden: Array, state: DecodeState, ended: Array, position: Array
     ) -> tuple[_Progress, _Columns]:
-        now_keys = None if keys is None else position_keys(keys, position)
-        logits = model.unembed(params, hidden).astype(jnp.float32)
-        tokens, log_probs = method.choose(logits, keys=now_keys)
-        tokens = jnp.where(ended, pad_id, tokens)
+        """Chooses the tokens at `position` from the hidden states of the position before."""
+        keys = None if self.keys is None else position_keys(self.keys, position)
+        logits = self.model.unembed(self.params, hidden).astype(jnp.float32)
+        tokens, log_probs = self.method.choose(logits, keys=keys)
+        tokens = jnp.where(ended, self.limits.pad_id, tokens)
         columns = _Columns(tokens, (~ended).astype(jnp.float32), jnp.where(ended, 0.0, log_probs))
-        ends = is_any_of(tokens, eos_ids) & (position < max_length)
+        ends = is_any_of(tokens, self.limits.eos_ids) & (position < self.limits.max_length)
         return _Progress(tokens, state, ended | ends), columns
 
-    def step(progress: _Progress, position: Array) -> tuple[_Progress, _Columns]:
-        # The last chunk may run past the end. What it writes there is cut off; in the cache it
-        # lands on the last place, which nothing reads any more.
-        index = jnp.minimum(position, max_length - 1) - 1
-        hidden, state = model.decode_step(params, progress.state, progress.tokens, index)
-        return choose(hidden, state, progress.ended, position)
-
-    filler = example_id < 0
-    progress, first = choose(hidden, state, filler, jnp.zeros((), jnp.int32))
-    ended, columns, steps_run = _run_chunks(
-        step, progress, first, max_length=max_length, chunk_size=chunk_size, pad_id=pad_id
-    )
-    return Decoded(
-        tokens=columns.tokens,
-        weights=columns.weights,
-        log_probs=columns.log_probs,
-        lengths=columns.weights.sum(axis=1).astype(jnp.int32),
-        truncated=~ended,
-        steps_run=steps_run,
-    )
+    def step(self, progress: _Progress, position: Int[Array, ""]) -> tuple[_Progress, _Columns]:
+        """Runs the model on the tokens before `position` and chooses the tokens at `position`."""
+        # The last chunk may run beyond max_length. Its surplus columns are cut off, and its
+        # surplus writes to the cache go to the last index, which is not read again.
+        index = jnp.minimum(position, self.limits.max_length - 1) - 1
+        hidden, state = self.model.decode_step(self.params, progress.state, progress.tokens, index)
+        return self.choose(hidden, state, progress.ended, position)
 
 
 def _output_keys(
@@ -175,7 +198,7 @@ def _output_keys(
     example_id: Int[Array, " B"],
     num_samples: int,
 ) -> Key[Array, " B"] | None:
-    """The key of every row, where the method draws at all."""
+    """Returns the random key of each row; None if the method is deterministic."""
     if not method.needs_key:
         return None
     if key is None:
@@ -185,29 +208,28 @@ def _output_keys(
 
 
 def _run_chunks(
-    step: _Step,
-    progress: _Progress,
-    first: _Columns,
-    *,
-    max_length: int,
-    chunk_size: int,
-    pad_id: int,
-) -> tuple[Bool[Array, " B"], _Columns, Int[Array, ""]]:
-    """Runs positions 1 to max_length - 1 in equal chunks, while any output has not ended.
+    step: _Step, progress: _Progress, first: _Columns, *, limits: _Limits, chunk_size: int
+) -> Decoded:
+    """Runs positions 1 to max_length - 1 in equal chunks, until all outputs have ended.
 
-    Returns:
-      Who has ended, the columns [B, max_length] and the number of positions computed.
+    Args:
+      step: computes one position.
+      progress: the state after position 0.
+      first: the outputs of position 0.
+      limits: the longest output and the padding id.
+      chunk_size: maximum number of positions in a chunk.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1; got {chunk_size}. 8 to 16 is usual.")
-    num_chunks = -(-(max_length - 1) // chunk_size)
+    num_chunks = -(-(limits.max_length - 1) // chunk_size)
     if num_chunks == 0:
-        return progress.ended, jax.tree.map(lambda x: x[:, None], first), jnp.ones((), jnp.int32)
-    # Equal chunks run past the end by less than their number.
-    chunk = -(-(max_length - 1) // num_chunks)
+        columns = jax.tree.map(lambda x: x[:, None], first)
+        return _decoded(columns, progress.ended, jnp.ones((), jnp.int32))
+    # Equal chunks exceed max_length by fewer positions than there are chunks.
+    chunk = -(-(limits.max_length - 1) // num_chunks)
     padding = ((0, 0), (0, num_chunks * chunk))
     columns = _Columns(
-        tokens=jnp.pad(first.tokens[:, None], padding, constant_values=pad_id),
+        tokens=jnp.pad(first.tokens[:, None], padding, constant_values=limits.pad_id),
         weights=jnp.pad(first.weights[:, None], padding),
         log_probs=jnp.pad(first.log_probs[:, None], padding),
     )
@@ -227,21 +249,32 @@ def _run_chunks(
         )
         return progress, columns, number + 1
 
-    # Counted in chunks, so that the program says how often its loop may run.
-    state = (progress, columns, jnp.zeros((), jnp.int32))
-    progress, columns, number = lax.while_loop(is_open, run_chunk, state)
-    columns = jax.tree.map(lambda x: x[:, :max_length], columns)
-    return progress.ended, columns, jnp.minimum(1 + number * chunk, max_length)
+    # Counts chunks, so that the maximum trip count of the loop can be read from the program.
+    carry = (progress, columns, jnp.zeros((), jnp.int32))
+    progress, columns, number = lax.while_loop(is_open, run_chunk, carry)
+    columns = jax.tree.map(lambda x: x[:, : limits.max_length], columns)
+    return _decoded(columns, progress.ended, jnp.minimum(1 + number * chunk, limits.max_length))
 
 
-def _best_beam(beams: Beams, *, filler: Bool[Array, " B"]) -> Decoded:
-    """The first of the beams, which come best first."""
+def _decoded(columns: _Columns, ended: Bool[Array, " B"], steps_run: Int[Array, ""]) -> Decoded:
+    return Decoded(
+        tokens=columns.tokens,
+        weights=columns.weights,
+        log_probs=columns.log_probs,
+        lengths=columns.weights.sum(axis=1).astype(jnp.int32),
+        truncated=~ended,
+        steps_run=steps_run,
+    )
+
+
+def _best_beam(beams: Beams, *, is_filler: Bool[Array, " B"]) -> Decoded:
+    """Returns the first beam of each prompt; beams are sorted best first."""
     weights = beams.weights[:, 0]
     return Decoded(
         tokens=beams.tokens[:, 0],
         weights=weights,
         log_probs=beams.log_probs[:, 0],
         lengths=weights.sum(axis=1).astype(jnp.int32),
-        truncated=~beams.finished[:, 0] & ~filler,
+        truncated=~beams.finished[:, 0] & ~is_filler,
         steps_run=beams.steps_run,
     )

@@ -1,10 +1,11 @@
-"""Choosing one token a row from logits: greedy, temperature, top-k and top-p.
+"""Methods that choose the next token of each row: greedy, temperature, top-k and top-p.
 
-A draw costs a uniform a level of a tree over the vocabulary (three for up to 65,536 entries)
-instead of a random number an entry: each level picks one of 32 groups by its probability, the
-last level the entry. Uniforms are dense near 0 and cumulative sums run from small to large, so
-that an entry of any probability that float32 can hold is drawn at its own rate, and one of
-probability 0 never. Neither cut sorts the vocabulary: see `_keep_top_k` and `_draw_top_p`.
+Sampling descends a tree over the vocabulary: each level selects one of 32 groups by its
+probability, and the last level selects the entry. It takes one uniform random number per level
+(three for up to 65,536 entries) instead of one per entry. The uniforms are dense near 0, and
+cumulative sums run from small to large terms, so that entries of any probability that float32 can
+represent are sampled at the correct rate, and entries of probability 0 never. Neither top-k nor
+top-p sorts the vocabulary: see `_keep_top_k` and `_draw_top_p`.
 """
 
 import dataclasses
@@ -17,15 +18,15 @@ from jax import lax
 from gkd_jax.common.array_types import Array, Bool, Float, Int, Key
 
 FANOUT = 32
-"""Groups a level; its square is the work of a level, in comparisons a row."""
+"""Number of groups per level. Each level takes FANOUT ** 2 comparisons per row."""
 
 
 class SamplingMethod(Protocol):
-    """Chooses the next token of every row."""
+    """Chooses the next token of each row."""
 
     @property
     def needs_key(self) -> bool:
-        """Whether `choose` draws random numbers."""
+        """Whether `choose` needs random keys."""
         ...
 
     def choose(
@@ -37,14 +38,13 @@ class SamplingMethod(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """Takes the likeliest token; of equal ones the lowest id.
+    """Chooses the most likely token, the lowest id among equals.
 
-    Its log-probabilities are the model's own, at temperature 1.
+    Log-probabilities are those of the model's distribution at temperature 1.
     """
 
     @property
     def needs_key(self) -> bool:
-        """A greedy choice draws nothing."""
         return False
 
     def choose(
@@ -52,7 +52,7 @@ class Greedy:
     ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
         """Returns the argmax of each row and its log-probability; `keys` is not used."""
         del keys
-        # A maximum and a minimum reduce many lanes at once; XLA's argmax on a CPU does not.
+        # On CPU, XLA vectorises maximum and minimum reductions, but not argmax.
         is_best = logits == jnp.max(logits, axis=-1, keepdims=True)
         ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         tokens = jnp.min(jnp.where(is_best, ids, logits.shape[-1] - 1), axis=-1)
@@ -61,19 +61,20 @@ class Greedy:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Draws from softmax(logits / temperature), optionally cut to its most likely part.
+    """Samples from softmax(logits / temperature), optionally restricted by top-k and top-p.
 
-    Nothing is cut unless asked for. With both cuts, top-k comes first and top-p is a share of
-    what it left. Of equal logits at a border the lower ids are kept.
+    By default nothing is cut off. If both are set, top-k applies first, and top-p is a fraction of
+    the probability that remains. Among equal logits at the threshold, lower ids are kept.
 
-    Log-probabilities are those of softmax(logits / temperature) over the whole vocabulary,
-    **before** top-k and top-p: they stay finite and comparable with a teacher's, and equal
-    what scoring the tokens at that temperature gives.
+    Log-probabilities are those of softmax(logits / temperature) over the entire vocabulary,
+    **before** top-k and top-p. They are therefore finite, comparable with a teacher's, and equal to
+    those of scoring the tokens at the same temperature.
 
     Attributes:
-      temperature: divides the logits; 1 is the model's own distribution.
-      top_k: keep exactly this many of the likeliest entries; None keeps all.
-      top_p: keep the smallest set of likeliest entries whose probability reaches this.
+      temperature: divisor of the logits; 1 samples from the model's own distribution.
+      top_k: keeps exactly this many of the most likely entries; None keeps all.
+      top_p: keeps the smallest set of most likely entries whose total probability reaches this
+        value; None keeps all.
     """
 
     temperature: float = 1.0
@@ -99,17 +100,16 @@ class Sample:
 
     @property
     def needs_key(self) -> bool:
-        """Every draw needs a key."""
         return True
 
     def choose(
         self, logits: Float[Array, "B V"], *, keys: Key[Array, " B"] | None
     ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-        """Draws one token a row.
+        """Samples one token per row.
 
         Args:
-          logits: float32; -inf is an entry that can never be drawn.
-          keys: one key a row, used for nothing else.
+          logits: float32; entries with -inf are never sampled.
+          keys: one random key per row, which must not be used elsewhere.
 
         Returns:
           Tokens (int32) and their log-probabilities at the sampling temperature (float32).
@@ -131,10 +131,10 @@ class Sample:
 def row_keys(
     key: Key[Array, ""], *, example_id: Int[Array, " B"], sample_index: Int[Array, " B"]
 ) -> Key[Array, " B"]:
-    """Returns the key of each output: `key` folded with its example and its sample number.
+    """Returns the key of each output, derived from its example id and its sample index.
 
-    A row's place in the batch is not in it, so the same example gets the same sample in
-    whatever batch, shard or host it lands.
+    Keys do not depend on the position of a row in the batch, so an example gets the same sample in
+    any batch, on any shard and host.
     """
     fold = jax.vmap(jax.random.fold_in)
     per_example = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, example_id)
@@ -142,7 +142,7 @@ def row_keys(
 
 
 def position_keys(keys: Key[Array, " B"], position: Int[Array, ""]) -> Key[Array, " B"]:
-    """Returns the keys of one output position."""
+    """Returns the keys of the rows at one output position."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, position)
 
 
@@ -151,10 +151,10 @@ def _at(values: Float[Array, "B n"], index: Int[Array, " B"]) -> Float[Array, " 
 
 
 def _dense_uniforms(keys: Key[Array, " B"], *, count: int) -> Float[Array, "B n"]:
-    """Uniforms in [0, 1] with 24 significant bits however small they are.
+    """Returns uniforms in [0, 1] with 24 significant bits, however small they are.
 
-    `jax.random.uniform` has multiples of 2**-23 only, which would make every event of a
-    smaller probability impossible or too frequent.
+    `jax.random.uniform` returns multiples of 2**-23, with which events of a smaller probability
+    would be impossible or too frequent.
     """
     bits = jax.vmap(lambda key: jax.random.bits(key, (count, 2), jnp.uint32))(keys)
     high, low = bits[..., 0].astype(jnp.float32), bits[..., 1].astype(jnp.float32)
@@ -162,7 +162,7 @@ def _dense_uniforms(keys: Key[Array, " B"], *, count: int) -> Float[Array, "B n"
 
 
 def _num_levels(size: int) -> int:
-    """Uniforms that a draw from `size` entries takes."""
+    """Returns the number of uniforms needed to sample from `size` entries."""
     return 1 if size <= 2 * FANOUT else 1 + _num_levels(-(-size // FANOUT))
 
 
@@ -171,7 +171,7 @@ def _uniforms_of_draw(keys: Key[Array, " B"], values: Float[Array, "B V"]) -> Fl
 
 
 def _columns(values: Float[Array, "B n"], *, fill: float) -> Float[Array, "B F m"]:
-    """Groups of FANOUT entries that lie m apart, so that sums over a group run along lanes."""
+    """Splits rows into m groups of FANOUT entries with stride m, so that group sums vectorise."""
     padding = -values.shape[1] % FANOUT
     if padding:
         values = jnp.pad(values, ((0, 0), (0, padding)), constant_values=fill)
@@ -185,7 +185,7 @@ def _column(columns: Float[Array, "B F m"], index: Int[Array, " B"]) -> Float[Ar
 def _draw(
     scaled: Float[Array, "B V"], uniforms: Float[Array, "B n"]
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Draws from softmax(scaled); also returns logsumexp(scaled), which falls out."""
+    """Samples from softmax(scaled). Returns the indices and logsumexp(scaled)."""
     maximum = jnp.max(scaled, axis=-1, keepdims=True)
     if uniforms.shape[1] == 1:
         masses = jnp.exp(scaled - maximum)
@@ -193,49 +193,48 @@ def _draw(
     else:
         columns = _columns(scaled, fill=-jnp.inf)
         masses = jnp.exp(columns - maximum[:, :, None]).sum(axis=1)
-        place = _pick_in_tree(masses, uniforms[:, 1:])
-        # The group's own maximum: entries far below the likeliest keep their precision.
-        group = _column(columns, place)
+        index = _pick_in_tree(masses, uniforms[:, 1:])
+        # Subtracting the group's own maximum keeps the precision of entries far below the largest.
+        group = _column(columns, index)
         group = jnp.exp(group - jnp.max(group, axis=-1, keepdims=True))
-        tokens = _pick(group, uniforms[:, 0]) * columns.shape[2] + place
+        tokens = _pick(group, uniforms[:, 0]) * columns.shape[2] + index
     return tokens, maximum[:, 0] + jnp.log(jnp.sum(masses, axis=-1))
 
 
 def _pick_in_tree(
     masses: Float[Array, "B n"], uniforms: Float[Array, "B levels"]
 ) -> Int[Array, " B"]:
-    """Draws index i with probability masses[i] / sum(masses), one uniform a level."""
+    """Samples index i with probability masses[i] / sum(masses), with one uniform per level."""
     if uniforms.shape[1] == 1:
         return _pick(masses, uniforms[:, 0])
     columns = _columns(masses, fill=0.0)
-    place = _pick_in_tree(columns.sum(axis=1), uniforms[:, 1:])
-    return _pick(_column(columns, place), uniforms[:, 0]) * columns.shape[2] + place
+    index = _pick_in_tree(columns.sum(axis=1), uniforms[:, 1:])
+    return _pick(_column(columns, index), uniforms[:, 0]) * columns.shape[2] + index
 
 
 def _pick(masses: Float[Array, "B n"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
-    """Draws index i with probability masses[i] / sum(masses), for few masses.
+    """Samples index i with probability masses[i] / sum(masses), for a few dozen masses.
 
-    Inverts the cumulative sum from the smallest mass to the largest, in which small ones are not
-    lost to rounding against large ones before them. For a few dozen entries comparing all
-    pairs is faster than sorting.
+    Inverts the cumulative sum taken from the smallest mass to the largest, so that small masses are
+    not lost to rounding. For so few entries, comparing all pairs is faster than sorting.
     """
     shape = (masses.shape[0], masses.shape[1], masses.shape[1])
     this, other = masses[:, :, None], masses[:, None, :]
     order = lax.broadcasted_iota(jnp.int32, shape, 1) - lax.broadcasted_iota(jnp.int32, shape, 2)
     up_to_this = (other < this) | ((other == this) & (order >= 0))
     cumulative = jnp.sum(jnp.where(up_to_this, other, 0.0), axis=-1)
-    # Below the total even where the uniform rounded up to 1. The sum at an entry of mass 0 is
-    # exactly 0, which is never above the threshold.
+    # Keeps the threshold below the total even if the uniform was rounded up to 1. At entries of
+    # mass 0 the cumulative sum is exactly 0, which is never above the threshold.
     uniform = jnp.minimum(uniform, 1 - 2.0**-24)[:, None]
     above = cumulative > uniform * jnp.max(cumulative, axis=-1, keepdims=True)
     return jnp.argmin(jnp.where(above, cumulative, jnp.inf), axis=-1).astype(jnp.int32)
 
 
 def _keep_top_k(values: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """Sets all but the k largest values to -inf; of equal ones the lower ids are kept.
+    """Sets all but the k largest values to -inf, keeping lower ids among equal values.
 
-    The k largest lie in the k groups of the largest maxima (or are equal to others that do), so
-    that what is ranked are the groups and then the entries of a few of them.
+    The k largest values (or values equal to them) are in the k groups with the largest maxima.
+    Therefore only the group maxima, and then the entries of k groups, are ranked.
     """
     candidates = values
     if k * FANOUT <= values.shape[-1] // 4:
@@ -243,7 +242,7 @@ def _keep_top_k(values: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
         _, groups = lax.top_k(jnp.max(columns, axis=1), k)
         candidates = jnp.take_along_axis(columns, groups[:, None, :], axis=2)
         candidates = candidates.reshape(values.shape[0], -1)
-    # Not the last one: XLA would take that for a reason to sort.
+    # The minimum, not the last element, for which XLA would sort all values.
     threshold = jnp.min(lax.top_k(candidates, k)[0], axis=-1, keepdims=True)
     kept = values >= threshold
 
@@ -260,15 +259,16 @@ def _keep_top_k(values: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
 def _draw_top_p(
     scaled: Float[Array, "B V"], keys: Key[Array, " B"], top_p: float
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Draws from the fewest likeliest entries whose probabilities sum to `top_p`.
+    """Samples from the smallest set of most likely entries whose probabilities reach `top_p`.
 
-    Draws from all, and again while the token is not among those: it is where the entries before
-    it (the likelier ones, and equal ones of lower ids) have less than `top_p`. What was refused
-    ends the entries that are still drawn from. As all that is kept comes before it, this changes
-    no ratio between what is kept, and a row takes 1 + log(1 / top_p) draws on average or fewer.
+    Uses rejection sampling: a token is accepted if the total probability of the entries ranked
+    before it (more likely ones, and equally likely ones with lower ids) is below `top_p`. After a
+    rejection, only entries ranked before the rejected token remain. As these include all
+    acceptable entries, the ratios of their probabilities do not change. A row takes at most
+    1 + log(1 / top_p) draws on average.
 
     Returns:
-      Tokens, and logsumexp(scaled) of all entries.
+      Tokens, and logsumexp(scaled) over all entries.
     """
     tokens, log_normaliser = _draw(scaled, _uniforms_of_draw(keys, scaled))
     probs = jnp.exp(scaled - log_normaliser[:, None])
@@ -284,14 +284,14 @@ def _draw_top_p(
     def draw_again(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         draws, tokens, kept = carry
         new_keys = position_keys(keys, draws)
-        left = jnp.where(come_before(tokens), scaled, -jnp.inf)
-        # A row that is done may have nothing left, and its draw is not used.
-        left = jnp.where(kept[:, None], scaled, left)
-        again, _ = _draw(left, _uniforms_of_draw(new_keys, scaled))
+        remaining = jnp.where(come_before(tokens), scaled, -jnp.inf)
+        # Rows with an accepted token may have no remaining entries; their draw is not used.
+        remaining = jnp.where(kept[:, None], scaled, remaining)
+        again, _ = _draw(remaining, _uniforms_of_draw(new_keys, scaled))
         tokens = jnp.where(kept, tokens, again)
         return draws + 1, tokens, is_kept(tokens) | is_broken
 
-    # A row with NaN has no such entries, and must not be drawn from for ever.
+    # Rows with NaNs have no acceptable entry and would otherwise loop forever.
     is_broken = ~jnp.isfinite(log_normaliser)
     carry = (jnp.ones((), jnp.int32), tokens, is_kept(tokens) | is_broken)
     _, tokens, _ = lax.while_loop(lambda carry: ~jnp.all(carry[2]), draw_again, carry)

@@ -1,4 +1,4 @@
-"""What the decoders share: checks of ids, ends of outputs, rows repeated for each prompt."""
+"""Helpers shared by the decoders: checks of token ids, ends of outputs, repeated rows."""
 
 from typing import TypeVar
 
@@ -13,10 +13,10 @@ Tree = TypeVar("Tree", bound=PyTree)
 def check_output_ids(
     vocab_size: int, *, eos_ids: tuple[int, ...], pad_id: int, max_length: int
 ) -> None:
-    """Refuses ids that the model cannot write and lengths below 1.
+    """Checks that special ids are in the vocabulary and that the output length is positive.
 
     Raises:
-      ValueError: naming the setting that is wrong.
+      ValueError: an id is outside the vocabulary, or `max_length` is below 1.
     """
     for name, ids in (("eos_ids", eos_ids), ("pad_id", (pad_id,))):
         if not all(0 <= number < vocab_size for number in ids):
@@ -32,7 +32,7 @@ def check_output_ids(
 
 
 def is_any_of(tokens: Int[Array, "*n"], ids: tuple[int, ...]) -> Bool[Array, "*n"]:
-    """Returns where a token is one of `ids`, of which there may be none."""
+    """Returns True where a token is one of `ids`; `ids` may be empty."""
     found = jnp.zeros(tokens.shape, bool)
     for number in ids:
         found |= tokens == number
@@ -40,10 +40,10 @@ def is_any_of(tokens: Int[Array, "*n"], ids: tuple[int, ...]) -> Bool[Array, "*n
 
 
 def repeat_rows(tree: Tree, count: int) -> Tree:
-    """Repeats every row `count` times in place: [a, b] becomes [a, a, b, b].
+    """Repeats each row `count` times: [a, b] becomes [a, a, b, b].
 
-    A broadcast and a reshape rather than a gather, so that a batch sharded over devices stays
-    where it is.
+    Uses a broadcast and a reshape instead of a gather, so that no data moves between the devices of
+    a sharded batch.
     """
     if count == 1:
         return tree
