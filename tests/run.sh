@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Makes an environment of its own in .venv, checks the code and runs the tests.
-#   bash tests/run.sh        the fast tests
-#   bash tests/run.sh --all  all of them, and comparisons with transformers, which it then installs
+#   bash tests/run.sh        the fast tests: some minutes
+#   bash tests/run.sh --all  all of them, and comparisons with transformers, which it then installs:
+#                            half an hour
+#   bash tests/long.sh       drills, faults, layouts, peers: hours; needs the environment of --all
 # It needs Python 3.11 or newer (PYTHON=python3.12 names another one). Tests on external data run
 # where GKD_JAX_DATA names its folder, and say that they were skipped elsewhere.
 set -euo pipefail

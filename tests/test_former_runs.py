@@ -57,6 +57,7 @@ def flat(tree: dict) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_of_8966c5e_goes_on(run, tmp_path):
     """By the very command of then; to the very bits on the machine where the fixture was made."""

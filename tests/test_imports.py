@@ -185,6 +185,7 @@ def test_the_core_imports_no_heavy_package():
     assert loaded & (_LAZY | {"gin", "torch"}) == set()
 
 
+@pytest.mark.slow
 def test_importing_takes_less_than_two_seconds_more_than_jax():
     """What a Python user imports for a whole run.
 

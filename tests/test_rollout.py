@@ -100,7 +100,9 @@ def test_replaces_outputs_and_weights_them_up_to_their_end(policy):
 
 
 @pytest.mark.pitfall(16)
-@pytest.mark.parametrize("method", [Greedy(), Sample()], ids=str)
+@pytest.mark.parametrize(
+    "method", [Greedy(), pytest.param(Sample(), marks=pytest.mark.slow)], ids=str
+)
 def test_outputs_do_not_depend_on_how_long_the_other_prompts_are(policy, method):
     """A row with its prompt unpadded and alone gives what it gives among longer ones."""
     model, params = policy

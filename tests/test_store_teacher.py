@@ -221,6 +221,7 @@ def steps_of(experiment):
     return np.array(losses), jax.device_get(state.params)
 
 
+@pytest.mark.slow
 def test_training_from_a_full_store_equals_training_from_the_teacher(
     stores, tiny_teacher, tmp_path
 ):

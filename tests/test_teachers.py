@@ -168,6 +168,7 @@ def self_taught(folder, teacher, start, **changes):
     return taught_by(folder, teacher, **settings | changes)
 
 
+@pytest.mark.slow
 def test_the_initial_student_is_a_teacher_of_its_checkpoint(tiny_teacher, tmp_path):
     own = self_taught(tmp_path / "own", InitialStudent(), tiny_teacher)
     given = Teacher(own.student.model, str(tiny_teacher))

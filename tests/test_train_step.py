@@ -98,7 +98,9 @@ def assert_equal_runs(one, other, num_steps=5):
     chex.assert_trees_all_close(one[2], other[2], atol=limit, rtol=0)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow][: name != "adamw"]) for name in OPTIMIZERS]
+)
 @pytest.mark.parametrize("num_microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.pitfall(25)
 def test_microbatches_do_not_change_loss_or_gradient(name, num_microbatches):

@@ -67,7 +67,12 @@ def make_next_log_probs(model, params, inputs, mask, length):
 
 @pytest.mark.parametrize(
     ("num_beams", "alpha", "eos_ids"),
-    [(1, 0.6, (1,)), (3, 0.0, (1,)), (2, 1.0, (1, 4)), (3, 0.6, ())],
+    [
+        pytest.param(1, 0.6, (1,), marks=pytest.mark.slow),
+        pytest.param(3, 0.0, (1,), marks=pytest.mark.slow),
+        (2, 1.0, (1, 4)),
+        (3, 0.6, ()),
+    ],
 )
 def test_equals_a_plain_search(history, num_beams, alpha, eos_ids):
     model, params = history

@@ -145,7 +145,9 @@ def naive_greedy(model, params, inputs, mask, length):
     return tokens, weights
 
 
-@pytest.mark.parametrize("kind", ["history", "t5_1_1", "t5_1_0"])
+@pytest.mark.parametrize(
+    "kind", ["history", "t5_1_1", pytest.param("t5_1_0", marks=pytest.mark.slow)]
+)
 def test_cached_decoding_equals_naive_decoding(kind, history):
     if kind == "history":
         model, params = history
@@ -163,7 +165,11 @@ def test_cached_decoding_equals_naive_decoding(kind, history):
 
 @pytest.mark.parametrize(
     ("method", "first_version"),
-    [(Sample(0.7), False), (Sample(1.3, top_k=5, top_p=0.9), True), (BeamSearch(3), False)],
+    [
+        pytest.param(Sample(0.7), False, marks=pytest.mark.slow),
+        (Sample(1.3, top_k=5, top_p=0.9), True),
+        (BeamSearch(3), False),
+    ],
     ids=str,
 )
 def test_log_probs_equal_scoring(method, first_version):
@@ -286,7 +292,9 @@ def test_keys_differ_by_call_example_sample_and_position():
     )
 
 
-@pytest.mark.parametrize("method", [Sample(top_p=0.9), BeamSearch(2)], ids=str)
+@pytest.mark.parametrize(
+    "method", [Sample(top_p=0.9), pytest.param(BeamSearch(2), marks=pytest.mark.slow)], ids=str
+)
 def test_sharded_rows_stay_on_their_devices(history, method):
     model, params = history
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
