@@ -1,7 +1,7 @@
-"""What every room shares: `Batch`, names of array types, files that grow, names on the hub.
+"""Types and helpers that all other packages share: `Batch`, array types, growing files, the hub.
 
-It knows nothing else of the package. Start with `batch`: it is what flows from the data through the
-rollout to the training step.
+This package depends on no other part of gkd_jax. Start with `batch`, the type that is passed from
+the data through the rollout to the training step.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The one type that flows from data to rollout to step, and what a store adds to it."""
+"""Batch: the type that data, rollout and training step exchange, and a teacher's part in it."""
 
 import dataclasses
 
@@ -11,16 +11,17 @@ from gkd_jax.common.array_types import Array, Bool, Float, Int
 
 @flax.struct.dataclass
 class TeacherDistributions:
-    """A teacher's next-token distributions at a batch's outputs, made once and kept (a store).
+    """A teacher's next-token distributions at the outputs of a batch, computed in advance.
 
-    Of the whole vocabulary, or of some entries of it, the rest of which is one more entry, the
-    tail. The teacher's temperature is in them. Together with the tail they sum to 1.
+    A distribution covers either the whole vocabulary or some entries and a tail, the total
+    probability of all other tokens. Entries and tail sum to 1. The teacher's temperature is already
+    applied.
 
     Attributes:
-      log_probs: log p of each of E entries; -inf where it is 0.
-      ids: the entries' tokens, all different; -1 for a place that holds none, whose log p is
-        -inf. None: the entries are the whole vocabulary in its order.
-      tail: log of the probability of all other tokens together; None where there are no others.
+      log_probs: log-probability of each of E entries; -inf if the probability is 0.
+      ids: token ids of the entries, all different. The id -1 marks an unused entry, whose
+        log-probability is -inf. None if the entries are the whole vocabulary in order.
+      tail: log of the total probability of all other tokens; None if there are no others.
     """
 
     log_probs: Float[Array, "B T E"]
@@ -30,19 +31,19 @@ class TeacherDistributions:
 
 @flax.struct.dataclass
 class TeacherTokens:
-    """A batch's outputs in the tokens of a teacher with another vocabulary, and their spans.
+    """The outputs of a batch in the tokens of a teacher with another vocabulary, and their spans.
 
-    A span is a text that neighbouring tokens of both write, the shortest there are. The end of
-    sequence is one too.
+    A span is a piece of text that consecutive tokens of both vocabularies spell, as short as
+    possible. The end of sequence is a span of its own.
 
     Attributes:
       targets: the teacher's tokens of the outputs, padded on the right.
-      loss_weights: 1 on its real tokens, 0 after them.
-      spans: the number of the span of each of the student's tokens, from 1 and rising along a
-        row; 0 on tokens of none.
-      teacher_spans: likewise of the teacher's.
-      labels: on each of the student's tokens, the entry that its span is of the distributions
-        that are compared (`objectives.spans`).
+      loss_weights: 1 on real tokens, 0 on padding.
+      spans: for each of the student's tokens, the number of its span; numbers start at 1 and
+        increase along a row, and 0 marks tokens outside of all spans.
+      teacher_spans: the same for the teacher's tokens.
+      labels: for each of the student's tokens, the entry of the compared distributions that its
+        span corresponds to (`objectives.spans`).
     """
 
     targets: Int[Array, "B U"]
@@ -54,41 +55,74 @@ class TeacherTokens:
 
 @flax.struct.dataclass
 class Batch:
-    """Prompts and outputs, in the words of a seqio task.
+    """Prompts and outputs, named as the features of a seqio task.
 
-    Masks and weights are explicit, so nothing is ever inferred from a padding id: a
-    vocabulary may use its end-of-sequence id as padding, or have none at all.
+    Masks and weights are explicit and never inferred from a padding id: a vocabulary may use its
+    end-of-sequence token as padding, or have no padding token.
 
-    Packed, a row holds several examples: their prompts one behind the other in `inputs`, their
-    outputs in `targets`. Models let none of them see another, and a mean over sequences is one
-    over outputs, not over rows.
+    In a packed batch a row holds several examples: their prompts are concatenated in `inputs` and
+    their outputs in `targets`. Models keep the examples of a row apart, and a mean over sequences
+    is a mean over outputs, not over rows.
+
+    Examples:
+      Two additions in bytes ('1+1=' with output '2', '20+3=' with output '23'), as the pipeline
+      makes them. The last token of each output is the end of sequence (1); padding is 0.
+
+      >>> from gkd_jax import data
+      >>> from gkd_jax.data.vocabularies import ByteVocabulary
+      >>> source = data.InMemory([{"inputs": "1+1=", "targets": "2"},
+      ...                         {"inputs": "20+3=", "targets": "23"}])
+      >>> config = data.DatasetConfig(
+      ...     task=data.Task("sums", {"train": source}, data.FieldsToText(), inputs_eos=False),
+      ...     split="train",
+      ...     feature_lengths={"inputs": 6, "targets": 4},
+      ...     batch_size=2,
+      ...     vocabulary=ByteVocabulary(),
+      ...     shuffle=False,
+      ... )
+      >>> batch = next(config.build().train_iterator())
+      >>> batch.inputs
+      array([[52, 46, 52, 64,  0,  0],
+             [53, 51, 46, 54, 64,  0]], dtype=int32)
+      >>> batch.inputs_mask.astype(int)
+      array([[1, 1, 1, 1, 0, 0],
+             [1, 1, 1, 1, 1, 0]])
+      >>> batch.targets
+      array([[53,  1,  0,  0],
+             [53, 54,  1,  0]], dtype=int32)
+      >>> batch.loss_weights
+      array([[1., 1., 0., 0.],
+             [1., 1., 1., 0.]], dtype=float32)
+      >>> batch.example_id
+      array([0, 1], dtype=int32)
 
     Attributes:
       inputs: prompt tokens, padded on the right.
       inputs_mask: True on the real tokens of `inputs`.
-      targets: output tokens including the end-of-sequence token, padded on the right. From
-        the data, from a teacher or sampled by the student: the step cannot tell.
+      targets: output tokens including the end-of-sequence token, padded on the right. They come
+        from the data or from a teacher, or were sampled by the student; the training step does not
+        distinguish these cases.
       loss_weights: 1 up to and including the end of the output, 0 after it.
-      example_id: position in the global order of examples, from which random keys are
-        derived; -1 marks a filler row that completes a short last batch and counts nowhere. Of a
-        packed row that of its first example.
-      sample_log_probs: log-probabilities of `targets` under the sampling policy, where they
-        were sampled.
-      advantages: A_t of each token of `targets`, by which a policy gradient weighs it; constants,
-        with no gradient to whatever they were made from. 0 where `loss_weights` is.
-      importance: factor of each token's loss where outputs were drawn from another distribution
-        than the student's; it is no part of what a mean divides by.
-      source_id: number of the source in the data's mixture that an example comes from, where
-        teachers are chosen by it; of packed rows that of each output position's example.
-      teacher_inputs: the prompt as the teacher reads it, padded on the right, where its template
-        or its vocabulary is another than the student's.
+      example_id: position in the global order of examples, from which random keys are derived. The
+        id -1 marks a filler row, which completes a short last batch and is ignored everywhere. For
+        a packed row, the id of its first example.
+      sample_log_probs: log-probabilities of `targets` under the sampling distribution, if they were
+        sampled.
+      advantages: A_t, the weight of each token of `targets` in a policy gradient. They are
+        constants, without a gradient to their inputs. 0 where `loss_weights` is 0.
+      importance: factor of the loss of each token, if outputs were sampled from another
+        distribution than the student's. It does not enter the divisor of a mean.
+      source_id: index of the example's source in the mixture of the data, if teachers are chosen by
+        it. For packed rows, the source of the example at each output position.
+      teacher_inputs: prompt of the teacher, padded on the right, if its template or vocabulary
+        differs from the student's.
       teacher_inputs_mask: True on the real tokens of `teacher_inputs`.
-      stored_teacher: what a store holds of the teacher for `targets`, where one teaches.
-      inputs_segments: of packed rows, which example of its row a prompt token is of, from 1 on in
-        order; 0 is padding. None where a row is one example.
-      targets_segments: the same of output tokens.
-      teacher_inputs_segments: the same of `teacher_inputs`.
-      teacher_tokens: `targets` in the teacher's tokens, where its vocabulary is another.
+      stored_teacher: the stored distributions of a teacher for `targets`, if a store is used.
+      inputs_segments: for packed rows, the example that each prompt token belongs to: 1, 2, ... in
+        order, and 0 on padding. None if each row holds one example.
+      targets_segments: the same for output tokens.
+      teacher_inputs_segments: the same for `teacher_inputs`.
+      teacher_tokens: `targets` in the teacher's tokens, if its vocabulary differs.
     """
 
     inputs: Int[Array, "B S"]
@@ -109,7 +143,10 @@ class Batch:
     teacher_tokens: TeacherTokens | None = None
 
     def as_teacher_reads(self) -> "Batch":
-        """The batch with the teacher's prompts and tokens, where they are others."""
+        """Returns the batch with the teacher's prompts and tokens in place of the student's.
+
+        Fields that teacher and student share are unchanged.
+        """
         batch = self
         if self.teacher_inputs is not None:
             assert self.teacher_inputs_mask is not None
@@ -133,10 +170,13 @@ class Batch:
 
     @property
     def measured_weights(self) -> Float[Array, "B T"]:
-        """`loss_weights` where a divergence is measured: of a span at its first token alone."""
+        """`loss_weights` at the positions where a divergence is computed, 0 elsewhere.
+
+        With `teacher_tokens` a divergence is computed at the first token of each span.
+        """
         if self.teacher_tokens is None:
             return self.loss_weights
         spans = self.teacher_tokens.spans
-        # A token without text may stand between two of one span.
+        # A token without text may be between two tokens of one span.
         before = jax.lax.cummax(jnp.pad(spans[:, :-1], ((0, 0), (1, 0))), axis=1)
         return jnp.where(spans > before, self.loss_weights, 0.0)

@@ -1,4 +1,4 @@
-"""Paths that may be names on the Hugging Face hub."""
+"""Checkpoints that are given by a path or by a name on the Hugging Face hub."""
 
 import os
 import re
@@ -9,16 +9,18 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 
 
 def find(path: epath.PathLike) -> epath.Path:
-    """The path itself where it exists; a name on the hub is downloaded (and kept) first.
+    """Returns a local path; a name on the hub is downloaded (and cached) first.
 
-    `name@revision` takes another revision than the newest.
+    Args:
+      path: an existing path, or a name on the hub. `name@revision` selects a revision other than
+        the newest.
 
     Raises:
-      FileNotFoundError: it is no path, and cannot be downloaded.
+      FileNotFoundError: the path does not exist and cannot be downloaded.
     """
     folder = epath.Path(path)
     name = os.fspath(path)
-    # A folder that is there, such as runs/, is no account on the hub.
+    # An existing folder such as runs/ is not an account on the hub.
     if folder.exists() or folder.parent.exists() or not _NAME.fullmatch(name):
         return folder if "://" in name else folder.absolute()
     try:
@@ -36,7 +38,7 @@ def find(path: epath.PathLike) -> epath.Path:
                 allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
             )
         )  # fmt: skip
-    # What a download raises (no network, no such name, no access) has no common class.
+    # Errors of a download (no network, unknown name, no access) have no common class.
     except Exception as error:
         raise FileNotFoundError(
             f"there is no checkpoint at {folder}: the path does not exist, and as a name on the "

@@ -1,8 +1,8 @@
-"""Multi-step arithmetic word problems with worked solutions, made from nothing.
+"""A generator of multi-step arithmetic word problems with worked solutions.
 
-An example is a pure function of the settings and its index: no file, no network, no state. Which
-split a problem may occur in is decided by a hash of the problem itself, whatever the wording, so
-that no problem of the test split is ever in training, under any seed or setting.
+An example is a pure function of the settings and its index: there are no files, no network and no
+state. A hash of the problem itself, independent of its wording, assigns it to a split, so that no
+problem of the test split occurs in training under any seed or setting.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _QUESTION = "How many?"
 
 _Steps = list[tuple[str, int]]
 
-# Tenths of all problems that each split owns.
+# The tenths of all problems that belong to each split.
 _SHARES = {"test": (0,), "validation": (1,), "train": tuple(range(2, 10))}
 
 
@@ -32,18 +32,18 @@ class ArithmeticProblems:
     """Word problems like 'Tom has 7 pens, buys 5, sells 3. How many?'.
 
     Examples have GSM8K's fields: `question`, and `answer` with every step worked out and the
-    result after '####' ('7+5=12. 12-3=9. #### 9'). All texts are ASCII. Held-out splits hold no
-    problem twice; training draws with repetition.
+    result after '####' ('7+5=12. 12-3=9. #### 9'). All texts are ASCII. The problems of held-out
+    splits are distinct; training problems are drawn with repetition.
 
     Attributes:
-      split: 'train', 'validation' or 'test'; they share no problem.
-      num_examples: how many examples there are. More training problems take no memory.
-      seed: another seed draws other problems from the same split.
-      min_steps, max_steps: operations in a problem.
-      max_operand: largest number in an addition or subtraction, and to start from.
-      max_factor: largest factor in a multiplication; 1 leaves multiplication out.
-      max_value: no intermediate result is larger, and none is below 1.
-      num_wordings: how many of the wordings of each operation occur, 1 to 4.
+      split: 'train', 'validation' or 'test'; splits share no problem.
+      num_examples: number of examples. Training problems take no memory.
+      seed: different seeds draw different problems from the same split.
+      min_steps, max_steps: smallest and largest number of operations in a problem.
+      max_operand: largest start value, and largest operand of an addition or subtraction.
+      max_factor: largest factor of a multiplication; 1 disables multiplication.
+      max_value: largest intermediate result; the smallest is 1.
+      num_wordings: number of wordings that are used for each operation, 1 to 4.
     """
 
     split: str
@@ -78,15 +78,15 @@ class ArithmeticProblems:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the settings and of the first examples, which the code decides."""
+        """Digest of the settings and of the first examples, which depend on the code."""
         first = [self[index] for index in range(min(4, self.num_examples))]
         return hashlib.sha256(repr((self, first)).encode()).hexdigest()
 
     def open(self) -> "ArithmeticProblems":
-        """Returns itself, after making the held-out problems.
+        """Returns itself, after drawing the held-out problems.
 
         Raises:
-          ValueError: the split has fewer problems of this difficulty than are wanted.
+          ValueError: the split has fewer than `num_examples` problems of this difficulty.
         """
         self[0]
         return self
@@ -108,13 +108,13 @@ class ArithmeticProblems:
 
     @functools.cached_property
     def _distinct(self) -> list[int]:
-        """Draws of a held-out split that repeat no earlier problem: its examples, in order."""
+        """Indices of the draws that are the examples of a held-out split, without repetitions."""
         seen: set[str] = set()
         kept: list[int] = []
         for draw in itertools.count():
             if len(kept) == self.num_examples:
                 return kept
-            # Draws needed even for 99% of all problems are fewer than 5 a problem.
+            # Drawing 99% of all problems takes fewer than 5 draws per problem.
             if draw > 1000 + 10 * self.num_examples:
                 break
             problem = _canonical(*self._draw_problem(self._numbers(draw)))
@@ -131,7 +131,7 @@ class ArithmeticProblems:
         return _numbers(f"{self.seed}/{self.split}/{draw}")
 
     def _draw_problem(self, numbers: Iterator[int]) -> tuple[int, _Steps]:
-        """A problem of this split, by rejection; a held-out one takes ten tries on average."""
+        """Draws a problem of this split by rejection: 10 tries on average if it is held out."""
         while True:
             num_steps = _between(numbers, self.min_steps, self.max_steps)
             value = start = _between(numbers, 2, self.max_operand)
@@ -164,14 +164,14 @@ class ArithmeticProblems:
 
 
 def apply(operation: str, value: int, operand: int) -> int:
-    """One step of a problem."""
+    """Applies one step of a problem to a value."""
     if operation == "+":
         return value + operand
     return value - operand if operation == "-" else value * operand
 
 
 def solution(start: int, steps: _Steps) -> str:
-    """Each step as an equation, and the result after '####'."""
+    """Returns each step as an equation, followed by the result after '####'."""
     value = start
     equations = []
     for operation, operand in steps:
@@ -182,14 +182,14 @@ def solution(start: int, steps: _Steps) -> str:
 
 
 def split_of(start: int, steps: _Steps) -> str:
-    """The split that owns a problem: a hash of its numbers and operations, not of its wording."""
+    """Returns the split of a problem, by a hash of its numbers and operations."""
     digest = hashlib.blake2b(_canonical(start, steps).encode(), digest_size=8).digest()
     tenth = int.from_bytes(digest, "little") % 10
     return next(split for split, tenths in _SHARES.items() if tenth in tenths)
 
 
 def _canonical(start: int, steps: _Steps) -> str:
-    """One text for a problem; the two numbers of a first sum or product may change places."""
+    """Returns one text for a problem: the numbers of a first sum or product are sorted."""
     (operation, operand), *others = steps
     if operation in "+*":
         start, operand = sorted((start, operand))
@@ -197,7 +197,7 @@ def _canonical(start: int, steps: _Steps) -> str:
 
 
 def _numbers(key: str) -> Iterator[int]:
-    """An endless stream of 16-bit numbers that no library version can change."""
+    """Yields 16-bit numbers endlessly, the same under all versions of libraries."""
     block = 0
     while True:
         yield from struct.unpack("<32H", hashlib.blake2b(f"{key}/{block}".encode()).digest())

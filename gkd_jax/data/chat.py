@@ -1,7 +1,7 @@
-"""Chat templates: prompts as a chat model was trained to read them.
+"""Chat templates: prompts in the format that a chat model was trained with.
 
-A template is Jinja, as each family ships it in tokenizer_config.json or chat_template.jinja. It is
-run in Jinja's sandbox, since it comes with a checkpoint.
+A template is written in Jinja and shipped with a checkpoint, in tokenizer_config.json or
+chat_template.jinja. It is rendered in Jinja's sandbox, since a checkpoint may not be trusted.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ class ChatTemplate:
     """The chat template of a Hugging Face checkpoint.
 
     Attributes:
-      path: a checkpoint's directory, or a name on the hub.
-      system: a system message before every conversation; None for none.
-      settings: further variables of the template, such as {'enable_thinking': False} (Qwen 3).
+      path: directory of a checkpoint, or its name on the hub.
+      system: system message at the start of every conversation, if any.
+      settings: additional variables of the template, such as {'enable_thinking': False} (Qwen 3).
     """
 
     path: str
@@ -32,14 +32,14 @@ class ChatTemplate:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text that a model answers: the conversation, and the beginning of its answer.
+        """Returns the prompt of a model: the conversation and the start of the model's answer.
 
         Args:
-          messages: each with 'role' ('user', 'assistant', 'system') and 'content'.
+          messages: mappings with 'role' ('user', 'assistant' or 'system') and 'content'.
 
         Raises:
           FileNotFoundError: the checkpoint has no template.
-          ValueError: the template is broken, or refuses the messages.
+          ValueError: the template is broken or rejects the messages.
         """
         if self.system is not None:
             messages = [{"role": "system", "content": self.system}, *messages]
@@ -51,7 +51,7 @@ class ChatTemplate:
                 **special,
                 **self.settings,
             )
-        # A template may fail in any way that its code does.
+        # The code of a template may raise any exception.
         except Exception as error:
             raise ValueError(
                 f"the chat template of {self.path} refuses a conversation of the roles "
@@ -65,7 +65,7 @@ class ChatTemplate:
 
 @functools.cache
 def _load(path: str) -> tuple[Any, dict[str, str]]:
-    """The compiled template, and the special tokens that it may name."""
+    """Returns the compiled template and the special tokens that it may use."""
     try:
         sandbox = importlib.import_module("jinja2.sandbox")
     except ImportError as error:
@@ -79,8 +79,8 @@ def _load(path: str) -> tuple[Any, dict[str, str]]:
         settings = dict(json.loads((folder / "tokenizer_config.json").read_text()))
     file = folder / "chat_template.jinja"
     text = file.read_text() if file.exists() else settings.get("chat_template")
-    if isinstance(text, list):  # Several by name, as older files have them.
-        text = {one["name"]: one["template"] for one in text}.get("default")
+    if isinstance(text, list):  # Older files have several named templates.
+        text = {named["name"]: named["template"] for named in text}.get("default")
     if not text:
         raise FileNotFoundError(
             f"ChatTemplate.path names {path!r}, which has no chat template (chat_template.jinja, "

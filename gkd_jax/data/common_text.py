@@ -1,9 +1,9 @@
-"""What the tokens of two vocabularies have in common: pieces of text, and spans of it.
+"""Alignment of the tokens of two vocabularies by their text: spans and classes of tokens.
 
-Tokens of two vocabularies are compared by the bytes of text that they write. A span is the text
-between two neighbouring places at which both tokenizations have a boundary. A token's class is the
-longest text that is a token of both vocabularies and that the token begins with: the same question
-about the text that follows, whichever vocabulary writes it.
+Tokens of two vocabularies are compared by the bytes of text that they spell. A span is the text
+between two consecutive positions at which both tokenizations have a boundary. The class of a token
+is its longest prefix that is a token of both vocabularies, so that a distribution over classes is
+defined for both.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ Tokens: TypeAlias = Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The class of each token of student and teacher; every class has tokens of both.
+    """Classes of the tokens of student and teacher; every class has tokens of both.
 
     Attributes:
       student: class of each entry of the student's output layer.
-      teacher: likewise.
-      numbers: the number of each class by its text, or by the name of a token without text.
-      rest: the class of all that has none: `len(numbers)`, or where one side has no such token
-        another, which both have.
+      teacher: class of each entry of the teacher's output layer.
+      numbers: maps the text of a class, or the name of a token without text, to the class.
+      rest: class of all other tokens: `len(numbers)`, or a class that both sides have if only one
+        side has such tokens.
     """
 
     student: Int[np.ndarray, " V"]
@@ -42,7 +42,7 @@ class Table:
     rest: int
 
     def find(self, text: bytes) -> int:
-        """The class of the longest beginning of a text that is one; else `rest`."""
+        """Returns the class of the longest prefix of a text that has one, or `rest`."""
         for length in range(len(text), 0, -1):
             number = self.numbers.get(text[:length])
             if number is not None:
@@ -52,14 +52,15 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """A teacher's tokens of an output, and the spans that both sides share.
+    """A teacher's tokens of an output, and the spans that both tokenizations share.
 
     Attributes:
-      teacher_ids: the teacher's tokens of the visible text, and its end of sequence where the
+      teacher_ids: the teacher's tokens of the visible text, and its end-of-sequence token if the
         output had one.
-      spans: the number of the span of each of the student's tokens, from 1 and rising; 0 of none.
-      teacher_spans: likewise of the teacher's.
-      texts: what each span is, in their order: its bytes, or None for the end of sequence.
+      spans: number of the span of each of the student's tokens, increasing from 1; 0 outside of
+        all spans.
+      teacher_spans: the same for the teacher's tokens.
+      texts: bytes of each span in order; None for the end of sequence.
     """
 
     teacher_ids: list[int]
@@ -69,24 +70,26 @@ class Alignment:
 
 
 class CommonText:
-    """Two vocabularies, compared by the text of their tokens.
+    """Compares two vocabularies by the text of their tokens.
 
-    A vocabulary of SentencePiece begins a text with a space that is not shown. Where one of the
-    two does and the other does not, the first token of a text has classes of its own, by what it
-    shows.
+    A SentencePiece vocabulary starts a text with a space that is not shown. If only one of the two
+    vocabularies does so, the first token of a text has separate classes, by its visible text.
 
     Args:
-      student: its vocabulary.
-      teacher: its vocabulary.
-      sizes: entries of both output layers, the student's first; what lies beyond a vocabulary is
+      student: the student's vocabulary.
+      teacher: the teacher's vocabulary.
+      sizes: sizes of the output layers of student and teacher; entries beyond a vocabulary are
         padding.
 
     Attributes:
+      student: the student's vocabulary.
+      teacher: the teacher's vocabulary.
       table: classes of tokens.
-      first: those of the first token of a text.
+      first: classes of the first token of a text.
 
     Raises:
-      ValueError: a vocabulary does not tell the bytes of its tokens, or they have none in common.
+      ValueError: a vocabulary does not provide the bytes of its tokens, or the vocabularies have no
+        token in common.
     """
 
     def __init__(self, student: Vocabulary, teacher: Vocabulary, sizes: tuple[int, int]):
@@ -95,7 +98,7 @@ class CommonText:
         self._hidden = hidden_spaces(student), hidden_spaces(teacher)
         self.table = _table(*self._pieces, sizes)
         self.first = self.table
-        # Where both hide it, or neither does, their first tokens compare as all others do.
+        # If both or neither hide a space, first tokens are compared in the same way as others.
         self._shows = [False, False]
         if bool(self._hidden[0]) != bool(self._hidden[1]):
             self._shows = [bool(hidden) for hidden in self._hidden]
@@ -106,15 +109,15 @@ class CommonText:
             self.first = _table(own, theirs, sizes)
 
     def align(self, ids: Tokens) -> Alignment:
-        """Has the teacher read an output of the student's.
+        """Encodes an output of the student with the teacher's vocabulary and aligns the two.
 
         Args:
-          ids: the student's tokens up to and including the end of sequence, or as far as they go.
+          ids: the student's tokens, up to and including the end of sequence if the output has one.
         """
         ended = bool(ids) and ids[-1] in self.student.eos_ids
         own = [self._text(0, token) for token in (ids[:-1] if ended else ids)]
         shown = b"".join(text or b"" for text in _shown(own, self._hidden[0]))
-        # Bytes that are no UTF-8 are not shown: they are in no span.
+        # Bytes that are not UTF-8 are not shown and belong to no span.
         read = self.teacher.encode(shown.decode("utf-8", errors="ignore"))
         theirs = [self._text(1, token) for token in read]
         if self._shows[0]:
@@ -133,11 +136,11 @@ class CommonText:
 
     @property
     def num_classes(self) -> int:
-        """One number more than any class has, the rest left out."""
+        """Number of classes, not counting the rest."""
         return max(len(self.table.numbers), len(self.first.numbers))
 
     def class_of(self, text: bytes | None, *, is_first: bool) -> tuple[int, bool]:
-        """The class of a span, and whether that is all of its text and not a beginning of it."""
+        """Returns the class of a span, and whether the class covers all of its text."""
         table = self.first if is_first else self.table
         if text is None:
             return table.numbers[_END], True
@@ -151,12 +154,12 @@ class CommonText:
 
 @functools.lru_cache(maxsize=8)
 def common_text(student: Vocabulary, teacher: Vocabulary, sizes: tuple[int, int]) -> CommonText:
-    """The comparison of two vocabularies, made once."""
+    """Returns the comparison of two vocabularies, which is cached."""
     return CommonText(student, teacher, sizes)
 
 
 def hidden_spaces(vocabulary: Vocabulary) -> int:
-    """How many spaces at the beginning of a text are not shown: 0, 1, or -1 for all."""
+    """Returns how many spaces at the start of a text are not shown: 0, 1, or -1 for all."""
     pieces = _pieces(vocabulary)
     word = next(
         (
@@ -175,7 +178,7 @@ def hidden_spaces(vocabulary: Vocabulary) -> int:
 
 
 def _pieces(vocabulary: Vocabulary) -> list[Piece]:
-    """What each id writes, all ends of sequence alike."""
+    """Returns the text of each id, with one common name for all end-of-sequence tokens."""
     pieces = getattr(vocabulary, "pieces", None)
     if pieces is None:
         raise ValueError(
@@ -196,7 +199,7 @@ def _without_space(piece: Piece) -> Piece:
 
 
 def _shown(texts: Sequence[bytes | None], hidden: int) -> list[bytes | None]:
-    """The texts of tokens without the spaces at the beginning that are not shown."""
+    """Removes the spaces at the start that are not shown from the texts of tokens."""
     left = list(texts)
     for number, text in enumerate(left):
         while text and hidden and text[:1] == _SPACE:
@@ -227,7 +230,7 @@ def _table(student: Sequence[Piece], teacher: Sequence[Piece], sizes: tuple[int,
     rest = table.rest
     is_rest = [one == rest for one in both]
     if is_rest[0].any() != is_rest[1].any():
-        # A class that only one side can have would make divergences infinite.
+        # A class that only one side has would make divergences infinite.
         rest = numbers.get(_END, 0)
         both = [np.where(mask, rest, one) for mask, one in zip(is_rest, both, strict=True)]
     return Table(both[0].astype(np.int32), both[1].astype(np.int32), numbers, rest)
@@ -236,14 +239,14 @@ def _table(student: Sequence[Piece], teacher: Sequence[Piece], sizes: tuple[int,
 def _spans(
     own: Sequence[bytes | None], theirs: Sequence[bytes | None]
 ) -> tuple[list[int], list[int], list[bytes]]:
-    """Numbers of the spans of both sides' tokens, and the text of each."""
+    """Returns the spans of the tokens of both sides, and the text of each span."""
     left, right = (b"".join(text or b"" for text in texts) for texts in (own, theirs))
     starts = _starts(own), _starts(theirs)
     numbers = [0] * len(own), [0] * len(theirs)
     found: list[bytes] = []
     cuts = [
         (a + step, b + step)
-        for a, b, length in _equal_parts(left, right)
+        for a, b, length in _equal_sections(left, right)
         for step in range(length + 1)
         if a + step in starts[0] and b + step in starts[1]
     ]
@@ -259,20 +262,20 @@ def _spans(
 
 
 def _starts(texts: Sequence[bytes | None]) -> dict[int, int]:
-    """Where each token with text begins, to the first such token; and the end."""
+    """Maps the byte offset at which tokens with text start to the first such token; and the end."""
     starts: dict[int, int] = {}
-    place = 0
+    offset = 0
     for token, text in enumerate(texts):
         if text is not None:
-            starts.setdefault(place, token)
-            place += len(text)
-    # A token of no bytes at the end is before the end.
-    starts.setdefault(place, len(texts))
+            starts.setdefault(offset, token)
+            offset += len(text)
+    # A token of no bytes at the end precedes the end.
+    starts.setdefault(offset, len(texts))
     return starts
 
 
-def _equal_parts(left: bytes, right: bytes) -> list[tuple[int, int, int]]:
-    """Places and lengths of the parts that are equal, in order."""
+def _equal_sections(left: bytes, right: bytes) -> list[tuple[int, int, int]]:
+    """Returns the offsets on both sides and the lengths of equal sections, in order."""
     if left == right:
         return [(0, 0, len(left))]
     matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)

@@ -1,6 +1,6 @@
-"""Examples to rows of token ids: end of sequence, truncation, padding, and a cache of rows.
+"""Encoding of examples as rows of token ids: end of sequence, truncation, padding, and a cache.
 
-Nothing here knows of order, batches or processes.
+This module is independent of the order of examples, of batches and of processes.
 """
 
 import dataclasses
@@ -17,19 +17,20 @@ from gkd_jax.data.vocabularies import Vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Text to token ids, without padding.
+    """Converts text to token ids, without padding.
 
-    As in seqio (`append_eos_after_trim`), text is cut on the right to length - 1 and one
-    end-of-sequence token follows, also where the text was cut.
+    As in seqio (`append_eos_after_trim`), text is cut on the right to length - 1 tokens and one
+    end-of-sequence token is appended, even if the text was cut.
 
     Attributes:
-      vocabulary: its first `eos_ids` ends a sequence; one without any appends none.
-      inputs_length: longest prompt, end of sequence included.
-      targets_length: longest output, end of sequence included.
+      vocabulary: the vocabulary. The first of its `eos_ids` ends a sequence; if it has none, no
+        token is appended.
+      inputs_length: maximum length of a prompt, including the end-of-sequence token.
+      targets_length: maximum length of an output, including the end-of-sequence token.
       inputs_eos: whether prompts end with the end-of-sequence token.
+      eos_after_cut_targets: whether an output that was cut ends with the end-of-sequence token.
+      inputs_bos: whether prompts start with the vocabulary's `bos_id`, which must exist.
       cut_inputs: the side on which a prompt that is too long is cut, 'right' or 'left'.
-      inputs_bos: whether prompts begin with the vocabulary's `bos_id`, which it then has.
-      eos_after_cut_targets: whether an output that was cut still ends with it.
     """
 
     vocabulary: Vocabulary
@@ -41,17 +42,17 @@ class Encoder:
     cut_inputs: str = "right"
 
     def encode(self, example: TextExample) -> tuple[list[int], list[int], int, int]:
-        """Token ids of prompt and output, and how long each would be without cutting.
+        """Returns the token ids of prompt and output, and their lengths before truncation.
 
-        A prompt without any token becomes one token (end of sequence, or else padding), so that
-        no model attends to nothing.
+        An empty prompt becomes one token (end of sequence, or else padding), so that a model
+        always has a token to attend to.
         """
         inputs = self._ids(example.inputs, example.inputs_ids, "inputs_ids")
         targets = self._ids(example.targets, example.targets_ids, "targets_ids")
         eos = self.vocabulary.eos_ids[:1]
         bos_id = self.vocabulary.bos_id if self.inputs_bos else None
         if bos_id is not None and inputs[:1] != [bos_id]:
-            inputs = [bos_id, *inputs]  # A chat template may have written it.
+            inputs = [bos_id, *inputs]  # A chat template may already contain it.
         inputs_eos = eos if self.inputs_eos else ()
         over = len(inputs) + len(inputs_eos) - self.inputs_length
         if self.cut_inputs == "left" and over > 0:
@@ -68,7 +69,7 @@ class Encoder:
 
     @property
     def filler_id(self) -> int:
-        """The one token of a prompt that has no other."""
+        """The token that an empty prompt is replaced by."""
         return (*self.vocabulary.eos_ids, self.vocabulary.pad_id)[0]
 
     def _ids(self, text: str, ids: Sequence[int] | None, field: str) -> list[int]:
@@ -88,7 +89,7 @@ class Encoder:
 def _finish(
     ids: list[int], length: int, eos: tuple[int, ...], *, keep_eos: bool = True
 ) -> tuple[list[int], int]:
-    """Cuts to `length` with the end of sequence (none or one token) included."""
+    """Cuts to `length`, including the end of sequence (zero or one token)."""
     full = len(ids) + len(eos)
     if full <= length:
         return [*ids, *eos], full
@@ -101,7 +102,10 @@ def _finish(
 class Rows:
     """Padded rows of some examples.
 
-    `full_lengths` has columns for prompt and output: their lengths before cutting.
+    Attributes:
+      inputs: token ids of the prompts.
+      targets: token ids of the outputs.
+      full_lengths: lengths of prompt and output before truncation.
     """
 
     inputs: Int[np.ndarray, "B S"]
@@ -109,18 +113,18 @@ class Rows:
     full_lengths: Int[np.ndarray, "B 2"]
 
     def tokens(self) -> list[tuple[Int[np.ndarray, " s"], Int[np.ndarray, " t"]]]:
-        """Prompt and output of each row, without padding."""
+        """Returns prompt and output of each row, without padding."""
         rows = zip(self.inputs, self.targets, self.full_lengths.tolist(), strict=True)
         return [(inputs[:s], targets[:t]) for inputs, targets, (s, t) in rows]
 
     def batch(self, example_id: Int[np.ndarray, " B"]) -> Batch:
-        """A batch of NumPy arrays with explicit masks and weights."""
+        """Returns a batch of NumPy arrays with explicit masks and weights."""
 
         def real(width: int, full_length: np.ndarray) -> np.ndarray:
             return np.arange(width)[None, :] < full_length[:, None]
 
         loss_weights = real(self.targets.shape[1], self.full_lengths[:, 1])
-        # The fields of a Batch are arrays of either kind: these stay in the host's memory.
+        # Fields of a Batch may be JAX or NumPy arrays: these are NumPy arrays, in host memory.
         arrays: dict[str, Any] = {
             "inputs": self.inputs,
             "inputs_mask": real(self.inputs.shape[1], self.full_lengths[:, 0]),
@@ -132,15 +136,18 @@ class Rows:
 
 
 class RowReader:
-    """Reads rows by example number, each example tokenised once where the cache may hold it.
+    """Reads rows by example number, and encodes each example once if the cache is large enough.
 
-    Safe to call from several threads: two may make the same row, which is the same row.
+    Can be called from several threads: if two threads make the same row, the results are equal.
 
     Args:
-      read_text: example number to text.
-      encoder: text to ids.
+      read_text: maps the number of an example to its text.
+      encoder: converts text to token ids.
       num_examples: number of examples.
-      cache_bytes: rows are kept if those of all examples fit in this much memory.
+      cache_bytes: rows are cached if those of all examples fit in this size.
+
+    Attributes:
+      caches: whether rows are cached.
     """
 
     def __init__(
@@ -153,12 +160,12 @@ class RowReader:
     ):
         self._read_text = read_text
         self._encoder = encoder
-        # Half the memory where ids fit in 16 bits.
+        # Ids that fit in 16 bits take half the memory.
         dtype = np.dtype(np.uint16 if encoder.vocabulary.size <= 1 << 16 else np.int32)
         row_bytes = (encoder.inputs_length + encoder.targets_length) * dtype.itemsize + 8
         self.caches = num_examples * row_bytes <= cache_bytes
         if self.caches:
-            # Pages of memory are taken by the system when they are first written.
+            # The operating system allocates pages when they are first written.
             self._cache = self._empty(num_examples, dtype)
             self._is_cached = np.zeros(num_examples, bool)
 
@@ -182,9 +189,9 @@ class RowReader:
         rows.full_lengths[row] = full_lengths
 
     def read(self, examples: Int[np.ndarray, " B"]) -> Rows:
-        """Rows of the examples with these numbers, as new arrays of int32.
+        """Returns the rows of the examples with the given numbers, as new int32 arrays.
 
-        A number of -1 gives a filler row: a prompt of one token and an output of none.
+        The number -1 gives a filler row: a prompt of one token and an empty output.
         """
         rows = self._empty(len(examples), np.dtype(np.int32))
         filler = examples < 0

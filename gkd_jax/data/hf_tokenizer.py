@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face checkpoints as vocabularies, by the package `tokenizers`."""
+"""Tokenizers of Hugging Face checkpoints as vocabularies, using the package `tokenizers`."""
 
 import dataclasses
 import functools
@@ -19,15 +19,15 @@ TOKENIZER = "tokenizer.json"
 
 @dataclasses.dataclass(frozen=True)
 class HFTokenizer:
-    """A tokenizer.json, and what the files beside it say of special tokens.
+    """The vocabulary of a tokenizer.json, with special tokens from the files beside it.
 
-    Ends of sequence are those of generation_config.json (chat models have several), or else of
-    config.json or tokenizer_config.json. Where there is no padding, the first end of sequence
-    serves, or else id 0: masks are explicit, so any is safe.
+    End-of-sequence tokens are those of generation_config.json (chat models have several), or else
+    of config.json or tokenizer_config.json. If there is no padding token, the first end-of-sequence
+    token is used, or else id 0: masks are explicit, so any id is safe.
 
     Attributes:
-      path: a checkpoint's directory, or a tokenizer.json.
-      eos_id: overrides the ends of sequence by one id.
+      path: directory of a checkpoint, its name on the hub, or a tokenizer.json.
+      eos_id: overrides the end-of-sequence tokens by one id.
     """
 
     path: str | os.PathLike[str]
@@ -63,23 +63,23 @@ class HFTokenizer:
 
     @functools.cached_property
     def bos_id(self) -> int | None:
-        """The token that begins every text, where the tokenizer has one."""
+        """Beginning-of-sequence token, or None if the tokenizer has none."""
         return self._special("bos_token")
 
     @functools.cached_property
     def fingerprint(self) -> str:
         pieces = (self._tokenizer.id_to_token(token) or "" for token in range(self.size))
-        # SentencePiece models of T5 with seqio's sentinels name these pieces so.
+        # SentencePiece models of T5 with seqio's sentinels use these names.
         named = (f"▁{piece}" if re.fullmatch(r"<extra_id_\d+>", piece) else piece
                  for piece in pieces)  # fmt: skip
         return fingerprint_of_pieces(piece.encode("utf-8") for piece in named)
 
     @functools.cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """What each id writes, by the tokenizer's decoder.
+        """Text of each id, according to the tokenizer's decoder.
 
         Raises:
-          ValueError: it is of a kind whose tokens have no bytes of their own (WordPiece).
+          ValueError: the tokens of this kind of tokenizer have no bytes of their own (WordPiece).
         """
         settings = json.loads(self._tokenizer.to_str())
         decoders = _kinds(settings["decoder"])
@@ -107,7 +107,7 @@ class HFTokenizer:
         return piece.encode("utf-8")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens that are written in the text are those tokens."""
+        """Returns token ids; names of special tokens in the text become those tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -118,7 +118,7 @@ class HFTokenizer:
 
     @functools.cached_property
     def folder(self) -> epath.Path:
-        """Where its files are."""
+        """Folder of the tokenizer's files."""
         path = hub.find(self.path)
         return path.parent if path.name.endswith(".json") else path
 
@@ -170,14 +170,14 @@ class HFTokenizer:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        # The tokenizer is loaded again where the vocabulary is copied to.
+        # A copy loads the tokenizer again.
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
 
-# Decoders of byte-level BPE, of SentencePiece's models, and of single characters.
+# Decoders of byte-level BPE, of SentencePiece models, and of single characters.
 _DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
 
 
@@ -191,7 +191,10 @@ def _kinds(decoder: dict[str, Any] | None) -> set[str]:
 
 @functools.cache
 def _byte_letters() -> dict[str, int]:
-    """The letter that byte-level tokenizers write for each byte: itself, where it is visible."""
+    """Maps the letters that byte-level tokenizers use for bytes to those bytes.
+
+    A byte that is a printable character is its own letter.
+    """
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in visible]
     letters = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(len(others))]

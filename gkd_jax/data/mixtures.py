@@ -1,4 +1,4 @@
-"""Sources made of other sources: a template around each example, and several sources as one."""
+"""Sources that combine other sources: templates around examples, and mixtures of sources."""
 
 import bisect
 import dataclasses
@@ -13,18 +13,18 @@ from gkd_jax.data.task import RawExample, Source, SourceConfig
 
 @dataclasses.dataclass(frozen=True)
 class Templated:
-    r"""Examples of another source, worded by templates.
+    r"""Examples of another source, formatted by templates.
 
     Templates are Python format strings over the fields of an example, e.g.
-    `inputs='{premise} Does this mean that {hypothesis}?'`. Braces within the data are text.
+    `inputs='{premise} Does this mean that {hypothesis}?'`. Braces in the data are plain text.
 
     Attributes:
-      source: where the examples are.
+      source: source of the examples.
       inputs: template of the prompt.
       targets: template of the output.
-      labels: for fields that hold a class number, the text of each class, itself a template
-        (`{'label': ('{choice1}', '{choice2}')}`).
-      unescape_newlines: replaces a backslash and n in the data by a line's end (FLAN's TSVs).
+      labels: for each field that holds a class number, the texts of the classes, which are
+        templates too (`{'label': ('{choice1}', '{choice2}')}`).
+      unescape_newlines: replaces a backslash followed by n in the data by a newline (FLAN's TSVs).
     """
 
     source: SourceConfig
@@ -34,10 +34,10 @@ class Templated:
     unescape_newlines: bool = False
 
     def open(self) -> Source:
-        """Opens the source and words its first example, so that a wrong field is found now.
+        """Opens the source and formats its first example, to check the names of fields.
 
         Raises:
-          FileNotFoundError, ValueError: as the source does; or a template names a field that
+          FileNotFoundError, ValueError: as raised by the source; or a template names a field that
             the examples do not have.
         """
         opened = _TemplatedSource(self, self.source.open())
@@ -94,19 +94,20 @@ def _class_name(names: tuple[str, ...], field: str, number: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several sources as one, in fixed proportions and in random access.
+    """A mixture of several sources in fixed proportions, in random access.
 
-    Without weights each source gives each of its examples once. With weights (or a rate maximum)
-    the number of examples is divided in their proportion to within one, and a source that is too
-    short for its share starts again. Sources follow one another; the pipeline shuffles.
+    Without weights each example of each source occurs once. With weights (or `rate_maximum`) the
+    number of examples is divided in proportion to the weights, exact to within one example, and a
+    source that is shorter than its share is repeated. Sources are concatenated; the pipeline
+    shuffles.
 
     Attributes:
-      sources: at least one.
-      weights: one positive number a source; None for one after another.
-      max_examples: takes the first so many examples of each source at most.
-      rate_maximum: weighs each source by its number of examples, but by this at most: T5's
-        examples-proportional mixing. FLAN 2021 has 3,000, with `max_examples` 30,000.
-      num_examples: length of a weighted mixture; None is the sum over the sources.
+      sources: sources of the mixture, at least one.
+      weights: one positive number per source; None concatenates the sources.
+      max_examples: maximum number of examples of each source, taken from its start.
+      rate_maximum: weights each source by its number of examples, limited to this number: T5's
+        examples-proportional mixing. FLAN 2021 uses 3,000, with `max_examples` 30,000.
+      num_examples: length of a weighted mixture; None uses the sum over the sources.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -143,7 +144,7 @@ class Mixture:
         """Opens all sources.
 
         Raises:
-          FileNotFoundError, ValueError: as the sources do.
+          FileNotFoundError, ValueError: as raised by the sources.
         """
         opened = [source.open() for source in self.sources]
         cap = self.max_examples
@@ -158,7 +159,14 @@ class Mixture:
 
 
 class MixedSource:
-    """`shares[k]` examples of each source, one source after another."""
+    """A concatenation of sources, of which source k contributes `shares[k]` examples.
+
+    Args:
+      sources: the sources.
+      sizes: number of examples to use of each source.
+      shares: number of examples of each source in the mixture; a source is repeated if its share is
+        larger than its size.
+    """
 
     def __init__(self, sources: list[Source], sizes: list[int], shares: list[int]):
         self._sources = sources
@@ -172,10 +180,11 @@ class MixedSource:
 
     @property
     def num_sources(self) -> int:
+        """Number of sources."""
         return len(self._sources)
 
     def source_id(self, index: int) -> int:
-        """The number of the source of an example."""
+        """Returns the number of the source that an example comes from."""
         return bisect.bisect_right(self._stops, index)
 
     def __getitem__(self, index: int) -> RawExample:
@@ -187,7 +196,7 @@ class MixedSource:
 
 
 def _divide(total: int, weights: list[float]) -> list[int]:
-    """Whole shares in the proportion of weights whose sum is the total (largest remainder)."""
+    """Divides a total in proportion to weights, by the method of largest remainders."""
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda k: (shares[k] - exact[k], k))
@@ -196,5 +205,5 @@ def _divide(total: int, weights: list[float]) -> list[int]:
     return shares
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Prompts alone, as a task: from a file, from standard input, or at hand."""
+"""Tasks that consist of prompts only: from a file, from standard input, or given in Python."""
 
 import dataclasses
 import sys
@@ -15,24 +15,28 @@ STANDARD_INPUT = "-"
 
 
 def prompts_task(prompts: str | Sequence[str]) -> Task:
-    r"""A task whose one split 'prompts' has these prompts, each the whole of what a model reads.
+    r"""Returns a task with one split, 'prompts', of complete prompts.
 
     Args:
-      prompts: texts; or where they are: JSON lines with the field 'inputs' ('.jsonl', '.json',
-        plain or '.gz'), else a text of one prompt a line, '-' for standard input. In a text a
-        backslash and n stand for a line's end, and blank lines are prompts too.
+      prompts: a sequence of texts, or the name of a file: JSON lines with the field 'inputs'
+        ('.jsonl', '.json', plain or '.gz'), or text with one prompt per line; '-' is standard
+        input. In text a backslash followed by n stands for a newline, and blank lines are prompts.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such file, or nothing in it.
+      FileNotFoundError, ValueError: the file does not exist or is empty.
     """
     return Task("prompts", {SPLIT: _source(prompts)}, _to_text)
 
 
 def with_prompts(config: DatasetConfig, prompts: str | Sequence[str]) -> DatasetConfig:
-    """The same lengths, vocabulary and ends of a prompt, on other prompts than the data's.
+    """Returns a configuration with other prompts but the same lengths, vocabulary and end tokens.
+
+    Args:
+      config: configuration of the data.
+      prompts: as for `prompts_task`.
 
     Raises:
-      FileNotFoundError, ValueError: as `prompts_task`; or the data's task is unknown.
+      FileNotFoundError, ValueError: as `prompts_task`; or the task of `config` is unknown.
     """
     task = config.task
     if not isinstance(task, Task):

@@ -1,4 +1,4 @@
-"""Tasks by name: those that users registered, then those of gkd_jax, then those of seqio."""
+"""The registry of tasks by name: tasks of users, of gkd_jax and of seqio."""
 
 import difflib
 import functools
@@ -12,15 +12,15 @@ _registry: dict[str, Task] = {}
 
 @functools.cache
 def _own_tasks() -> dict[str, Task]:
-    """The package's tasks with their default sources, by name."""
+    """Returns the package's tasks with their default sources, by name."""
     return {task.name: task for task in (recipe() for recipe in recipes.NAMED)}
 
 
 def register_task(task: Task) -> Task:
-    """Makes a task known to `get_task` under its name; returns it.
+    """Registers a task under its name, and returns it.
 
     Raises:
-      ValueError: another task has this name.
+      ValueError: another task with this name is registered.
     """
     if _registry.setdefault(task.name, task) != task:
         raise ValueError(
@@ -31,18 +31,19 @@ def register_task(task: Task) -> Task:
 
 
 def get_task(name: str, *, module: str | None = None) -> Task:
-    """Finds a task by name: registered ones first, then gkd_jax's own, then seqio's.
+    """Returns a task by name: a registered task, else one of gkd_jax, else one of seqio.
 
     Args:
-      name: the task's or mixture's name (`MIXTURE_OR_TASK_NAME`).
+      name: name of a task or mixture (`MIXTURE_OR_TASK_NAME`).
       module: a module to import first, which registers tasks with `register_task` or with
         seqio (`MIXTURE_OR_TASK_MODULE`).
 
     Returns:
-      The task; a seqio task or mixture comes through `gkd_jax.data.seqio_adapter`.
+      The task; seqio tasks and mixtures are wrapped by `gkd_jax.data.seqio_adapter`.
 
     Raises:
-      ValueError: no task has this name (names the nearest), or there is no such module.
+      ValueError: no task has this name (the message has the nearest names), or the module does not
+        exist.
     """
     if module is not None:
         import_task_module(module)
@@ -50,7 +51,7 @@ def get_task(name: str, *, module: str | None = None) -> Task:
     if name in known:
         return known[name]
     names = set(known)
-    # Without seqio imported, nothing can be in its registry: its slow import is not needed.
+    # Unless seqio is already imported its registry is empty, and its slow import is not needed.
     if "seqio" in sys.modules:
         if name in seqio_adapter.seqio_names():
             return seqio_adapter.seqio_task(name)

@@ -1,8 +1,8 @@
-"""Any registered seqio task or mixture as a task of ours.
+"""Conversion of registered seqio tasks and mixtures into tasks of gkd_jax.
 
-A seqio dataset is a stream; here it is run through once and written to indexed files, so that
-order, batches and exact resumption are those of every other source. The files are found again by
-a fingerprint of all that decides their content, and reading them needs no TensorFlow.
+A seqio dataset is a stream. It is read once and written to indexed files, so that order, batches
+and exact resumption are the same as for other sources. The files are identified by a fingerprint of
+everything that determines their content, and reading them does not need TensorFlow.
 """
 
 import dataclasses
@@ -39,13 +39,13 @@ def _seqio() -> Any:
 
 
 def seqio_names() -> list[str]:
-    """Names of all registered seqio tasks and mixtures."""
+    """Lists the names of all registered seqio tasks and mixtures."""
     seqio = _seqio()
     return sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
 
 
 def _find(name: str, module: str | None = None) -> Any:
-    """A registered seqio task or mixture, after importing the module that registers it."""
+    """Returns a registered seqio task or mixture, after importing the module that registers it."""
     if module is not None:
         import_task_module(module)
     names = seqio_names()
@@ -68,34 +68,34 @@ def seqio_task(
     num_examples: int | None = None,
     cache_dir: str | None = None,
 ) -> Task:
-    """Makes a task of a seqio task or mixture: its splits, tokens and metrics.
+    """Converts a seqio task or mixture into a task, with its splits, tokens and metrics.
 
-    Metrics are the seqio task's own that take (targets, predictions), with its postprocessing.
+    Metrics are those of the seqio task that take (targets, predictions), with its postprocessing.
     A mixture has the metrics that all of its tasks share.
 
     Args:
-      name: as seqio's registry has it.
-      module: imported first; it registers the task.
-      feature_lengths: seqio's sequence lengths, for tasks whose preprocessors want them (span
-        corruption, packing); None leaves cutting to the pipeline, which cuts as seqio does.
-      seed: of random preprocessors and of a mixture's choices.
-      num_examples: takes the first so many of each split, repeating it where it is too short.
-        Without it, a task gives one pass and a mixture ends with the first task that runs out.
-      cache_dir: folder of the token files; None is `~/.cache/gkd_jax/seqio`.
+      name: name in seqio's registry.
+      module: module to import first, which registers the task.
+      feature_lengths: seqio's sequence lengths, for tasks whose preprocessors need them (span
+        corruption, packing). None leaves truncation to the pipeline, which truncates as seqio does.
+      seed: seed of random preprocessors and of the choices of a mixture.
+      num_examples: number of examples of each split, which is repeated if it is shorter. None reads
+        a task once, and a mixture until its first task is exhausted.
+      cache_dir: folder of the token files; None uses `~/.cache/gkd_jax/seqio`.
 
     Returns:
-      The task; give it to `DatasetConfig` with `seqio_vocabulary(name)`.
+      The task, to be used in a `DatasetConfig` with `seqio_vocabulary(name)`.
 
     Raises:
-      ValueError: seqio is missing; it knows no such name (says the nearest); there is no such
-        module; or the task has no 'inputs' or 'targets'.
+      ValueError: seqio is not installed; no task or module has this name (the message has the
+        nearest names); or the task has no 'inputs' or 'targets'.
     """
     provider = _find(name, module)
     _check_features(provider)
     _check_local(cache_dir)
     try:
         splits = list(provider.splits)
-    except Exception as error:  # Whatever the source raises, from files or the network.
+    except Exception as error:  # Errors of files or of the network, of any type.
         raise ValueError(
             f"The splits of seqio task {name!r} cannot be read: {type(error).__name__}: {error}. "
             "Check that its data are in place."
@@ -117,15 +117,15 @@ def seqio_task(
 def seqio_vocabulary(
     name: str, *, module: str | None = None, feature: str = "targets"
 ) -> Vocabulary:
-    """The vocabulary of a seqio task's feature, as one of ours where there is an equal one.
+    """Returns the vocabulary of a feature of a seqio task.
 
     Args:
-      name: a seqio task or mixture.
-      module: imported first; it registers the task.
-      feature: 'targets', or 'inputs' where they differ.
+      name: name of a seqio task or mixture.
+      module: module to import first, which registers the task.
+      feature: 'targets', or 'inputs' if their vocabularies differ.
 
     Returns:
-      A vocabulary with the same ids. SentencePiece and byte vocabularies need no TensorFlow.
+      A vocabulary with the same ids. SentencePiece and byte vocabularies do not need TensorFlow.
 
     Raises:
       ValueError: as `seqio_task`.
@@ -182,7 +182,7 @@ def _metrics(provider: Any) -> list[SeqioMetric]:
 class SeqioSource:
     """One split of a seqio task or mixture; see `seqio_task` for the settings.
 
-    `feature_lengths` are (name, length) pairs, so that the source can be compared.
+    `feature_lengths` are (name, length) pairs, so that sources are hashable.
     """
 
     name: str
@@ -201,10 +201,10 @@ class SeqioSource:
             )
 
     def open(self) -> Source:
-        """Opens the token files; writes them first where there are none of this fingerprint.
+        """Opens the token files, which are written first if none with this fingerprint exist.
 
         Raises:
-          ValueError: as `seqio_task`; or the task's pipeline fails, or is empty.
+          ValueError: as `seqio_task`; or the task's pipeline fails or is empty.
         """
         provider = _find(self.name, self.module)
         _check_features(provider)
@@ -226,7 +226,7 @@ class SeqioSource:
             _logger.info("Writing the tokens of %s, split %s, to %s", self.name, self.split, folder)
             try:
                 write_token_files(folder, self._examples(provider), description=description)
-            except Exception as error:  # Preprocessors raise what they like.
+            except Exception as error:  # Preprocessors may raise any exception.
                 raise ValueError(
                     f"seqio task {self.name!r}, split {self.split!r}, cannot be written as tokens "
                     f"to {str(folder)!r}: {type(error).__name__}: {error}. Check that its data "
@@ -262,7 +262,7 @@ class SeqioSource:
     def _dataset(self, provider: Any) -> Any:
         import tensorflow as tf
 
-        # The seed of what was made without one: sources that are functions often take none.
+        # Seeds operations without a seed of their own: functions as sources often take none.
         tf.random.set_seed(self.seed)
         arguments: dict[str, Any] = {
             "sequence_length": None if self.feature_lengths is None else dict(self.feature_lengths),
@@ -274,7 +274,7 @@ class SeqioSource:
         if isinstance(provider, _seqio().Mixture):
             try:
                 dataset = provider.get_dataset(**arguments, copy_pretokenized=True)
-            except (TypeError, ValueError):  # Not all of its tasks keep their text.
+            except (TypeError, ValueError):  # Not all of its tasks include their text.
                 dataset = provider.get_dataset(**arguments)
         else:
             dataset = provider.get_dataset(**arguments)
@@ -282,7 +282,7 @@ class SeqioSource:
 
 
 def _takes_seed(provider: Any) -> bool:
-    """Whether all sources accept a seed; seqio refuses one for functions without such a name."""
+    """Returns whether all sources accept a seed: seqio refuses one for functions without it."""
     function_source = _seqio().FunctionDataSource
     return all(
         "seed" in inspect.signature(task.source._dataset_fn).parameters
@@ -292,7 +292,7 @@ def _takes_seed(provider: Any) -> bool:
 
 
 def _text(example: Mapping[str, Any], feature: str, vocabulary: Any) -> str:
-    """The text before tokenisation where the task kept it, or else that of the tokens."""
+    """Returns the text before tokenization if the task includes it, else the decoded tokens."""
     text = example.get(f"{feature}_pretokenized")
     if isinstance(text, bytes):
         return text.decode("utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""What decides the content of a seqio dataset, as plain data to be digested."""
+"""Description of everything that determines the content of a seqio dataset, as plain data."""
 
 import functools
 import hashlib
@@ -17,9 +17,9 @@ _MAX_DEPTH = 4
 def describe(provider: Any, split: str) -> dict[str, Any]:
     """Describes a seqio task or mixture: sources, files, preprocessors, vocabularies, rates.
 
-    Code counts by its source text and by what it encloses, local files by size and time of
-    change. What a function reads by other ways (another module, a file) is not seen: remove the
-    cached folder after changing such a thing.
+    Code is described by its source text and its closure, local files by size and modification time.
+    Anything else that a function reads (another module, a file) is not included: remove the cached
+    folder after changing it.
     """
     import seqio
 
@@ -50,7 +50,7 @@ def _describe_task(task: Any, split: str) -> dict[str, Any]:
 
 
 def _describe_source(source: Any) -> list[Any]:
-    # Not all attributes: a TFDS source fills some when it is first read.
+    # Not all attributes: a TFDS source sets some of them when it is first read.
     functions = {
         name: value
         for name, value in vars(source).items()
@@ -62,29 +62,36 @@ def _describe_source(source: Any) -> list[Any]:
 def _describe_file(path: Any) -> list[Any]:
     try:
         status = os.stat(path)
-    except (OSError, TypeError, ValueError):  # A remote file, or no file but a shard's name.
+    except (OSError, TypeError, ValueError):  # A remote file, or the name of a shard.
         return [str(path)]
     return [str(path), status.st_size, status.st_mtime_ns]
 
 
 def describe_value(value: Any, depth: int = 0) -> Any:
-    """Describes functions by their code and objects by their attributes, without addresses."""
+    """Describes functions by their code and objects by their attributes, without addresses.
+
+    Args:
+      value: any object.
+      depth: current depth of the recursion, which is limited.
+    """
     if value is None or isinstance(value, (str, int, float, bool, bytes)):
         return repr(value)
     if depth == _MAX_DEPTH:
         return type(value).__qualname__
 
-    def inner(part: Any) -> Any:
-        return describe_value(part, depth + 1)
+    def inner(element: Any) -> Any:
+        return describe_value(element, depth + 1)
 
     if isinstance(value, functools.partial):
         return ["partial", inner(value.func), inner(value.args), inner(value.keywords)]
     if isinstance(value, Mapping):
-        return {str(key): inner(part) for key, part in sorted(value.items(), key=repr)}
+        return {str(key): inner(element) for key, element in sorted(value.items(), key=repr)}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [
-            inner(part)
-            for part in (sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
+            inner(element)
+            for element in (
+                sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+            )
         ]
     if inspect.isfunction(value):
         return _describe_function(value, depth)
@@ -106,8 +113,8 @@ def _describe_function(function: Any, depth: int) -> list[Any]:
     except (OSError, TypeError):
         code = repr((wrapped.__code__.co_code, wrapped.__code__.co_names))
     cells = []
-    for part in (function, wrapped):
-        for cell in part.__closure__ or ():
+    for one in (function, wrapped):
+        for cell in one.__closure__ or ():
             try:
                 cells.append(cell.cell_contents)
             except ValueError:  # Not yet bound.

@@ -1,7 +1,7 @@
-"""Metrics of seqio tasks as metrics of ours.
+"""Metrics of seqio tasks as metric functions.
 
-A seqio metric gets what the task's postprocessor made of targets and predictions, of any type.
-References are text here, so a target that is not text travels as JSON.
+A seqio metric receives postprocessed targets and predictions, which may have any type. References
+are text in gkd_jax, so a target that is not text is encoded as JSON.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ _JSON_PREFIX = "json:"
 
 
 def encode_reference(target: Any) -> str:
-    """A postprocessed target as text: strings as they are, all else as JSON.
+    """Encodes a postprocessed target as text: strings are unchanged, all else becomes JSON.
 
     Raises:
-      ValueError: neither text nor numbers, lists and dictionaries.
+      ValueError: the target does not consist of text, numbers, lists and dictionaries.
     """
     if isinstance(target, str) and not target.startswith(_JSON_PREFIX):
         return target
@@ -34,14 +34,14 @@ def encode_reference(target: Any) -> str:
 
 
 def decode_reference(reference: str) -> Any:
-    """What `encode_reference` encoded."""
+    """Returns the target that `encode_reference` encoded."""
     if reference.startswith(_JSON_PREFIX):
         return json.loads(reference.removeprefix(_JSON_PREFIX))
     return reference
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's arrays and numbers, and bytes, as JSON knows them."""
+    """Converts NumPy arrays and numbers, and bytes, to types that JSON supports."""
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
     if isinstance(value, (np.ndarray, np.generic)):
@@ -51,21 +51,21 @@ def _plain(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class SeqioMetric:
-    """One of a seqio task's metric functions of (targets, predictions).
+    """A metric function of a seqio task that takes (targets, predictions).
 
     Attributes:
-      task_name: a registered seqio task.
-      number: which of its `predict_metric_fns`.
+      task_name: name of a registered seqio task.
+      number: index in its `predict_metric_fns`.
     """
 
     task_name: str
     number: int
 
     def __call__(self, references: list[list[str]], predictions: list[str]) -> dict[str, Score]:
-        """Postprocesses the predictions as the task does and computes its metric.
+        """Applies the task's postprocessing to the predictions and computes its metric.
 
         Raises:
-          ValueError: the lists do not fit, or the task's functions fail on the outputs.
+          ValueError: the lists differ in length, or the task's functions fail on the outputs.
         """
         check_pairs(references, predictions)
         seqio = importlib.import_module("seqio")

@@ -1,4 +1,4 @@
-"""Vocabularies of seqio tasks."""
+"""Conversion of seqio vocabularies."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from gkd_jax.data import vocabularies
 
 
 def wrap_vocabulary(vocabulary: Any) -> vocabularies.Vocabulary:
-    """A seqio vocabulary as one of ours that maps the same ids, where there is one."""
+    """Wraps a seqio vocabulary; returns an equal vocabulary without TensorFlow if there is one."""
     import seqio
 
     # Exact classes: a subclass may map other ids.
@@ -22,7 +22,7 @@ def wrap_vocabulary(vocabulary: Any) -> vocabularies.Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class _SeqioVocabulary:
-    """Any other vocabulary of seqio's."""
+    """A wrapper of other seqio vocabularies."""
 
     vocabulary: Any
 

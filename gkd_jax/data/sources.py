@@ -1,7 +1,7 @@
-"""Where raw examples come from: files at hand, TFDS, memory.
+"""Sources of raw examples: local or remote files, TFDS, memory.
 
-Each class is a frozen dataclass that only names the data; its `open` checks all of it, so that
-whatever is wrong with a file is said before training, with its line.
+Each class is a frozen dataclass that only names the data. Its `open` checks all of the data, so
+that an error in a file is reported before training, with its line.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Path = str | os.PathLike[str]
 
 
 class _LineSource:
-    """A source of which each example is made from the text of one line (of each file)."""
+    """A source that makes each example from one line of text (or one line of each file)."""
 
     def __init__(
         self,
@@ -40,8 +40,8 @@ class _LineSource:
         return self._make(int(self._indices[index]))
 
 
-def _digest(*parts: Any) -> str:
-    text = json.dumps(parts, sort_keys=True, default=repr, ensure_ascii=True)
+def _digest(*values: Any) -> str:
+    text = json.dumps(values, sort_keys=True, default=repr, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -58,10 +58,10 @@ def _require_fields(
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
-    """One JSON object a line; blank lines are skipped.
+    """Examples from files with one JSON object per line; blank lines are skipped.
 
     Attributes:
-      path: one file or several, plain or '.gz', local or a URL ('gs://...').
+      path: one file or several, plain or '.gz', a local path or a URL ('gs://...').
       fields: fields that every object must have; they are checked when the file is opened.
     """
 
@@ -113,15 +113,15 @@ def _parse_json(lines: TextLines, index: int) -> RawExample:
 
 @dataclasses.dataclass(frozen=True)
 class Tsv:
-    r"""One example a line, its fields apart by tabs; blank lines are skipped.
+    r"""Examples from files with one example per line, in tab-separated columns.
 
-    Quotes are ordinary characters and nothing is unescaped (FLAN's files write a line's end as
-    `\n`: their task replaces it).
+    Blank lines are skipped. Quotes are ordinary characters and nothing is unescaped (FLAN's files
+    write a newline as `\n`, which their task replaces).
 
     Attributes:
-      path: one file or several, plain or '.gz', local or a URL.
-      columns: names of the columns in order; None takes them from the first line of each file.
-      fields: columns that must be there.
+      path: one file or several, plain or '.gz', a local path or a URL.
+      columns: names of the columns in order; None reads them from the first line of each file.
+      fields: columns that must exist.
     """
 
     path: Path | tuple[str, ...]
@@ -133,7 +133,8 @@ class Tsv:
 
         Raises:
           FileNotFoundError: a file is missing.
-          ValueError: no example, a missing column, or a line with another number of columns.
+          ValueError: there is no example, a column is missing, or a line has a different number of
+            columns.
         """
         lines = TextLines(as_paths(self.path), setting="Tsv.path")
         columns = self.columns and tuple(self.columns)
@@ -187,10 +188,14 @@ class Tsv:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelText:
-    """Two files (or equally many), line i of one belonging to line i of the other.
+    """Pairs of lines of two files (or of several on each side).
 
-    Examples have the fields 'inputs' and 'targets'. Blank lines count, since dropping one would
-    shift all that follow.
+    Line i of one side corresponds to line i of the other. Examples have the fields 'inputs' and
+    'targets'. Blank lines are kept, since dropping one would shift all following lines.
+
+    Attributes:
+      inputs_path: one file or several with the prompts.
+      targets_path: one file or several with the outputs.
     """
 
     inputs_path: Path | tuple[str, ...]
@@ -201,7 +206,7 @@ class ParallelText:
 
         Raises:
           FileNotFoundError: a file is missing.
-          ValueError: a side is empty, or the two have different numbers of lines (says both).
+          ValueError: a side is empty, or the numbers of lines differ.
         """
         inputs = TextLines(as_paths(self.inputs_path), setting="ParallelText.inputs_path")
         targets = TextLines(as_paths(self.targets_path), setting="ParallelText.targets_path")
@@ -221,15 +226,19 @@ class ParallelText:
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
-    """Examples given in Python."""
+    """Examples given in Python.
+
+    Attributes:
+      examples: raw examples, at least one.
+    """
 
     examples: Sequence[Mapping[str, Any]]
 
     def open(self) -> Source:
-        """Takes the examples as they are.
+        """Copies the examples.
 
         Raises:
-          ValueError: there are none.
+          ValueError: there are no examples.
         """
         if not self.examples:
             raise ValueError("InMemory.examples is empty. Give at least one example.")
@@ -239,13 +248,14 @@ class InMemory:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-    """A data set of TensorFlow Datasets, read through `tfds.data_source` without a TF graph.
+    """A data set of TensorFlow Datasets, read by `tfds.data_source` without a TensorFlow graph.
 
     Attributes:
-      name: as TFDS calls it, with configuration and version ('wmt14_translate/de-en:1.0.0').
-      split: TFDS's split, slices included ('train', 'validation[:500]').
-      data_dir: folder or bucket of prepared data; None is TFDS's own (`~/tensorflow_datasets`).
-        What is not there is downloaded and prepared in a format with random access.
+      name: name in TFDS, with configuration and version ('wmt14_translate/de-en:1.0.0').
+      split: split in TFDS, which may be a slice ('train', 'validation[:500]').
+      data_dir: folder or bucket of prepared data; None uses TFDS's default
+        (`~/tensorflow_datasets`). Missing data are downloaded and prepared in a format with random
+        access.
     """
 
     name: str
@@ -253,11 +263,11 @@ class TfdsSource:
     data_dir: str | None = None
 
     def open(self) -> Source:
-        """Opens the data set, preparing it first if need be.
+        """Opens the data set, which is prepared first if necessary.
 
         Raises:
-          ValueError: TFDS is not installed, knows no such data set or split, or holds it in a
-            format without random access.
+          ValueError: TFDS is not installed, the data set or split does not exist, or it is prepared
+            in a format without random access.
         """
         setting = (
             f"TfdsSource(name={self.name!r}, split={self.split!r}, data_dir={self.data_dir!r})"
@@ -279,7 +289,7 @@ class TfdsSource:
                 "empty folder, or prepare it with `tfds build --file_format=array_record`. "
                 f"TFDS says: {error}"
             ) from error
-        except Exception as error:  # TFDS raises many types, for networks and names alike.
+        except Exception as error:  # TFDS raises many types, for networks and for names.
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
             raise ValueError(
                 f"{setting} cannot be opened: {reason} Check the name, the split and data_dir; "
@@ -296,15 +306,15 @@ class TfdsSource:
 
 
 def _to_text(value: Any) -> Any:
-    """TFDS's bytes and arrays as str, lists and Python numbers."""
+    """Converts bytes and arrays of TFDS to str, lists and Python numbers."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, Mapping):
-        return {key: _to_text(part) for key, part in value.items()}
+        return {key: _to_text(element) for key, element in value.items()}
     if isinstance(value, np.ndarray):
         return _to_text(value.tolist())
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, (list, tuple)):
-        return [_to_text(part) for part in value]
+        return [_to_text(element) for element in value]
     return value

@@ -1,8 +1,8 @@
 """Lines of text files in random access: plain or gzip, local or in a bucket.
 
-A file is scanned once: the scan finds where lines start, digests the content and checks that it
-is UTF-8. Lines of a plain local file are then read from disk when asked for, so that memory holds
-8 bytes a line; what is compressed or remote is kept in memory.
+A file is scanned once to index its lines, to compute a digest of its content and to check that it
+is UTF-8. Lines of a plain local file are then read from disk on request, which takes 8 bytes of
+memory per line; compressed and remote files are kept in memory.
 """
 
 import bisect
@@ -23,22 +23,22 @@ _EPATH_SCHEMES = ("gs", "s3", "az", "hf")
 
 
 def as_paths(path: str | os.PathLike[str] | tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """One path or several, as a tuple of str."""
+    """Returns one path or several as a tuple of str."""
     if isinstance(path, (str, os.PathLike)):
         return (os.fspath(path),)
-    return tuple(os.fspath(part) for part in path)
+    return tuple(os.fspath(one) for one in path)
 
 
 def open_bytes(path: str, *, setting: str) -> IO[bytes]:
-    """Opens a file for reading, decompressed where its name ends in '.gz'.
+    """Opens a file for reading, and decompresses it if its name ends in '.gz'.
 
     Args:
-      path: a local path, or a URL ('gs://bucket/file'), which etils or fsspec opens.
-      setting: the setting that holds the path, for the message.
+      path: a local path, or a URL ('gs://bucket/file'), which is opened by etils or fsspec.
+      setting: name of the setting with the path, for messages.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is a folder, or what opens this kind of URL is not installed.
+      FileNotFoundError: the file does not exist.
+      ValueError: the path is a folder, or the package for this kind of URL is not installed.
     """
     try:
         file = _open_raw(path)
@@ -61,7 +61,7 @@ def _open_raw(path: str) -> IO[bytes]:
     if scheme in _EPATH_SCHEMES:
         from etils import epath
 
-        # At once: not every library's file of a bucket can be read as gzip wants to.
+        # Read as a whole, since files in buckets do not always support the reads that gzip needs.
         return io.BytesIO(epath.Path(path).read_bytes())
     import fsspec
 
@@ -69,10 +69,14 @@ def _open_raw(path: str) -> IO[bytes]:
 
 
 def blocks(path: str, *, setting: str) -> Iterator[bytes]:
-    """The content of a file in blocks.
+    """Yields the content of a file in blocks.
+
+    Args:
+      path: a local path, or a URL.
+      setting: name of the setting with the path, for messages.
 
     Raises:
-      ValueError: a broken gzip file.
+      ValueError: the file is a broken gzip file.
     """
     with open_bytes(path, setting=setting) as file:
         try:
@@ -86,7 +90,16 @@ def blocks(path: str, *, setting: str) -> Iterator[bytes]:
 
 
 class TextFile:
-    """The lines of one file, blank ones included, without their ends (LF or CR LF)."""
+    """The lines of one file, including blank ones, without their ends (LF or CR LF).
+
+    Args:
+      path: a local path, or a URL.
+      setting: name of the setting with the path, for messages.
+
+    Attributes:
+      path: the path.
+      digest: digest of the (decompressed) content.
+    """
 
     def __init__(self, path: str, *, setting: str):
         self.path = path
@@ -128,7 +141,7 @@ class TextFile:
         try:
             decoder.decode(block, final=final)
         except UnicodeDecodeError as error:
-            # The error counts from what the decoder had held back of the block before.
+            # The offset of the error includes bytes of the previous block that the decoder kept.
             start = max(0, error.start - (len(error.object) - len(block)))
             line = lines_before + block.count(b"\n", 0, start) + 1
             raise ValueError(
@@ -145,8 +158,8 @@ class TextFile:
         if self._content is not None:
             line = self._content[start : start + length]
         else:
-            # Positioned reads, and not a memory map: threads need no lock, and a file that was
-            # cut meanwhile is an error that Python can report.
+            # Positioned reads instead of a memory map: threads need no lock, and a file that was
+            # truncated meanwhile is an error that Python can report.
             line = os.pread(self._descriptor, length, start)
             if len(line) != length:
                 raise ValueError(
@@ -161,10 +174,10 @@ class TextLines:
 
     Args:
       paths: the files, in order.
-      setting: the setting that names them, for messages.
+      setting: name of the setting with the paths, for messages.
 
     Raises:
-      ValueError: no file is named, or all of them are empty, or one is not UTF-8 text.
+      ValueError: there is no file, all files are empty, or one is not UTF-8 text.
     """
 
     def __init__(self, paths: tuple[str, ...], *, setting: str):
@@ -190,7 +203,7 @@ class TextLines:
         return file[line]
 
     def where(self, index: int) -> str:
-        """File and line number (from 1) of a line, for messages."""
+        """Returns the file and the line number (from 1) of a line, for messages."""
         file, line = self._file_and_line(index)
         return f"{file.path!r}, line {line + 1}"
 
@@ -201,10 +214,10 @@ class TextLines:
         return tuple(start for start, stop in zip(starts, self._stops, strict=True) if start < stop)
 
     def counts(self) -> str:
-        """Number of lines of each file, for messages."""
+        """Returns the number of lines of each file, for messages."""
         return " + ".join(f"{len(file)} in {file.path!r}" for file in self._files)
 
     @property
     def digest(self) -> str:
-        """Digest of all content (decompressed) in order."""
+        """Digest of the (decompressed) content of all files in order."""
         return hashlib.sha256(" ".join(file.digest for file in self._files).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Tokenised examples in files with random access, written once and whole or not at all."""
+"""Tokenized examples in files with random access, which are written atomically."""
 
 import array
 import dataclasses
@@ -20,18 +20,18 @@ _FORMAT = 1
 def write_token_files(
     folder: pathlib.Path, examples: Iterable[TextExample], *, description: str
 ) -> None:
-    """Writes examples under a temporary name and renames the folder when all is on disk.
+    """Writes examples to a temporary folder, which is renamed when it is complete.
 
-    Of several processes that write the same folder the first one wins; the others' files are
-    dropped, which are the same.
+    If several processes write the same folder, the first one wins and the files of the others,
+    which are the same, are removed.
 
     Args:
-      folder: the folder to make; its parent is made where it is missing.
-      examples: with `inputs_ids` and `targets_ids`.
-      description: what the files hold, for a reader of `meta.json`.
+      folder: folder to create; its parent is created if it does not exist.
+      examples: examples with `inputs_ids` and `targets_ids`.
+      description: description of the content, stored in `meta.json`.
 
     Raises:
-      ValueError: there is no example.
+      ValueError: there are no examples.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -81,10 +81,13 @@ def _write(scratch: pathlib.Path, examples: Iterable[TextExample]) -> dict[str, 
 
 
 class TokenFiles:
-    """The source that `write_token_files` wrote; safe to read from several threads.
+    """A source in files of `write_token_files`. Can be read from several threads.
+
+    Args:
+      folder: folder of the files.
 
     Raises:
-      ValueError: the files are of another format or not complete.
+      ValueError: the files have another format or are incomplete.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -130,7 +133,7 @@ def _map(path: pathlib.Path, dtype: str, length: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TokensToText:
-    """Hands tokens and text of a `TokenFiles` example over as they are."""
+    """Returns the tokens and the text of an example of `TokenFiles` unchanged."""
 
     def __call__(self, example: RawExample) -> TextExample:
         return TextExample(

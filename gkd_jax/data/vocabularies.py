@@ -1,4 +1,4 @@
-"""Vocabularies: text to token ids and back, with a fingerprint of what each id means."""
+"""Vocabularies: conversion of text to token ids and back, with a fingerprint of the mapping."""
 
 import dataclasses
 import functools
@@ -14,37 +14,37 @@ from typing import Any, Protocol, TypeAlias
 from gkd_jax.data.text_files import blocks
 
 Piece: TypeAlias = bytes | str | None
-"""What a token id writes: bytes of text; or the name of a token without text; or nothing at all.
-The bytes of several tokens, one after another, are those of the text that they decode to, but for
-a space at its beginning. A vocabulary that can tell has `pieces`, one for each id in order."""
+"""The text of a token id: its bytes, or the name of a token without text, or None for an unused id.
+The concatenated bytes of tokens are those of the text that the tokens decode to, except for a space
+at its start. Vocabularies that support this have `pieces`, one for each id in order."""
 
 
 class Vocabulary(Protocol):
-    """What the pipeline, evaluation and checks know of a vocabulary."""
+    """The interface of a vocabulary."""
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Name in messages."""
         ...
 
     @property
     def size(self) -> int:
-        """Number of ids with a meaning; a model's output layer may be padded beyond it."""
+        """Number of ids in use; a model's output layer may be padded beyond it."""
         ...
 
     @property
     def pad_id(self) -> int:
-        """Fills rows on the right. May be an end-of-sequence id: nothing is inferred from it."""
+        """Padding token. May be an end-of-sequence token: nothing is inferred from padding."""
         ...
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end a sequence, the first of which the pipeline appends; may be empty."""
+        """End-of-sequence tokens, of which the pipeline appends the first; may be empty."""
         ...
 
     @property
     def bos_id(self) -> int | None:
-        """The token that begins a text; None where there is none."""
+        """Beginning-of-sequence token, or None if there is none."""
         ...
 
     @property
@@ -53,16 +53,16 @@ class Vocabulary(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without beginning or end of sequence."""
+        """Returns the token ids of a text, without beginning or end of sequence."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text up to the first end of sequence; padding and meaningless ids are left out."""
+        """Returns the text up to the first end of sequence; padding and unused ids are skipped."""
         ...
 
 
 def fingerprint_of_pieces(pieces: Iterable[bytes]) -> str:
-    """Hex digest of a table of pieces in the order of their ids."""
+    """Returns the hex digest of a table of pieces in the order of their ids."""
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(struct.pack("<I", len(piece)) + piece)
@@ -70,7 +70,7 @@ def fingerprint_of_pieces(pieces: Iterable[bytes]) -> str:
 
 
 def up_to_eos(ids: Sequence[int], eos_ids: tuple[int, ...]) -> list[int]:
-    """The ids before the first end of sequence, as Python integers."""
+    """Returns the ids before the first end of sequence, as Python integers."""
     kept: list[int] = []
     for token in ids:
         if token in eos_ids:
@@ -86,22 +86,22 @@ _OWN_TOKENS = (
 
 
 def byte_of(piece: str) -> bytes:
-    """The byte of a piece such as '<0x0A>', which stands for what no other piece writes."""
+    """Returns the byte of a byte-fallback piece such as '<0x0A>'."""
     return bytes([int(piece[3:5], 16)])
 
 
 def check_same_vocabulary(
     student: Vocabulary, other: Vocabulary, *, whose: str = "teacher"
 ) -> None:
-    """Refuses a vocabulary whose ids mean other pieces than the student's, equal sizes or not.
+    """Checks that the ids of two vocabularies mean the same pieces; equal sizes are not enough.
 
     Args:
-      student: that of the training data.
-      other: the one to compare.
-      whose: what the message calls the other.
+      student: vocabulary of the training data.
+      other: vocabulary to compare with it.
+      whose: owner of the other vocabulary, for messages.
 
     Raises:
-      ValueError: the pieces, the padding id or the ends of sequence differ; names both.
+      ValueError: the pieces, the padding tokens or the end-of-sequence tokens differ.
     """
     special = [(one.pad_id, one.eos_ids) for one in (student, other)]
     if student.fingerprint == other.fingerprint and special[0] != special[1]:
@@ -122,7 +122,7 @@ def check_same_vocabulary(
 
 @dataclasses.dataclass(frozen=True)
 class ByteVocabulary:
-    """UTF-8 bytes, in ByT5's convention: pad 0, eos 1, unk 2, byte b is id 3 + b."""
+    """UTF-8 bytes with the ids of ByT5: padding 0, end of sequence 1, unknown 2, byte b 3 + b."""
 
     _OFFSET = 3
 
@@ -153,14 +153,17 @@ class ByteVocabulary:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """What each id writes."""
+        """Text of each id."""
         return ("<pad>", "</s>", "<unk>", *(bytes([byte]) for byte in range(256)))
 
     def encode(self, text: str) -> list[int]:
         return [byte + self._OFFSET for byte in text.encode("utf-8")]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Bytes that are not UTF-8, which a model may well produce, are left out (as in ByT5)."""
+        """Returns the text up to the first end of sequence.
+
+        Bytes that are not UTF-8, which a model may generate, are skipped as in ByT5.
+        """
         tokens = up_to_eos(ids, self.eos_ids)
         text = bytes(token - self._OFFSET for token in tokens if self._OFFSET <= token < self.size)
         return text.decode("utf-8", errors="ignore")
@@ -168,15 +171,15 @@ class ByteVocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceVocabulary:
-    """A SentencePiece model; end of sequence, padding and unknown are the model's own ids.
+    """A SentencePiece model, with its ids for end of sequence, padding and unknown.
 
-    Where the model has no padding (Llama), the end of sequence serves, or else id 0: masks are
-    explicit, so either is safe.
+    If the model has no padding token (Llama), its end-of-sequence token is used, or else id 0:
+    masks are explicit, so either is safe.
 
     Attributes:
-      path: the model file, local or a URL ('gs://...').
-      extra_ids: number of sentinels '<extra_id_0>', ... added after the model's pieces, the
-        first of which has the highest id, as in seqio (T5: 100).
+      path: the model file, a local path or a URL ('gs://...').
+      extra_ids: number of sentinels '<extra_id_0>', ... that are added after the model's pieces.
+        The first one has the highest id, as in seqio (T5: 100).
       eos_id: overrides the model's end-of-sequence id.
     """
 
@@ -231,7 +234,7 @@ class SentencePieceVocabulary:
 
     @functools.cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """What each id writes."""
+        """Text of each id."""
         return tuple(self._piece(token) for token in range(self.size))
 
     def _piece(self, token: int) -> Piece:
@@ -248,15 +251,15 @@ class SentencePieceVocabulary:
 
     def decode(self, ids: Sequence[int]) -> str:
         tokens = up_to_eos(ids, self.eos_ids)
-        # Ids beyond the size are rows of a padded output layer, which SentencePiece would
-        # refuse. Only a padding of the model's own is left out: another id has a meaning.
+        # Ids beyond the size belong to a padded output layer; SentencePiece raises for them. Only
+        # the model's own padding token is skipped: a substitute for it has a meaning.
         padding = self._processor.pad_id()
         return self._processor.decode(
             [token for token in tokens if 0 <= token < self.size and token != padding]
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # The processor is loaded again where the vocabulary is copied to.
+        # A copy loads the processor again.
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -264,10 +267,10 @@ class SentencePieceVocabulary:
 
 
 def import_sentencepiece() -> ModuleType:
-    """The optional package sentencepiece.
+    """Imports the optional package sentencepiece.
 
     Raises:
-      ValueError: it is not installed; says how to get it.
+      ValueError: it is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module("sentencepiece")
@@ -286,7 +289,7 @@ def _load_sentencepiece(path: str, extra_ids: int) -> Any:
     model = b"".join(blocks(path, setting=setting))
     sentencepiece = import_sentencepiece()
     try:
-        # An empty model would be taken for one that is to be loaded later.
+        # SentencePiece takes an empty model for one that is loaded later.
         if not model:
             raise ValueError("the file is empty")
         processor = sentencepiece.SentencePieceProcessor()
@@ -304,22 +307,23 @@ def _load_sentencepiece(path: str, extra_ids: int) -> Any:
 
 
 def _sentinels(extra_ids: int) -> bytes:
-    """The extra pieces as a part of a serialised model, to be joined to the end of one.
+    """Returns the extra pieces in serialized form, to be appended to a serialized model.
 
-    Two protocol buffers end to end are one whose repeated fields are joined, so the pieces
-    (field 1: piece = 1, score = 2, type = 3 with 4 for user-defined) need no protobuf library.
+    Concatenated protocol buffers are one buffer whose repeated fields are concatenated, so adding
+    the pieces (field 1: piece = 1, score = 2, type = 3 with 4 for user-defined) needs no protobuf
+    library.
     """
-    parts = []
+    pieces = []
     for number in reversed(range(extra_ids)):
         piece = f"▁<extra_id_{number}>".encode()
         message = b"\x0a" + bytes([len(piece)]) + piece + b"\x15" + struct.pack("<f", 0.0)
         message += b"\x18\x04"
-        parts.append(b"\x0a" + bytes([len(message)]) + message)
-    return b"".join(parts)
+        pieces.append(b"\x0a" + bytes([len(message)]) + message)
+    return b"".join(pieces)
 
 
 def describe_vocabulary(vocabulary: Vocabulary) -> dict[str, Any]:
-    """What a checkpoint tells of the vocabulary that its model was trained with, as JSON."""
+    """Describes a vocabulary as JSON, for the checkpoints of models trained with it."""
     return {
         "name": vocabulary.name,
         "size": vocabulary.size,

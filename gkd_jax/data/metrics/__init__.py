@@ -1,4 +1,4 @@
-"""Metrics of generated texts: functions from references and predictions to scores."""
+"""Metrics of generated texts: functions of references and predictions that return scores."""
 
 from gkd_jax.data.metrics.gsm8k import apply_calculator, gsm8k_accuracy, parse_answer
 from gkd_jax.data.metrics.score import MetricFn, Score

@@ -1,9 +1,10 @@
 """An external calculator for generated equations, without `eval`.
 
-Cobbe et al. (arXiv 2110.14168) and Wei et al. (arXiv 2201.11903) take the arithmetic out of the
-model's hands: what stands right of a generated equation's '=' is computed, and a corrected
-number replaces the wrong one in what follows, by string matching. Where a text is not surely an
-equation (units, percentages, mixed numbers, words inside), it is left alone.
+Cobbe et al., "Training Verifiers to Solve Math Word Problems" (arXiv 2110.14168) and Wei et al.,
+"Chain-of-Thought Prompting Elicits Reasoning in Large Language Models" (arXiv 2201.11903) evaluate
+models with a calculator: the right-hand side of a generated equation is computed, and a corrected
+number replaces the wrong one in the following text, by string matching. A text that may not be an
+equation (units, percentages, mixed numbers, words inside) is unchanged.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-"""One number as people write it: 7, 1,234, 0.5, .5. A full stop after it is not part of it."""
+"""A number in its common notations: 7, 1,234, 0.5, .5. A full stop after it is not part of it."""
 
 MINUS_SIGN = "\N{MINUS SIGN}"
 _TIMES_SIGN = "\N{MULTIPLICATION SIGN}"
@@ -29,7 +30,7 @@ _TOKEN = re.compile(
     r"|(?P<other>\w+|[^\w])",
     re.DOTALL,
 )
-# Bounds on what is evaluated: a degenerate output must not cost time or memory.
+# Bounds on evaluated expressions: a degenerate output must not cost time or memory.
 _MAX_TOKENS = 64
 _MAX_NUMBER_LENGTH = 18
 
@@ -44,7 +45,7 @@ class _Token:
 
 
 def to_fraction(number: str) -> Fraction:
-    """The exact value of a number as `NUMBER` matches it."""
+    """Returns the exact value of a number that `NUMBER` matches."""
     return Fraction(Decimal(number.replace(",", "")))
 
 
@@ -52,16 +53,15 @@ def apply_calculator(text: str) -> str:
     """Corrects the right-hand sides of equations in a generated solution.
 
     Handles 'a + b = c' and GSM8K's annotations '<<a+b=c>>c', with + - * / and their typographic
-    forms, parentheses,
-    dollar signs and thousands separators. A right-hand side with decimals is kept if it is the
-    result rounded to them. A corrected number replaces the wrong one in later equations and in
-    the answer, until a later equation yields that number rightly.
+    forms, parentheses, dollar signs and thousands separators. A right-hand side with decimals is
+    kept if it is the result rounded to them. A corrected number replaces the wrong one in later
+    equations and in the answer, until a later equation correctly yields that number.
 
     Args:
       text: a generated solution.
 
     Returns:
-      The text with corrected numbers; all else as it was.
+      The text with corrected numbers, otherwise unchanged.
     """
     tokens = _tokenize(text)
     corrected: dict[Fraction, Fraction] = {}
@@ -95,7 +95,7 @@ def _tokenize(text: str) -> list[_Token]:
 def _correct_equation(
     tokens: list[_Token], equals: int, corrected: dict[Fraction, Fraction]
 ) -> None:
-    """Computes the equation around tokens[equals], if it is one, and notes the correction."""
+    """Computes the equation around tokens[equals], if it is one, and records the correction."""
     expression = _left_side(tokens, equals)
     value = _evaluate(expression) if expression else None
     right = _right_side(tokens, equals)
@@ -123,7 +123,7 @@ def _correct_equation(
 
 
 def _left_side(tokens: list[_Token], equals: int) -> list[_Token]:
-    """The tokens of the expression that ends before tokens[equals]; empty if in doubt."""
+    """Returns the tokens of the expression before tokens[equals]; empty if it is ambiguous."""
     first = equals
     while first and tokens[first - 1].kind in ("number", "operator", "paren"):
         first -= 1
@@ -134,9 +134,9 @@ def _left_side(tokens: list[_Token], equals: int) -> list[_Token]:
         minus = _SAME_OPERATOR.get(run[0].text, run[0].text) == "-"
         attached = len(run) > 1 and run[0].end == run[1].start
         if line_start and not attached:
-            run = run[1:]  # A dash or star that opens an item of a list.
+            run = run[1:]  # A dash or star that starts an item of a list.
         elif not (minus and attached) or (before is not None and before.text[-1].isalnum()):
-            return []  # Cut off from its left operand by a word or a unit.
+            return []  # Separated from its left operand by a word or a unit.
     elif run and first > 1 and before is not None and before.text != "\n":
         glued = tokens[first - 2].end == before.start and before.end == run[0].start
         if tokens[first - 2].kind == "number" and (glued or before.text == "and"):
@@ -145,7 +145,10 @@ def _left_side(tokens: list[_Token], equals: int) -> list[_Token]:
 
 
 def _right_side(tokens: list[_Token], equals: int) -> int | None:
-    """Index of the number that an equation claims; None if it goes on or there is none."""
+    """Returns the index of the number that an equation states as its result.
+
+    None if there is no number, or if the equation continues after it.
+    """
     index = equals + 1
     if index < len(tokens) and tokens[index].text in ("-", MINUS_SIGN):
         index += 1
@@ -155,12 +158,12 @@ def _right_side(tokens: list[_Token], equals: int) -> int | None:
     # A percentage, a mixed number ('2 1/2', '5 and 2/3'), a time of day.
     if follow and (follow[0].text in ("%", "and", ":") or follow[0].kind == "number"):
         return None
-    goes_on = len(follow) == 2 and follow[0].kind == "operator"
-    return None if goes_on and follow[1].kind in ("number", "paren") else index
+    continues = len(follow) == 2 and follow[0].kind == "operator"
+    return None if continues and follow[1].kind in ("number", "paren") else index
 
 
 def _evaluate(tokens: list[_Token]) -> Fraction | None:
-    """Value of a whole expression with at least one operation between numbers, else None."""
+    """Returns the value of an expression with at least one operation, or None."""
     items: list[Fraction | str] = []
     for token in tokens:
         text = token.replacement if token.replacement is not None else token.text
@@ -214,7 +217,7 @@ def _factor(items: list[Fraction | str]) -> tuple[Fraction, list[Fraction | str]
 
 
 def _format(value: Fraction) -> str:
-    """Digits without exponent or trailing zeros, at most ten decimals."""
+    """Formats a value without exponent or trailing zeros, with at most ten decimals."""
     if value.denominator == 1:
         return str(value.numerator)
     decimal = round(Decimal(value.numerator) / Decimal(value.denominator), 10)

@@ -1,4 +1,4 @@
-"""The final answer of a worked solution, and the share of right ones."""
+"""The final answer of a worked solution, and the accuracy on GSM8K."""
 
 import re
 from fractions import Fraction
@@ -8,7 +8,7 @@ from gkd_jax.data.metrics.score import Score, check_pairs, share_score
 
 __all__ = ["apply_calculator", "gsm8k_accuracy", "parse_answer"]
 
-# A minus is a sign only where no operand stands before it: '16-7' ends with 7, not -7.
+# A minus is a sign only if no operand precedes it: '16-7' ends with 7, not -7.
 _SIGNED_NUMBER = re.compile(
     rf"(?P<sign>(?<![\w.,)])[-{MINUS_SIGN}])?(?:\$\s?)?"
     rf"(?P<inner_sign>(?<=\$)[-{MINUS_SIGN}])?(?P<number>{NUMBER})"
@@ -18,12 +18,12 @@ _SENTENCE_END = re.compile(r"\n|[.!?](?:\s|$)")
 
 
 def parse_answer(text: str) -> Fraction | None:
-    """The number that a worked solution ends with.
+    """Returns the final number of a worked solution.
 
-    In this order: the number after the first '####' (GSM8K's own format), the number of the
-    sentence after the last 'The answer is' (chain-of-thought format), the last number of the
-    text. A conclusion that holds an equation means its right-hand side. Dollar signs,
-    thousands separators, a trailing full stop and decimals are understood.
+    The first of these that applies: the number after the first '####' (the format of GSM8K), the
+    number in the sentence after the last 'The answer is' (chain-of-thought format), the last number
+    of the text. For a conclusion with an equation, its right-hand side is used. Dollar signs,
+    thousands separators, a trailing full stop and decimals are supported.
 
     Args:
       text: a solution, from the data or generated.
@@ -57,20 +57,20 @@ def _numbers(text: str) -> list[Fraction]:
 def gsm8k_accuracy(
     references: list[list[str]], predictions: list[str], *, use_calculator: bool = False
 ) -> dict[str, Score]:
-    """Share of predictions whose final answer equals a reference's as a number.
+    """Computes the share of predictions whose final answer equals a reference's as a number.
 
     Args:
       references: worked solutions, or plain answers.
       predictions: generated solutions.
-      use_calculator: corrects the predictions' equations first (see `apply_calculator`), as the
-        GKD paper does for GSM8K.
+      use_calculator: corrects the equations of the predictions first (see `apply_calculator`), as
+        the GKD paper does for GSM8K.
 
     Returns:
-      `{'gsm8k_accuracy': score}` in percent with its binomial standard error; the detail counts
-      the predictions without any number.
+      `{'gsm8k_accuracy': score}` in percent with its binomial standard error; the detail has the
+      number of predictions without a number.
 
     Raises:
-      ValueError: the lists do not fit each other, or a reference has no number.
+      ValueError: the lists differ in length, or a reference has no number.
     """
     check_pairs(references, predictions)
     num_right = num_silent = 0

@@ -1,4 +1,4 @@
-"""A metric's value with what is known of its uncertainty."""
+"""The value of a metric with its uncertainty."""
 
 import dataclasses
 import math
@@ -11,10 +11,10 @@ class Score:
     """One number of an evaluation.
 
     Attributes:
-      value: the metric, on the scale on which papers print it (percent for every text metric).
-      standard_error: one standard error of `value` over the choice of examples, on the same
-        scale; None where it is not defined, e.g. for a single example.
-      detail: what a reader needs to reproduce or judge the number, e.g. sacrebleu's signature.
+      value: the metric, on the scale that is usual in papers (percent for all text metrics).
+      standard_error: standard error of `value` over the choice of examples, on the same scale; None
+        if it is not defined, e.g. for a single example.
+      detail: information needed to reproduce or judge the number, e.g. sacrebleu's signature.
     """
 
     value: float
@@ -28,14 +28,14 @@ class Score:
 
 
 MetricFn: TypeAlias = Callable[[list[list[str]], list[str]], dict[str, Score]]
-"""References (at least one for each example) and predictions to named scores."""
+"""(references of each example, predictions) -> name to score."""
 
 
 def check_pairs(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> None:
-    """Refuses what no metric can score.
+    """Checks the arguments of a metric function.
 
     Raises:
-      ValueError: no examples, lists of different length, or an example without a reference.
+      ValueError: there are no examples, the lists differ in length, or an example has no reference.
     """
     if len(references) != len(predictions):
         raise ValueError(
@@ -57,15 +57,15 @@ def check_pairs(references: Sequence[Sequence[str]], predictions: Sequence[str])
 
 
 def mean_score(values: Sequence[float], *, scale: float = 100.0, detail: str = "") -> Score:
-    """Mean of per-example values with the standard error of the mean, s/sqrt(n).
+    """Computes the mean of per-example values with its standard error, s/sqrt(n).
 
     Args:
-      values: one value an example.
-      scale: factor on value and standard error; 100 turns shares into percent.
-      detail: passed on.
+      values: one value per example.
+      scale: factor of value and standard error; 100 converts shares to percent.
+      detail: `Score.detail`.
 
     Returns:
-      The mean; its standard error from the unbiased variance (n - 1), None for one example.
+      The mean, with the standard error from the unbiased variance (n - 1), or None for one example.
     """
     count = len(values)
     mean = math.fsum(values) / count
@@ -77,12 +77,12 @@ def mean_score(values: Sequence[float], *, scale: float = 100.0, detail: str = "
 
 
 def share_score(num_true: int, count: int, *, detail: str = "") -> Score:
-    """A share in percent with its binomial standard error, 100 sqrt(p(1-p)/n).
+    """Computes a share in percent with its binomial standard error, 100 sqrt(p(1-p)/n).
 
     Args:
-      num_true: examples that are right.
-      count: all examples, at least one.
-      detail: passed on; the counts when empty.
+      num_true: number of correct examples.
+      count: number of all examples, at least one.
+      detail: `Score.detail`; defaults to the two numbers.
     """
     share = num_true / count
     error = 100.0 * math.sqrt(share * (1.0 - share) / count)

@@ -20,30 +20,31 @@ def bleu(
     num_bootstrap: int = 200,
     seed: int = 0,
 ) -> dict[str, Score]:
-    """Corpus BLEU as sacrebleu computes it, with a bootstrap standard error.
+    """Computes corpus BLEU with sacrebleu, with a bootstrap standard error.
 
-    Post, "A Call for Clarity in Reporting BLEU Scores" (2018). The standard error is the
-    standard deviation of corpus BLEU over resampled test sets (Koehn, 2004), drawn from a
-    fixed seed, so that the same outputs always give the same numbers.
+    Post, "A Call for Clarity in Reporting BLEU Scores" (arXiv 1804.08771). The standard error is
+    the standard deviation of corpus BLEU over resampled test sets (Koehn, "Statistical Significance
+    Tests for Machine Translation Evaluation", 2004), drawn with a fixed seed, so that the same
+    outputs always give the same numbers.
 
     Args:
       references: at least one reference for each example.
-      predictions: detokenised outputs.
+      predictions: detokenized outputs.
       tokenize: sacrebleu's tokenizer, e.g. '13a', 'intl', 'zh', 'char'.
       lowercase: ignores case; off in every result of the papers.
-      num_bootstrap: resampled test sets; 0 leaves the standard error out.
-      seed: of the resampling.
+      num_bootstrap: number of resampled test sets; 0 omits the standard error.
+      seed: seed of the resampling.
 
     Returns:
       `{'bleu': score}` on the scale 0 to 100, with sacrebleu's signature as its detail.
 
     Raises:
-      ValueError: sacrebleu is missing, or the lists do not fit each other.
+      ValueError: sacrebleu is not installed, or the lists differ in length.
     """
     check_pairs(references, predictions)
     sacrebleu = _require("sacrebleu.metrics", "BLEU", "sacrebleu")
     metric = sacrebleu.BLEU(tokenize=tokenize, lowercase=lowercase)
-    # sacrebleu wants one list for each position of a reference; None where one is missing.
+    # sacrebleu takes one list per index of a reference, with None for missing references.
     most = max(len(texts) for texts in references)
     streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
     value = metric.corpus_score(predictions, streams).score
@@ -70,23 +71,27 @@ def resampled_bleu(
     num_sets: int = 200,
     seed: int = 0,
 ) -> Float[np.ndarray, " num_sets"]:
-    """Corpus BLEU of test sets whose sentences are drawn again from those given (Koehn, 2004).
+    """Computes corpus BLEU of bootstrap samples of the test set.
 
-    The sets depend on the seed and the number of sentences alone. So for two systems on one test
-    set they are the same, and the spread of the differences is the standard error of a paired
+    Koehn, "Statistical Significance Tests for Machine Translation Evaluation" (2004). The samples
+    depend only on the seed and the number of sentences. For two systems on one test set they are
+    the same, and the standard deviation of the differences is the standard error of a paired
     comparison.
 
     Args:
-      references, predictions, tokenize, lowercase: as those of `bleu`.
-      num_sets: how many sets.
-      seed: of the resampling.
+      references, predictions, tokenize, lowercase: as in `bleu`.
+      num_sets: number of samples.
+      seed: seed of the resampling.
+
+    Returns:
+      Corpus BLEU of each sample, from 0 to 100.
 
     Raises:
       ValueError: as `bleu`.
     """
     check_pairs(references, predictions)
     sacrebleu = _require("sacrebleu.metrics", "BLEU", "sacrebleu")
-    # Effective order changes no count; it only spares a warning for each sentence.
+    # Effective order changes no count; it only avoids a warning for each sentence.
     metric = sacrebleu.BLEU(tokenize=tokenize, lowercase=lowercase, effective_order=True)
     rows = []
     for texts, prediction in zip(references, predictions, strict=True):
@@ -94,7 +99,7 @@ def resampled_bleu(
         rows.append([sentence.sys_len, sentence.ref_len, *sentence.counts, *sentence.totals])
     statistics = np.asarray(rows, np.int64)
     count = len(rows)
-    # How often each sentence is drawn; the sums over a set are then one matrix product.
+    # The number of draws of each sentence, so that sums over a sample are one matrix product.
     draws = np.random.default_rng(seed).multinomial(
         count, np.full(count, 1.0 / count), size=num_sets
     )
@@ -114,23 +119,25 @@ def resampled_bleu(
 def rouge(
     references: list[list[str]], predictions: list[str], *, use_stemmer: bool = True
 ) -> dict[str, Score]:
-    """ROUGE-1, -2, -L and -Lsum: mean F-measures over the examples.
+    """Computes ROUGE-1, -2, -L and -Lsum: mean F-measures over the examples.
 
-    Lin (2004), as the package rouge_score computes it with its stemmer, which T5 and GKD use.
-    ROUGE-Lsum splits at line breaks; as in T5, ' . ' starts a new line. T5 reports the median
-    of bootstrapped means, which differs from this mean by noise alone.
+    Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004), computed by the package
+    rouge_score with its stemmer, as in T5 and GKD. ROUGE-Lsum splits at line breaks; as in T5,
+    ' . ' starts a new line. T5 reports the median of bootstrapped means, which differs from this
+    mean only by noise.
 
     Args:
-      references: at least one reference for each example; the best one counts, per type.
+      references: at least one reference for each example; for each type of ROUGE the best one is
+        used.
       predictions: outputs.
-      use_stemmer: compares Porter stems.
+      use_stemmer: whether Porter stems are compared instead of words.
 
     Returns:
       `{'rouge1': ..., 'rouge2': ..., 'rougeL': ..., 'rougeLsum': ...}` in percent, each with
       the standard error of its mean.
 
     Raises:
-      ValueError: rouge_score is missing, or the lists do not fit each other.
+      ValueError: rouge_score is not installed, or the lists differ in length.
     """
     check_pairs(references, predictions)
     rouge_scorer = _require("rouge_score.rouge_scorer", "ROUGE", "rouge_score")
@@ -149,18 +156,18 @@ def rouge(
 def exact_match(
     references: list[list[str]], predictions: list[str], *, ignore_case: bool = False
 ) -> dict[str, Score]:
-    """Share of predictions equal to one of their references, white space aside.
+    """Computes the share of predictions that equal one of their references, up to white space.
 
     Args:
       references: at least one reference for each example.
       predictions: outputs.
-      ignore_case: compares case-folded texts.
+      ignore_case: whether case-folded texts are compared.
 
     Returns:
       `{'exact_match': score}` in percent with its binomial standard error.
 
     Raises:
-      ValueError: the lists do not fit each other.
+      ValueError: the lists differ in length.
     """
     check_pairs(references, predictions)
 
@@ -180,7 +187,7 @@ def _split_lines(text: str) -> str:
 
 
 def _require(module: str, metric: str, package: str) -> ModuleType:
-    """Imports an optional module, or says how to get it."""
+    """Imports an optional module; the error says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""The tasks of the GKD paper and the arithmetic of the quickstart, each a function to configure.
+"""Recipes: functions that return the tasks of the GKD paper and the quickstart's arithmetic.
 
-Every function returns a `Task` whose sources are TFDS's unless files at hand are given, in Python
-or by a gin binding: `recipes.wmt14_en_de.train = @train/sources.ParallelText()`.
+By default the sources of a task are TFDS data sets. Other sources, such as local files, are given
+in Python or by a gin binding: `recipes.wmt14_en_de.train = @train/sources.ParallelText()`.
 """
 
 from gkd_jax.data.recipes.instructions import final_answer, flan2021, flan_cot_tsv, instruction
@@ -22,5 +22,5 @@ __all__ = [
     "xsum",
 ]
 
-# Known by name, with their default sources, for MIXTURE_OR_TASK_NAME.
+# Tasks that MIXTURE_OR_TASK_NAME may name, with their default sources.
 NAMED = (arithmetic, flan2021, gsm8k, wmt14_en_de, xsum)

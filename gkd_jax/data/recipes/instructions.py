@@ -1,4 +1,4 @@
-"""Instruction tuning: FLAN-style data of any make, and a mixture in the manner of FLAN 2021."""
+"""Instruction tuning: FLAN-style data from any source, and a mixture similar to FLAN 2021."""
 
 import os
 import re
@@ -14,9 +14,9 @@ _ANSWER_PHRASE = re.compile(r"the\s+(?:final\s+)?answer\s+is:?\s*", re.IGNORECAS
 
 
 def final_answer(output: str) -> str:
-    """What follows the last 'the answer is', without its full stop; all text if it is missing.
+    """Returns the text after the last 'the answer is' without its full stop, or the whole text.
 
-    An output parser for chain-of-thought data, whose metrics compare answers and not reasons.
+    An output parser for chain-of-thought data, so that metrics compare answers and not reasons.
     """
     phrases = list(_ANSWER_PHRASE.finditer(output))
     if not phrases:
@@ -35,24 +35,24 @@ def instruction(
     output_parser: Callable[[str], str] = as_it_is,
     metrics: tuple[MetricFn, ...] = (exact_match,),
 ) -> Task:
-    """Instructions and responses from sources at hand.
+    """Returns a task of instructions and responses.
 
-    JSON lines with the fields 'inputs' and 'targets' need nothing more; FLAN's chain-of-thought
-    TSVs come through `flan_cot_tsv`, any other layout through `Templated`, and several sources
-    through `Mixture`.
+    JSON lines with the fields 'inputs' and 'targets' can be used directly, FLAN's chain-of-thought
+    TSVs through `flan_cot_tsv`, other formats through `Templated`, and several sources through
+    `Mixture`.
 
     Args:
       train: training examples.
-      validation: None leaves the split out.
-      test: None leaves the split out.
-      name: the task's name.
-      inputs_field: field of the whole prompt.
-      targets_field: field of the response.
-      output_parser: what metrics compare, of predictions and references, e.g. `final_answer`.
-      metrics: metric functions of an evaluation.
+      validation: validation examples; None omits the split.
+      test: test examples; None omits the split.
+      name: name of the task.
+      inputs_field: field with the whole prompt.
+      targets_field: field with the response.
+      output_parser: applied to predictions and references before metrics, e.g. `final_answer`.
+      metrics: metric functions of evaluations.
 
     Returns:
-      The task with the splits that were given.
+      The task, with the given splits.
     """
     given = {"train": train, "validation": validation, "test": test}
     return Task(
@@ -70,7 +70,9 @@ def flan_cot_tsv(
     inputs: str = "{input}\nLet's think step by step.",
     targets: str = "{rationale} The answer is {answer}.",
 ) -> Templated:
-    """FLAN's chain-of-thought files: tab-separated input, answer and rationale, no header.
+    """Returns a source of FLAN's chain-of-thought files.
+
+    The files have tab-separated columns for input, answer and rationale, and no header.
 
     Args:
       path: one file or several, plain or '.gz'.
@@ -84,8 +86,8 @@ def flan_cot_tsv(
     return Templated(source, inputs, targets, unescape_newlines=True)
 
 
-# Data set of TFDS: template of the prompt, of the output, and names of classes. A handful of
-# FLAN 2021's 62 data sets, one or two of a kind, in wordings of our own.
+# Maps a TFDS data set to the templates of prompt and output and to the names of classes: a few of
+# FLAN 2021's 62 data sets, one or two of each kind, with wordings of our own.
 _FLAN_TEMPLATES: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
     "glue/rte": (
         "{sentence1}\n\nDoes it follow that {sentence2}\nOptions:\n- yes\n- no",
@@ -125,7 +127,7 @@ _FLAN_TEMPLATES: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
     ),
     "gigaword": ("Write a headline for this sentence: {document}", "{summary}", {}),
 }
-# Those without a public validation split of that name.
+# Validation splits of data sets that have no public split named 'validation'.
 _VALIDATION_SPLITS = {"ag_news_subset": "test"}
 
 
@@ -138,20 +140,23 @@ def flan2021(
     output_parser: Callable[[str], str] = as_it_is,
     metrics: tuple[MetricFn, ...] = (exact_match,),
 ) -> Task:
-    """Instruction tuning in the manner of FLAN 2021 (Wei et al., arXiv 2109.01652).
+    """Returns a task of instruction tuning similar to FLAN 2021.
 
-    By default a mixture of eight of its data sets over TFDS in our own wordings, at most 30,000
-    examples of each and examples-proportional rates up to 3,000, as that paper has it. It is a
-    small stand-in: for the whole collection, bind `train` to exported files or name FLAN's own
-    seqio mixture.
+    Wei et al., "Finetuned Language Models Are Zero-Shot Learners" (arXiv 2109.01652). The default
+    is a mixture of eight of its data sets from TFDS with our own wordings, with at most 30,000
+    examples of each and examples-proportional rates up to 3,000, as in the paper. It is a small
+    substitute: for the whole collection, bind `train` to exported files or use FLAN's own seqio
+    mixture.
 
     Args:
-      name: the task's name.
+      name: name of the task.
       train: training examples with the fields 'inputs' and 'targets'.
-      validation: None is up to 200 validation examples of each data set of the default mixture.
-      test: None leaves the split out.
-      output_parser: what metrics compare, e.g. `final_answer` for chain-of-thought data.
-      metrics: metric functions of an evaluation.
+      validation: validation examples; None uses up to 200 validation examples of each data set of
+        the default mixture.
+      test: test examples; None omits the split.
+      output_parser: applied to outputs before metrics, e.g. `final_answer` for chain-of-thought
+        data.
+      metrics: metric functions of evaluations.
 
     Returns:
       The task.

@@ -1,4 +1,4 @@
-"""Arithmetic reasoning: GSM8K and problems from the generator."""
+"""Arithmetic reasoning: GSM8K, and problems of the generator in `data.arithmetic`."""
 
 import dataclasses
 import re
@@ -36,9 +36,9 @@ CHAIN_OF_THOUGHT_EXEMPLARS: tuple[tuple[str, str], ...] = (
         "Denny 20 - 12 = 8. The answer is 8.",
     ),
 )
-"""The first four (question, worked answer) pairs of Wei et al., "Chain-of-Thought Prompting
-Elicits Reasoning in Large Language Models" (arXiv 2201.11903), table of exemplars for math word
-problems: quoted from the paper, since results are comparable only with the very same prompt."""
+"""The first four (question, worked answer) pairs of the exemplars for math word problems in Wei et
+al., "Chain-of-Thought Prompting Elicits Reasoning in Large Language Models" (arXiv 2201.11903).
+They are quoted from the paper, since results are comparable only with the same prompt."""
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 _ANSWER_FORMATS = ("chain_of_thought", "original")
@@ -46,7 +46,10 @@ _ANSWER_FORMATS = ("chain_of_thought", "original")
 
 @dataclasses.dataclass(frozen=True)
 class GSM8KText:
-    """A question after its exemplars, and a worked answer. See `gsm8k` for the settings."""
+    """Text of an example of GSM8K: exemplars and question, and a worked answer.
+
+    See `gsm8k` for the settings.
+    """
 
     question_field: str = "question"
     answer_field: str = "answer"
@@ -56,9 +59,13 @@ class GSM8KText:
     num_exemplars: int = 0
 
     def __call__(self, example: RawExample) -> TextExample:
-        """Makes the text; a KeyError names a missing field."""
+        """Returns the text.
+
+        Raises:
+          KeyError: the example lacks a field.
+        """
         question = example[self.question_field]
-        # A training question must not find its own answer in the prompt.
+        # The prompt must not contain the answer to the question itself.
         others = [pair for pair in self.exemplars if pair[0] != question][: self.num_exemplars]
         lines = [f"Q: {asked}\nA: {answered}\n\n" for asked, answered in others]
         targets, reference = self._targets(example)
@@ -67,7 +74,7 @@ class GSM8KText:
         )
 
     def _targets(self, example: RawExample) -> tuple[str, str]:
-        """The worked answer, and the final number alone."""
+        """Returns the worked answer and the final number."""
         answer = example[self.answer_field]
         if self.rationale_field is not None:
             return f"{example[self.rationale_field]} The answer is {answer}.", answer
@@ -81,7 +88,7 @@ class GSM8KText:
 
 
 def _as_sentences(steps: str) -> str:
-    """GSM8K's steps, one a line with calculator annotations, as plain running text."""
+    """Converts GSM8K's steps, one per line with calculator annotations, to plain sentences."""
     lines = [line.strip() for line in _ANNOTATION.sub("", steps).splitlines()]
     return " ".join(line if line[-1] in ".!?" else f"{line}." for line in lines if line)
 
@@ -100,30 +107,32 @@ def gsm8k(
     answer_format: str = "chain_of_thought",
     metrics: tuple[MetricFn, ...] = (gsm8k_accuracy,),
 ) -> Task:
-    """GSM8K: grade-school word problems with worked answers, by chain of thought.
+    """Returns the task GSM8K: grade-school word problems with chain-of-thought answers.
+
+    Cobbe et al., "Training Verifiers to Solve Math Word Problems" (arXiv 2110.14168).
 
     Args:
-      name: the task's name.
-      train: training examples; None is TFDS's gsm8k.
-      validation: held-out examples; None leaves the split out, since GSM8K has none.
-      test: None is TFDS's test split, on which the GKD paper reports.
-      num_exemplars: solved problems before each question; the GKD paper has 4.
-      exemplars: a source of other exemplars, of which the first are taken; None takes those of
-        Wei et al., of which four are known here.
-      question_field: field of the question.
-      answer_field: field of the answer: GSM8K's own (steps, '####', number), a worked answer
-        in another format, or with `rationale_field` the number alone.
-      rationale_field: field of the steps where they are apart, as in FLAN's TSVs.
-      answer_format: 'chain_of_thought' gives running text that ends with 'The answer is N.';
-        'original' keeps line ends, annotations and '####', which T5's vocabulary cannot spell.
-      metrics: metric functions of an evaluation.
+      name: name of the task.
+      train: training examples; None uses gsm8k of TFDS.
+      validation: held-out examples; None omits the split, since GSM8K has none.
+      test: test examples; None uses the test split of TFDS, on which the GKD paper reports.
+      num_exemplars: number of solved problems before each question; 4 in the GKD paper.
+      exemplars: source of other exemplars, of which the first are used; None uses those of Wei et
+        al., of which four are included here.
+      question_field: field with the question.
+      answer_field: field with the answer: in GSM8K's format (steps, '####', number), a worked
+        answer in another format, or with `rationale_field` the number alone.
+      rationale_field: field with the steps if they are separate, as in FLAN's TSVs.
+      answer_format: 'chain_of_thought' makes sentences that end with 'The answer is N.';
+        'original' keeps newlines, annotations and '####', which T5's vocabulary cannot represent.
+      metrics: metric functions of evaluations.
 
     Returns:
-      The task, with splits 'train', 'test' and, where given, 'validation'.
+      The task, with splits 'train', 'test' and, if given, 'validation'.
 
     Raises:
-      ValueError: an unknown answer format, or fewer exemplars than wanted.
-      FileNotFoundError: the file of `exemplars` is missing.
+      ValueError: the answer format is unknown, or there are fewer than `num_exemplars` exemplars.
+      FileNotFoundError: the file of `exemplars` does not exist.
     """
     if answer_format not in _ANSWER_FORMATS:
         raise ValueError(
@@ -172,25 +181,25 @@ def arithmetic(
     num_wordings: int = 4,
     metrics: tuple[MetricFn, ...] = (gsm8k_accuracy,),
 ) -> Task:
-    """Arithmetic word problems with worked solutions, from a generator: no data is needed.
+    """Returns a task of arithmetic word problems with worked solutions, made by a generator.
 
     With a byte vocabulary, prompts of up to 3 steps take at most 84 tokens and outputs at most
-    38, end of sequence included.
+    38, including the end-of-sequence token.
 
     Args:
-      name: the task's name.
-      num_train: training examples; they take no memory.
-      num_heldout: examples of 'validation' and of 'test' each.
-      seed: another seed draws other problems; splits share none under any seed.
+      name: name of the task.
+      num_train: number of training examples, which take no memory.
+      num_heldout: number of examples of 'validation' and of 'test' each.
+      seed: different seeds draw different problems; splits share no problem under any seed.
       min_steps, max_steps, max_operand, max_factor, max_value, num_wordings: difficulty, see
         `ArithmeticProblems`.
-      metrics: metric functions of an evaluation.
+      metrics: metric functions of evaluations.
 
     Returns:
       The task, with splits 'train', 'validation' and 'test'.
 
     Raises:
-      ValueError: a setting that `ArithmeticProblems` refuses.
+      ValueError: `ArithmeticProblems` rejects a setting.
     """
     counts: Mapping[str, int] = {
         "train": num_train,

@@ -17,20 +17,22 @@ def xsum(
     targets_field: str = "summary",
     metrics: tuple[MetricFn, ...] = (rouge,),
 ) -> Task:
-    """XSum with ROUGE: one sentence that says what a news article is about.
+    """Returns the task XSum with ROUGE: summaries of news articles in one sentence.
 
-    TFDS cannot download XSum's articles by itself: its page on xsum says how to prepare them by
-    hand. JSON lines with the fields 'document' and 'summary' serve as well.
+    Narayan et al., "Don't Give Me the Details, Just the Summary!" (arXiv 1808.08745). TFDS cannot
+    download the articles of XSum automatically: its page on xsum describes the manual preparation.
+    JSON lines with the fields 'document' and 'summary' can be used instead.
 
     Args:
-      name: the task's name.
-      train: training examples; None is TFDS's xsum.
-      validation: None is TFDS's validation split, on which the GKD paper reports.
-      test: None is TFDS's test split.
-      prefix: before each article.
-      inputs_field: field of the article ('inputs' is understood as well).
-      targets_field: field of the summary ('targets' is understood as well).
-      metrics: metric functions of an evaluation.
+      name: name of the task.
+      train: training examples; None uses xsum of TFDS.
+      validation: validation examples; None uses the validation split of TFDS, on which the GKD
+        paper reports.
+      test: test examples; None uses the test split of TFDS.
+      prefix: prepended to each article.
+      inputs_field: field with the article ('inputs' is accepted too).
+      targets_field: field with the summary ('targets' is accepted too).
+      metrics: metric functions of evaluations.
 
     Returns:
       The task, with splits 'train', 'validation' and 'test'.

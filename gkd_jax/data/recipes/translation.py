@@ -19,20 +19,20 @@ def wmt14_en_de(
     targets_field: str = "de",
     metrics: tuple[MetricFn, ...] = (bleu,),
 ) -> Task:
-    """WMT14 English to German with cased BLEU, as T5 and GKD set it up.
+    """Returns the task WMT14 English to German with cased BLEU, as in T5 and GKD.
 
-    Any split may come from files at hand, e.g. `ParallelText('train.en', 'train.de')`; with
-    another prefix and other fields it is any other pair of languages.
+    Any split may use local files, e.g. `ParallelText('train.en', 'train.de')`. With another prefix
+    and other fields it becomes a task of any other pair of languages.
 
     Args:
-      name: the task's name.
-      train: training examples; None is TFDS's wmt14_translate/de-en.
-      validation: None is newstest2013, TFDS's validation split.
-      test: None is newstest2014.
-      prefix: before each source sentence.
-      inputs_field: field of the source sentence ('inputs' is understood as well).
-      targets_field: field of the translation ('targets' is understood as well).
-      metrics: metric functions of an evaluation.
+      name: name of the task.
+      train: training examples; None uses wmt14_translate/de-en of TFDS.
+      validation: validation examples; None uses newstest2013, the validation split of TFDS.
+      test: test examples; None uses newstest2014.
+      prefix: prepended to each source sentence.
+      inputs_field: field with the source sentence ('inputs' is accepted too).
+      targets_field: field with the translation ('targets' is accepted too).
+      metrics: metric functions of evaluations.
 
     Returns:
       The task, with splits 'train', 'validation' and 'test'.
