@@ -1,8 +1,8 @@
-"""One run as data: what a gin file binds, and all checks before any long work.
+"""A run as data: the settings that a gin file binds, and the checks before any long work.
 
-It compiles and trains nothing. Start with `experiment.Experiment` and `settings`; `prepare` opens
-and checks everything, `plan` tells what will run, `gin_files` reads gin, and is the only part that
-does.
+This room compiles and trains nothing. Start with `experiment.Experiment` and `settings`. `prepare`
+opens the data and checks everything, with the checks in `checks`; `plan` describes the run;
+`gin_files` parses gin files and is the only part that imports gin.
 """
 
 from typing import Any

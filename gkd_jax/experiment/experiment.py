@@ -1,4 +1,4 @@
-"""A whole experiment as one frozen dataclass: what a gin file or a Python user fills in."""
+"""A whole run as one frozen dataclass, filled in by a gin file or in Python."""
 
 import dataclasses
 
@@ -29,40 +29,41 @@ from gkd_jax.objectives.objective import Objective
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One run, complete.
+    """All settings of one run.
 
     Attributes:
-      student: the model that is trained.
-      objective: divergence, temperatures, reduction.
-      train_data: the training examples and the global batch size.
+      student: model that is trained, and its initial checkpoint.
+      objective: divergence, temperatures and reduction.
+      train_data: training examples and the global batch size.
       optimizer: optimizer and learning-rate schedule.
-      num_steps: updates in all.
-      model_dir: where checkpoints, metrics and predictions go. A run that was stopped goes on
-        from the last checkpoint in it.
-      teacher: who scores: a network, several, the student itself at another time, or a store of
-        what a teacher said (`gkd_jax.distillation.teachers`); None for fine-tuning (SFT).
-      outputs: Algorithm 1's coin: how often a step trains on the student's own outputs.
-      rollout: how the student's outputs are sampled in training.
-      reward: a reward of the student's own outputs beside the divergence (`RewardMix`: RL), or
-        the teacher's judgement of whole outputs (`SequenceReverseKL`: MiniLLM); None for the
+      num_steps: total number of updates.
+      model_dir: folder or bucket of checkpoints, metrics and predictions. A run that was stopped
+        resumes from the last checkpoint in it.
+      teacher: model whose predictions the student is trained to match: one or more frozen networks,
+        the student itself (initial, averaged, live), or precomputed distributions
+        (`gkd_jax.distillation.teachers`). None for supervised fine-tuning (SFT).
+      outputs: share of steps that train on the student's own outputs (lambda of GKD's Algorithm 1).
+      rollout: sampling of the student's outputs during training.
+      reward: reward of the student's own outputs in addition to the divergence (`RewardMix`, for
+        RL), or the sequence-level reverse KL (`SequenceReverseKL`, for MiniLLM). None minimises the
         divergence of each token alone.
-      replay: keeps sampled outputs to train on them again; None trains on each once.
-      evaluation: what is measured on held-out examples; None for nothing.
-      generation: what `--run_mode=generate` writes.
-      storing: what `--run_mode=store_teacher` writes.
-      export: what `--run_mode=export` writes.
-      topology: what `--run_mode=compile_ahead` compiles for, such as 'v5e:4x4'.
-      partitioner: the device mesh and the rules that shard arrays over it.
-      num_microbatches: parts of the batch whose gradients are added up before an update.
-      checkpoints: when states are saved and which are kept.
-      alarms: shares above which a warning is logged.
-      non_finite: what happens when a step's loss or gradient is NaN or infinite.
-      hang_seconds: after so long without a step or an evaluation's batch each process writes the
-        stacks of its threads and ends; None waits for ever.
-      profile_steps: first and last step of a trace for a profiler, counted from 1; None for none.
+      replay: buffer of sampled outputs that are trained on again; None trains on each output once.
+      evaluation: evaluation on held-out examples; None for no evaluation.
+      generation: settings of `--run_mode=generate`.
+      storing: settings of `--run_mode=store_teacher`.
+      export: settings of `--run_mode=export`.
+      topology: TPU topology that `--run_mode=compile_ahead` compiles for, such as 'v5e:4x4'.
+      partitioner: device mesh and the rules that shard arrays over it.
+      num_microbatches: number of microbatches whose gradients are accumulated for one update.
+      checkpoints: saving of checkpoints.
+      alarms: thresholds above which a warning is logged.
+      non_finite: handling of steps whose loss or gradient is NaN or infinite.
+      hang_seconds: time in seconds without a finished step or evaluation batch after which each
+        process writes the stacks of its threads and exits; None disables this.
+      profile_steps: first and last step of a profiler trace, counted from 1; None for no trace.
       log_period: steps between lines of training metrics.
-      seed: root of every random number of the run, apart from the order of examples, which is
-        the data's own.
+      seed: seed of every random number of the run except the order of examples, for which
+        `train_data` has its own.
     """
 
     student: Student
@@ -115,7 +116,7 @@ class Experiment:
         steps = self.profile_steps
         if steps is None:
             return
-        # A list where it comes from gin.
+        # gin may give a list.
         given = tuple(steps)
         if len(given) != 2 or not 1 <= given[0] <= given[1] <= self.num_steps:
             raise ValueError(
@@ -127,16 +128,16 @@ class Experiment:
 
     @property
     def start(self) -> str:
-        """What the student's parameters are before training, as text."""
+        """Description of the student's initial parameters."""
         return self.student.initial_checkpoint or f"random parameters of seed {self.seed}"
 
     @property
     def student_model(self) -> LanguageModel:
-        """The student as training and its divergences take it.
+        """The student's model, restricted to the vocabulary entries that the teacher has too.
 
-        Over the entries of the output layer that the teacher has too: a token beyond them would
-        have no embedding in the teacher. Where there is no teacher, and where a student is decoded
-        to be judged or used, it is `student.model`, all of it.
+        Training and divergences use it, since a token beyond these entries would have no embedding
+        in the teacher. Without a teacher it is `student.model`, which is also the model that is
+        decoded for evaluation, generation and export.
         """
         sizes: tuple[int, ...] = ()
         if self.teacher is not None and self.objective.divergence.needs_teacher:
@@ -145,8 +146,8 @@ class Experiment:
 
     @property
     def teacher_model(self) -> LanguageModel | None:
-        """The model that scores, over the entries that the student has too.
+        """The teacher's model, restricted to the vocabulary entries that the student has too.
 
-        None without a teacher, or where it is a store.
+        None if there is no teacher or its distributions are precomputed.
         """
         return None if self.teacher is None else self.teacher.model_for(self.student_model)

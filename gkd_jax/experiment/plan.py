@@ -1,4 +1,4 @@
-"""What will run, in a few lines."""
+"""Description of a run in a few lines of text."""
 
 import jax
 
@@ -15,7 +15,7 @@ def num_params(model: LanguageModel) -> int:
 
 
 def describe_plan(experiment: Experiment, prepared: Prepared) -> str:
-    """Describes in a few lines what will run."""
+    """Describes a run: models, objective, outputs, optimizer, steps, data and evaluation."""
     student, teacher = experiment.student, experiment.teacher
     lines = [f"student: {num_params(student.model):,} parameters, from {experiment.start}"]
     teacher_model = experiment.teacher_model

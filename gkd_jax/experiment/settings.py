@@ -1,4 +1,4 @@
-"""Settings of an experiment: frozen dataclasses, each checked when it is made."""
+"""Settings of an experiment: frozen dataclasses that check their values when they are made."""
 
 import dataclasses
 import types
@@ -14,6 +14,7 @@ from gkd_jax.sampling.methods import Greedy, Sample
 
 
 def require_positive(owner: object, *names: str) -> None:
+    """Raises a `ValueError` if one of the named fields is less than 1."""
     for name in names:
         value = getattr(owner, name)
         if value < 1:
@@ -24,7 +25,11 @@ def require_positive(owner: object, *names: str) -> None:
 
 
 def check_kinds(owner: Any) -> None:
-    """Refuses None where a field may not be None, and what is no instance of its dataclass."""
+    """Checks the fields of a dataclass for None and for instances of other classes than annotated.
+
+    Raises:
+      ValueError: a field is None and may not be, or is not an instance of its dataclass.
+    """
     for field in dataclasses.fields(owner):
         name = f"{type(owner).__name__}.{field.name}"
         value = getattr(owner, field.name)
@@ -53,9 +58,9 @@ class Student:
 
     Attributes:
       model: the student's model.
-      initial_checkpoint: where training starts: a checkpoint of gkd_jax, of T5X or of Hugging
-        Face. GKD starts from a student already fine-tuned on the task. None starts from scratch.
-        A model with adapters (`LoRA`) has its base from here, at every start.
+      initial_checkpoint: checkpoint of gkd_jax, T5X or Hugging Face from which training starts.
+        GKD starts from a student that was fine-tuned on the task. None starts from random
+        parameters. A model with adapters (`LoRA`) reads its base from here at every start.
     """
 
     model: LanguageModel
@@ -67,16 +72,16 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What is measured on held-out examples, during training and by `--run_mode=eval`.
+    """Evaluation on held-out examples, during training and by `--run_mode=eval`.
 
     Attributes:
-      data: the examples.
-      period: steps between evaluations; the first is before the first step, the last after the
+      data: held-out examples.
+      period: steps between evaluations. There is also one before the first step and one after the
         last.
-      method: how outputs are decoded for the task's metrics.
-      num_divergence_examples: on how many examples the objective is measured (in whole batches),
-        on the data's outputs and, where there is a teacher, on the student's own samples too;
-        0 for neither.
+      method: decoding method for the task's metrics.
+      num_divergence_examples: number of examples on which the objective is measured, rounded up to
+        whole batches: on the data's outputs and, if there is a teacher, on the student's samples.
+        0 skips both.
     """
 
     data: DatasetConfig
@@ -96,15 +101,15 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """When states are saved and which are kept.
+    """Saving of checkpoints, and which of them are kept.
 
     Attributes:
-      period: steps between saves; the last step is always saved, and with `best_metric` every
-        step that is evaluated.
-      keep: how many recent checkpoints to keep; None keeps all.
-      best_metric: the evaluation metric whose best checkpoint is kept too, e.g. 'bleu'; None
-        keeps no best.
-      best_mode: 'max' or 'min'.
+      period: steps between checkpoints. The last step is always saved and, with `best_metric`,
+        every step that is evaluated.
+      keep: number of recent checkpoints to keep; None keeps all.
+      best_metric: evaluation metric, for example 'bleu', whose best checkpoint is kept as well;
+        None keeps recent checkpoints only.
+      best_mode: 'max' or 'min': whether a higher or a lower metric is better.
     """
 
     period: int = 1000
@@ -123,11 +128,12 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class Alarms:
-    """Shares above which a warning is logged: signs that outputs collapse or never end.
+    """Thresholds above which a warning is logged, since outputs may collapse or never end.
 
     Attributes:
-      truncated_share: share of sampled outputs that do not end within the target length.
-      repetition: share of repeated 4-grams within sampled outputs.
+      truncated_share: threshold of the share of sampled outputs that do not end within the target
+        length.
+      repetition: threshold of the share of repeated 4-grams within sampled outputs.
     """
 
     truncated_share: float = 0.5
@@ -139,13 +145,13 @@ class Alarms:
 
 @dataclasses.dataclass(frozen=True)
 class NonFinite:
-    """What happens when the loss or the gradient of a step is NaN or infinite.
+    """Handling of steps whose loss or gradient is NaN or infinite.
 
-    The batch is written to `non_finite/` in the run's folder, as text and as arrays.
+    In any case the batch is written to `non_finite/` in the run's folder, as text and as arrays.
 
     Attributes:
-      action: 'stop' ends the run; 'skip' leaves parameters and optimizer as they were, and goes on.
-      most_in_a_row: of skipped steps; one more ends the run.
+      action: 'stop' ends the run; 'skip' continues with parameters and optimizer state unchanged.
+      most_in_a_row: maximum number of consecutive skipped steps; one more ends the run.
     """
 
     action: str = "stop"
@@ -162,18 +168,18 @@ class NonFinite:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `--run_mode=generate` writes.
+    """Settings of `--run_mode=generate`, which writes the outputs of a model.
 
     Attributes:
-      data: the prompts, and the vocabulary and lengths.
-      output: the JSON lines file to write: `inputs` (the whole prompt), `targets` (the sampled
-        text), `references`, `log_prob`, `index`. The task `recipes.instruction` over a
-        `JsonLines` source reads it back as training data, prompts as they are.
-      model: 'student' or 'teacher' (sequence-level distillation trains on the teacher's).
-      method: how outputs are decoded.
-      num_samples: outputs a prompt.
-      prompts: a file of prompts in the place of the data's, each the whole of what a model reads:
-        one a line, JSON lines with the field 'inputs' (.jsonl), or '-' for standard input.
+      data: prompts, vocabulary and lengths.
+      output: JSON lines file to write, with the fields `inputs` (the whole prompt), `targets` (the
+        sampled text), `references`, `log_prob` and `index`. The task `recipes.instruction` over a
+        `JsonLines` source reads it as training data, with the prompts unchanged.
+      model: 'student' or 'teacher'. Sequence-level distillation trains on the teacher's outputs.
+      method: decoding method.
+      num_samples: number of outputs per prompt.
+      prompts: file of prompts to use instead of the data's, each the whole text that the model
+        reads: one per line, JSON lines with the field 'inputs' (.jsonl), or '-' for standard input.
     """
 
     data: DatasetConfig
@@ -199,14 +205,16 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Storing:
-    """What `--run_mode=store_teacher` writes: the teacher's distributions for the data's outputs.
+    """Settings of `--run_mode=store_teacher`, which writes the teacher's distributions.
 
-    At the objective's teacher temperature. `teachers.StoredTeacher` reads them back.
+    They are those for the data's outputs, at the objective's teacher temperature.
+    `teachers.StoredTeacher` reads them.
 
     Attributes:
-      data: the examples, such as those of training; the order is of no account.
-      output: the folder to write.
-      support: what is kept of a distribution: the whole, the likeliest tokens, or draws from it.
+      data: examples, such as those of training. Their order does not matter.
+      output: folder to write.
+      support: the part of each distribution that is kept: the whole vocabulary, the likeliest
+        tokens, or draws.
     """
 
     data: DatasetConfig
@@ -224,19 +232,19 @@ class Storing:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What `--run_mode=export` writes: the student as a checkpoint of Hugging Face or of T5X.
+    """Settings of `--run_mode=export`, which writes the student for Hugging Face or T5X.
 
-    Adapters (`LoRA`) are merged into their base, unless they are wanted alone.
+    Adapters (`LoRA`) are merged into their base unless `adapters` is set.
 
     Attributes:
-      output: the local directory to make, which does not exist yet.
-      format: 'hf', a directory that `transformers` loads; or 't5x', one that holds the native T5X
-        checkpoint `checkpoint_<step>` of a T5.
-      dtype: of the weights, 'bfloat16' or 'float32'.
-      tokenizer: directory of a checkpoint whose tokenizer files are copied; None takes those of
-        the training's vocabulary.
-      shard_bytes: most bytes of a file of weights, in format 'hf'.
-      adapters: whether the adapters alone are written, as PEFT loads them onto the base.
+      output: local directory to create. It must not exist.
+      format: 'hf' for a directory that `transformers` loads, or 't5x' for a directory with the
+        native T5X checkpoint `checkpoint_<step>` of a T5.
+      dtype: dtype of the weights, 'bfloat16' or 'float32'.
+      tokenizer: checkpoint directory whose tokenizer files are copied; None copies those of the
+        training data's vocabulary.
+      shard_bytes: maximum size in bytes of a weights file in format 'hf'.
+      adapters: whether only the adapters are written, in the format in which PEFT loads them.
     """
 
     output: str

@@ -1,4 +1,4 @@
-"""Which objective a step of an experiment minimises: on fixed outputs, and on its own."""
+"""The objectives that training steps minimise: on the data's outputs and on the student's own."""
 
 import dataclasses
 import functools
@@ -17,14 +17,15 @@ from gkd_jax.objectives.token_classes import Classes, Vocabularies
 
 
 def measured_objective(experiment: Experiment, vocabulary: Vocabulary) -> Objective:
-    """The objective as a step measures it: on spans, where the teacher has its own tokens.
+    """Returns the objective without a reward; it is on spans if the teacher has its own tokens.
 
     Args:
-      experiment: whose objective it is.
-      vocabulary: the student's.
+      experiment: the experiment.
+      vocabulary: student's vocabulary.
 
     Raises:
-      ValueError: the two vocabularies cannot be compared, or the objective not on spans.
+      ValueError: the vocabularies of student and teacher cannot be compared, or the objective
+        cannot be computed on spans.
     """
     objective = experiment.objective
     common = common_text_of(experiment, vocabulary)
@@ -36,7 +37,7 @@ def measured_objective(experiment: Experiment, vocabulary: Vocabulary) -> Object
 
 
 def on_policy_objective(experiment: Experiment) -> Objective:
-    """What a step on the student's own outputs minimises, beside a reward or without one."""
+    """Returns the objective of a step on the student's own outputs, with its reward if any."""
     objective, reward = experiment.objective, experiment.reward
     if reward is None:
         return measured_objective(experiment, experiment.train_data.vocabulary)
@@ -46,6 +47,10 @@ def on_policy_objective(experiment: Experiment) -> Objective:
 
 
 def common_text_of(experiment: Experiment, vocabulary: Vocabulary) -> CommonText | None:
+    """Returns the texts that are tokens of both student and teacher.
+
+    Returns None if the teacher has no tokens of its own.
+    """
     teacher, model = experiment.teacher, experiment.teacher_model
     if teacher is None or model is None or not experiment.objective.divergence.needs_teacher:
         return None
@@ -60,7 +65,7 @@ def common_text_of(experiment: Experiment, vocabulary: Vocabulary) -> CommonText
 
 @functools.lru_cache(maxsize=8)
 def _vocabularies(common: CommonText) -> Vocabularies:
-    """The same object for the same vocabularies: what was compiled serves again."""
+    """Returns the vocabularies of spans: one object for equal texts, so that nothing recompiles."""
 
     def both(table: Table) -> tuple[Classes, Classes]:
         rest = len(table.numbers)

@@ -1,1 +1,1 @@
-"""Checks of an experiment, one module for each thing that is checked; `prepare` calls them."""
+"""Checks of an experiment, one module for each subject. `experiment.prepare` calls them."""

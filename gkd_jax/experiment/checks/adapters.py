@@ -1,4 +1,4 @@
-"""What runs of a student with adapters (`models.lora.LoRA`) check and report of its frozen base."""
+"""Checks and descriptions of a student with adapters (`models.lora.LoRA`) and its frozen base."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from gkd_jax.models.base import LanguageModel
 
 
 def check_base(experiment: Experiment) -> None:
-    """Refuses adapters without a base to restore.
+    """Checks that a student with adapters has a base to restore.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: it has none.
     """
     student = experiment.student
     if lora.has_adapters(student.model) and student.initial_checkpoint is None:
@@ -28,22 +28,25 @@ def check_base(experiment: Experiment) -> None:
 
 
 def describe_frozen(frozen: Params | None) -> dict[str, Any]:
-    """What a checkpoint tells of the parameters that it does not hold, as JSON."""
+    """Returns the entries of a checkpoint's metadata that identify the frozen parameters.
+
+    The checkpoint itself does not hold these parameters.
+    """
     return {} if frozen is None else {"base": lora.fingerprint(frozen)}
 
 
 def check_frozen(
     experiment: Experiment, described: Mapping[str, Any], host: Mapping[str, Any]
 ) -> None:
-    """Compares the restored base with that which the adapters of a checkpoint were trained on.
+    """Compares the restored base with the one on which the adapters of a checkpoint were trained.
 
     Args:
-      experiment: whose base was restored.
-      described: what `describe_frozen` says of it.
-      host: what the checkpoint says.
+      experiment: the experiment.
+      described: result of `describe_frozen` for the restored base.
+      host: metadata of the checkpoint.
 
     Raises:
-      ValueError: it is another.
+      ValueError: they are different.
     """
     if described.get("base") != host.get("base"):
         raise ValueError(
@@ -55,15 +58,16 @@ def check_frozen(
 
 
 def check_whole(setting: str, path: str, *models: LanguageModel | None) -> None:
-    """Refuses a run's adapters where the parameters of a whole model are wanted.
+    """Checks that a checkpoint holds a whole model and not the adapters of a run.
 
     Args:
-      setting: that gives the path.
-      path: a checkpoint.
-      models: whose parameters it is to hold, or will hold; without any, what it holds is looked at.
+      setting: the setting that gives the path, for messages.
+      path: the checkpoint.
+      models: models whose parameters it is to hold, or will hold. If there are none, the
+        checkpoint itself is read.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: it holds adapters alone.
     """
     if models:
         is_whole = not any(lora.has_adapters(model) for model in models)
@@ -78,7 +82,7 @@ def check_whole(setting: str, path: str, *models: LanguageModel | None) -> None:
 
 
 def describe_memory(experiment: Experiment) -> str:
-    """Says in a line what is trained, what is frozen, and what the optimizer keeps for it."""
+    """Describes in one line the trained and the frozen parameters and the optimizer state."""
     model = experiment.student.model
     trained, frozen = lora.split(model, model.abstract_params())
     init = experiment.optimizer.build().init

@@ -1,4 +1,4 @@
-"""Checks of prepare on an export, and which tokenizer files it takes."""
+"""Checks of an export, and the tokenizer files that it copies."""
 
 import os
 
@@ -15,13 +15,14 @@ _T5 = "t5"
 
 
 def check_export(experiment: Experiment) -> epath.Path:
-    """Refuses an export of nothing, to where something is, or that no architecture can hold.
+    """Checks the settings of an export against the student.
 
     Returns:
-      The folder that the export's directory is to be made in.
+      The folder in which the export's directory is to be created.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: there are no settings, the directory exists already or is not local, or the format
+        cannot hold the student.
     """
     export = experiment.export
     if export is None:
@@ -59,10 +60,10 @@ def check_export(experiment: Experiment) -> epath.Path:
 
 
 def tokenizer_files(experiment: Experiment) -> dict[str, epath.Path]:
-    """The files that tell of the vocabulary: name in the export to where each is.
+    """Returns the paths of the tokenizer files to copy, by their names in the export.
 
     Raises:
-      FileNotFoundError: `Export.tokenizer` names no directory with any.
+      FileNotFoundError: the directory `Export.tokenizer` has none.
     """
     assert experiment.export is not None
     vocabulary = experiment.train_data.vocabulary

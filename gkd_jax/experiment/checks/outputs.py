@@ -1,4 +1,4 @@
-"""Checks of where outputs come from: who writes and who judges them, and their further use."""
+"""Checks of the outputs that are trained on: teacher assistance, packing, replay and rewards."""
 
 from gkd_jax.data.batches import MAX_EXAMPLE_ID
 from gkd_jax.data.pipeline import DatasetConfig
@@ -13,10 +13,10 @@ from gkd_jax.sampling.teacher_assisted import TeacherMixed
 
 
 def check_policy(experiment: Experiment) -> None:
-    """Refuses a rollout with a teacher's help where there is no such teacher.
+    """Checks that the teacher can assist the rollout, if it is set to.
 
     Raises:
-      ValueError: naming what is missing.
+      ValueError: there is no such teacher, or it cannot be asked for its next token.
     """
     assistance, teacher = experiment.rollout.teacher_assistance, experiment.teacher
     if assistance is None:
@@ -61,10 +61,10 @@ def check_policy(experiment: Experiment) -> None:
 
 
 def check_packing(experiment: Experiment) -> None:
-    """Refuses packed rows where a row is to be one prompt that is answered.
+    """Checks that rows are not packed if the student answers their prompts.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: rows are packed and student outputs are used, or evaluation data are packed.
     """
     outputs, evaluation = experiment.outputs, experiment.evaluation
     if experiment.train_data.pack and outputs.student_data_fraction != 0:
@@ -78,10 +78,14 @@ def check_packing(experiment: Experiment) -> None:
 
 
 def check_not_packed(setting: str, data: DatasetConfig) -> None:
-    """Refuses packed rows of examples that are decoded.
+    """Checks that rows of data whose prompts are answered are not packed.
+
+    Args:
+      setting: the setting that has the data, for messages.
+      data: the data.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: they are packed.
     """
     if data.pack:
         raise ValueError(
@@ -92,10 +96,11 @@ def check_not_packed(setting: str, data: DatasetConfig) -> None:
 
 
 def check_replay(experiment: Experiment) -> None:
-    """Refuses a replay buffer that would never be used, or that the step cannot take.
+    """Checks that the replay buffer is used, and fits the objective.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: no outputs are sampled, none would be replayed, or the divergence needs outputs of
+        the present student.
     """
     replay, outputs = experiment.replay, experiment.outputs
     if replay is None:
@@ -117,10 +122,11 @@ def check_replay(experiment: Experiment) -> None:
 
 
 def check_reward(experiment: Experiment) -> None:
-    """Refuses a reward that would never be used, or whose gradient would not be that of its mean.
+    """Checks that the reward is used, and that its gradient is unbiased.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: no outputs are sampled, or they do not come from the present student's own
+        distribution, or the objective does not fit.
     """
     reward, outputs = experiment.reward, experiment.outputs
     if experiment.objective.divergence.needs_advantages:

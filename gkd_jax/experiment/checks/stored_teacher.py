@@ -1,4 +1,4 @@
-"""Checks of a stored teacher: that it can teach this objective, and is of these data."""
+"""Checks that a stored teacher fits the objective and the data; data that a teacher reads."""
 
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.teacher_store import StoreReader
@@ -7,10 +7,10 @@ from gkd_jax.experiment.settings import Storing
 
 
 def check_stored_teacher(experiment: Experiment) -> None:
-    """Refuses a store as the only teacher of outputs that it does not know.
+    """Checks that a stored teacher is used for the data's outputs alone, which it has stored.
 
     Raises:
-      ValueError: the student's own outputs are to be trained on.
+      ValueError: the run also trains on the student's own outputs.
     """
     teacher, outputs = experiment.teacher, experiment.outputs
     if teacher is None or teacher.store_for("train_data") is None:
@@ -24,19 +24,19 @@ def check_stored_teacher(experiment: Experiment) -> None:
 
 
 def attach_teacher(experiment: Experiment, name: str, dataset: Dataset) -> None:
-    """Lets a data set's batches hold what the teacher reads in them.
+    """Adds to a data set's batches the fields that the teacher reads.
 
-    That is the stored teacher, if there is one for them, which source of a mixture each example
-    comes from, or prompts in tokens of the teacher's own.
+    These are stored distributions, the source of each example in a mixture, or prompts in the
+    teacher's own tokens.
 
     Args:
-      experiment: whose teacher it is.
-      name: 'train_data', 'eval_data' or 'storing_data'; of others no teacher reads anything.
-      dataset: opened.
+      experiment: the experiment.
+      name: 'train_data', 'eval_data' or 'storing_data'. No teacher reads other data.
+      dataset: the opened data set.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such store, or it does not fit the data, the
-        student, the temperature or the divergence; or the data are not such a mixture.
+      FileNotFoundError, ValueError: the store does not exist, or does not fit the data, the
+        student, the temperature or the divergence; or the data are not the teacher's mixture.
     """
     teacher, objective = experiment.teacher, experiment.objective
     if teacher is None:
@@ -88,10 +88,10 @@ def _check_fits(experiment: Experiment, path: str, store: StoreReader) -> None:
 
 
 def storing_of(experiment: Experiment) -> Storing:
-    """What is to be stored.
+    """Returns the settings of `--run_mode=store_teacher`.
 
     Raises:
-      ValueError: nothing is said of it, or there is no teacher that can be asked.
+      ValueError: there are none, or the teacher has no model, or not the student's tokens.
     """
     if experiment.storing is None:
         raise ValueError(

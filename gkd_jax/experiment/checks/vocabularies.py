@@ -1,4 +1,4 @@
-"""Checks of output layers against vocabularies, and of those that are padded to different sizes."""
+"""Checks of output layers against vocabularies, and of output layers of different size."""
 
 from gkd_jax.data.vocabularies import Vocabulary, check_same_vocabulary
 from gkd_jax.distillation.teachers import Teacher
@@ -11,10 +11,10 @@ from gkd_jax.objectives.spans import SpanObjective
 def check_vocab_size(
     model: LanguageModel, vocabulary: Vocabulary, *, whose: str = "student"
 ) -> None:
-    """Refuses a model that has fewer entries than its vocabulary has ids.
+    """Checks that a model's output layer has an entry for each id of its vocabulary.
 
     Raises:
-      ValueError: naming both sizes.
+      ValueError: it has fewer entries than the vocabulary has ids.
     """
     if model.vocab_size < vocabulary.size:
         raise ValueError(
@@ -27,16 +27,16 @@ def check_vocab_size(
 def check_padding(
     student: LanguageModel, teacher: Teacher, vocabulary: Vocabulary, *, is_known: bool
 ) -> None:
-    """Refuses output layers of different size where nothing tells that they differ by padding.
+    """Checks that output layers of different size are known to differ by padding alone.
 
     Args:
-      student: its model.
-      teacher: one network.
-      vocabulary: the student's.
-      is_known: whether the teacher's vocabulary was compared with it.
+      student: student's model.
+      teacher: one network of the teacher.
+      vocabulary: student's vocabulary.
+      is_known: whether the teacher's vocabulary was compared with the student's.
 
     Raises:
-      ValueError: naming both sizes and the remedy.
+      ValueError: the sizes differ and the vocabularies were not compared.
     """
     if is_known or teacher.model.vocab_size == student.vocab_size:
         return
@@ -50,14 +50,14 @@ def check_padding(
 
 
 def check_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> None:
-    """Refuses a teacher with its own tokens where it needs none, or cannot be compared.
+    """Checks that a teacher with its own tokens needs them, and can be compared with the student.
 
     Args:
-      experiment: whose teacher it is.
-      vocabulary: the student's.
+      experiment: the experiment.
+      vocabulary: student's vocabulary.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: rows are packed, the vocabularies are the same, or they cannot be compared.
     """
     own = None if experiment.teacher is None else experiment.teacher.own_tokens
     if own is None or not experiment.objective.divergence.needs_teacher:
@@ -80,7 +80,7 @@ def check_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> None:
 
 
 def describe_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> str | None:
-    """One line on how a teacher with its own tokens is compared; None for other teachers."""
+    """Describes how a teacher with its own tokens is compared; None for other teachers."""
     objective = measured_objective(experiment, vocabulary)
     if not isinstance(objective, SpanObjective) or objective.vocabularies is None:
         return None
@@ -92,7 +92,7 @@ def describe_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> str |
 
 
 def describe_padding(experiment: Experiment) -> str | None:
-    """One line on what is cut where output layers differ in size; None where they do not."""
+    """Describes the entries that are cut if output layers differ in size; None if they do not."""
     student, teacher = experiment.student.model, experiment.teacher
     if teacher is None or not experiment.objective.divergence.needs_teacher:
         return None

@@ -1,10 +1,10 @@
-"""Gin files with T5X's habits, read strictly: what is misspelt, unused or missing is an error.
+"""Configurations from gin files, with T5X's conventions and strict checks.
 
-gin itself accepts a binding that nothing uses and a macro that nothing refers to. So statements
-are read first (`gin_reader`), and what the root is built from is followed statically
-(`gin_walk`). The checked configuration is then written as one text, all defaults included
-(`gin_text`), and it is that text which gin evaluates: a saved configuration and the run that
-saved it cannot disagree.
+A misspelt name, an unused binding and a missing value are errors, while gin itself accepts a
+binding that nothing uses and a macro that nothing refers to. Therefore statements are parsed first
+(`parser`), and the objects that the root is built from are found statically (`walk`). The checked
+configuration is then written as one text with all defaults (`text`). gin evaluates this text, so
+that a saved configuration cannot differ from the run that saved it.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from gkd_jax.experiment.gin_files.text import Setting, Text, list_settings, with
 from gkd_jax.experiment.gin_files.walk import Walk, merge, unused_problem
 
 _PACKAGE = pathlib.Path(__file__).parents[2]
-# In a checkout gin_configs/ lies beside the package, in an installed package within it.
+# In a checkout gin_configs/ is beside the package; in an installed package it is within it.
 _PACKAGE_SEARCH_PATHS = (str(_PACKAGE.parent), str(_PACKAGE))
 _CONFIG_FILE = "config.gin"
 
@@ -43,9 +43,9 @@ class GinConfig:
     """A checked configuration.
 
     Attributes:
-      text: a gin file of its own that gives the same configuration, defaults written out.
-      settings: every value of everything that is built.
-      root: the class or function that the configuration builds.
+      text: a self-contained gin file of the same configuration, with all defaults.
+      settings: every value of every object that is built.
+      root: class or function that the configuration builds.
     """
 
     text: str
@@ -56,7 +56,7 @@ class GinConfig:
         """Calls the root with everything that the configuration binds.
 
         Raises:
-          GinError: a value is wrong; the message ends with what was being built.
+          GinError: a value is wrong; the message ends with the object that was being built.
           OSError: a file that a value names cannot be read.
         """
         gin.clear_config()
@@ -71,7 +71,7 @@ class GinConfig:
 
 
 def _readable(message: str) -> str:
-    """Cuts gin's list of the calls that led to an error to the innermost."""
+    """Shortens gin's list of the calls that led to an error to the innermost call."""
     pattern = r"\n  In call to configurable '(\w+)' \(.*?\)(?: in scope '(.*?)')?(?=\n|$)"
     calls = re.findall(pattern, message)
     message = re.sub(pattern, "", message)
@@ -88,25 +88,26 @@ def parse(
     bindings: Sequence[str] = (),
     search_paths: Sequence[str] = (),
 ) -> GinConfig:
-    """Reads gin files, then bindings, and checks everything before anything is built.
+    """Parses gin files, then bindings, and checks everything before anything is built.
 
-    Later statements override earlier ones. Files and what they include are searched in the folder
-    of the including file, `search_paths`, the current folder and the package's own.
+    Later statements override earlier ones. Files and the files that they include are searched in
+    the folder of the including file, `search_paths`, the current folder and the package's folder.
 
     Args:
-      roots: classes of which the files bind one, e.g. `(Study, Experiment)`; the first that is
-        bound is what the configuration builds.
-      gin_files: paths.
-      bindings: `NAME = value` or `scope/module.Class.parameter = value`.
-      search_paths: folders.
+      roots: classes such as `(Study, Experiment)`. The configuration builds the first of them that
+        the files bind.
+      gin_files: paths of gin files.
+      bindings: bindings `NAME = value` or `scope/module.Class.parameter = value`.
+      search_paths: folders in which gin files are searched.
 
     Returns:
-      The checked configuration, of which only what is used is left.
+      The checked configuration, without bindings that later ones made unused.
 
     Raises:
-      GinError: something is misspelt, unused or built from itself; lists all.
-      MissingValues: required values are missing; lists all.
-      FileNotFoundError: a gin file is missing.
+      GinError: a name is misspelt, a binding is unused, or an object is built from itself. The
+        message lists every problem.
+      MissingValues: required values are missing. The message lists all of them.
+      FileNotFoundError: a gin file does not exist.
     """
     parser = GinParser((*search_paths, ".", *_PACKAGE_SEARCH_PATHS))
     for file in gin_files:
@@ -118,7 +119,7 @@ def parse(
 
 
 def parse_text(text: str, *, roots: Sequence[Callable[..., Any]], name: str) -> GinConfig:
-    """Reads a saved configuration; like `parse` with one file, `name`, whose text is given."""
+    """Parses the text of a saved configuration; like `parse` with one file of the name `name`."""
     parser = GinParser((".", *_PACKAGE_SEARCH_PATHS))
     parser.parse_text(text, file=name)
     _raise_problems(parser.problems)
@@ -173,8 +174,8 @@ def _check(statements: Sequence[Binding], roots: Sequence[Callable[..., Any]]) -
     return GinConfig(text=str(Text(walk)), settings=list_settings(walk, root), root=root.function)
 
 
-# What does not change the course of a run: where it lies, how long it goes on, and what is only
-# looked at. `Class.parameter`, with * for any text; all that is built for it may change too.
+# Settings that do not change the results of a run, such as its folder, its length, and what is
+# logged. Each is `Class.parameter`, with * for any text, and includes the objects built for it.
 MAY_CHANGE = (
     "Experiment.model_dir",
     "Experiment.num_steps",
@@ -198,15 +199,15 @@ MAY_CHANGE = (
 def check_config(
     model_dir: str, config: GinConfig, *, may_change: Sequence[str] = MAY_CHANGE
 ) -> None:
-    """Refuses to go on in a folder whose saved configuration is another one.
+    """Checks that a run's folder is new or was written with the same configuration.
 
     Args:
-      model_dir: the run's folder; fine if it is new.
-      config: what is to run now.
+      model_dir: the run's folder.
+      config: the configuration that is to run.
       may_change: patterns `Class.parameter` of settings that may differ.
 
     Raises:
-      GinError: settings differ; the message shows which and how.
+      GinError: settings differ; the message shows the difference.
     """
     path = epath.Path(model_dir) / _CONFIG_FILE
     try:
@@ -246,14 +247,14 @@ def check_config(
 
 
 def save_config(model_dir: str, config: GinConfig, *, command: str) -> None:
-    """Writes the configuration into `model_dir` as config.gin, whole or not at all.
+    """Writes the configuration atomically as config.gin in `model_dir`.
 
-    An earlier file of another text is kept as config.<n>.gin.
+    An earlier file with another text is kept as config.<n>.gin.
 
     Args:
-      model_dir: the run's folder, made if it does not exist.
-      config: what runs.
-      command: the command line, noted in the file.
+      model_dir: the run's folder, which is created if it does not exist.
+      config: the configuration that runs.
+      command: the command line, which the file records in a comment.
 
     Raises:
       ValueError: the folder cannot be written.

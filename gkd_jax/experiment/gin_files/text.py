@@ -1,4 +1,4 @@
-"""Writes a checked configuration: as a gin file with all defaults, and as a list of settings."""
+"""Writes a checked configuration as a gin file with all defaults, and as a list of settings."""
 
 import dataclasses
 import math
@@ -22,12 +22,13 @@ from gkd_jax.experiment.gin_files.walk import Walk
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One value, by the way that leads to it from the root.
+    """One value of a configuration.
 
     Attributes:
-      path: e.g. `objective.divergence.beta`: independent of scopes and macros.
-      owners: what is bound on the way, as `Class.parameter`.
-      value: its text.
+      path: parameters that lead to it from the root, for example `objective.divergence.beta`. It
+        does not depend on scopes and macros.
+      owners: these parameters as `Class.parameter`.
+      value: text of the value.
     """
 
     path: str
@@ -39,10 +40,10 @@ class Setting:
 
 
 def with_defaults(bindings: Bindings, root: Target) -> Bindings:
-    """Adds a binding for every default of what is built, where gin can express it.
+    """Adds a binding for every default of the objects that are built, if gin can express it.
 
-    A default that is a dataclass becomes a reference in a scope of its own, so that what is
-    bound for other objects of that class does not reach it.
+    A default that is a dataclass becomes a reference in its own scope, so that bindings for other
+    objects of its class do not apply to it.
     """
     expanded = dict(bindings)
     calls = Walk(bindings, root).calls
@@ -57,7 +58,7 @@ def with_defaults(bindings: Bindings, root: Target) -> Bindings:
 
 
 def _default_bindings(key: Key, default: Any) -> Bindings:
-    """Bindings that give `key` the value `default`; none if gin cannot express it."""
+    """Returns bindings that set `key` to `default`; an empty dict if gin cannot express it."""
     location = Location("defaults", 0)
     if _is_literal(default):
         return {key: Binding(key, default, location)}
@@ -78,7 +79,7 @@ def _default_bindings(key: Key, default: Any) -> Bindings:
 
 
 def _is_literal(value: Any) -> bool:
-    """Whether gin can read `repr(value)` back."""
+    """Returns whether gin can parse `repr(value)`."""
     if type(value) is dict:
         return all(map(_is_literal, (*value.keys(), *value.values())))
     if type(value) in (list, tuple):
@@ -89,14 +90,14 @@ def _is_literal(value: Any) -> bool:
 
 
 class Text:
-    """Writes what a walk found as a gin file."""
+    """A gin file of the bindings that a walk found in use; `str` gives its text."""
 
     def __init__(self, walk: Walk):
         self._walk = walk
         self._aliases = self._choose_aliases()
 
     def _choose_aliases(self) -> dict[str, str]:
-        """A name for each module, made longer where two modules have the same."""
+        """Returns a name for each module: its last part, or more of them if two are equal."""
         aliases: dict[str, str] = {}
         for module in sorted({target.module for target, _ in self._walk.calls if target.module}):
             parts = module.split(".")
@@ -136,7 +137,7 @@ class Text:
         return f"{self._aliases[target.module]}.{target.name}"
 
     def _format(self, value: Any) -> str:
-        """Writes a value as gin reads it."""
+        """Formats a value as gin parses it."""
         if isinstance(value, Reference):
             if value.target == MACRO:
                 return f"%{'/'.join(value.scope)}"
@@ -153,7 +154,7 @@ class Text:
 
 
 def list_settings(walk: Walk, root: Target) -> tuple[Setting, ...]:
-    """Lists every value of everything that is built, in the order of its construction."""
+    """Lists every value of every object that is built, in the order of construction."""
     return tuple(_settings_of_call(walk, root, (), "", ()))
 
 

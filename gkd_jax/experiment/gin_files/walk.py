@@ -1,8 +1,8 @@
-"""Follows what a root is built from, as gin would call it, to find what is unused or missing.
+"""Finds the calls that gin would make to build a root, and so unused and missing bindings.
 
-By gin's rules: a call sees the bindings of every prefix of its scope, inner ones first; `@f()`
-inherits the scope of the caller; `@a/f()` replaces it by `a`; and a macro's value is built in a
-scope of the macro's own name.
+gin's rules: a call receives the bindings of every prefix of its scope, and inner scopes win; `@f()`
+inherits the scope of the caller; `@a/f()` replaces it by `a`; the value of a macro is built in a
+scope with the macro's name.
 """
 
 import functools
@@ -24,15 +24,15 @@ _Call = tuple[Target, tuple[str, ...]]
 
 
 class Walk:
-    """Everything that a root is built from.
+    """The calls and bindings that a root is built from.
 
     Attributes:
       bindings: all bindings.
-      used: the keys of those which some call receives and no inner scope overrides.
+      used: keys of the bindings that some call receives and no inner scope overrides.
       calls: the calls that gin would make, each a target and its active scope, in order.
-      missing: the keys of values that are missing, and why they are wanted.
-      undefined: macros that have no value, and a binding that refers to each.
-      cycles: what is built from itself.
+      missing: keys of missing values, with the reason why each is required.
+      undefined: macros without a value, with a binding that refers to each.
+      cycles: objects that are built from themselves.
     """
 
     def __init__(self, bindings: Bindings, root: Target):
@@ -48,7 +48,7 @@ class Walk:
         self._call(root, (), evaluate=True, path=(), origin=None)
 
     def effective(self, target: Target, scope: tuple[str, ...]) -> dict[str, Binding]:
-        """The bindings that a call in `scope` receives: inner scopes win."""
+        """Returns the bindings that a call in `scope` receives, by parameter."""
         found = {}
         for key in self._keys.get(target, ()):
             if key.scope == scope[: len(key.scope)]:
@@ -91,7 +91,7 @@ class Walk:
                 # A reference's own scope replaces that of the caller.
                 follow(reference.scope or scope)
                 if not reference.evaluate and not reference.scope:
-                    # Called later, by whom it was handed to: in no scope.
+                    # The function is called later, by the object that got it, without a scope.
                     follow(())
 
     def _note_missing_parameters(
@@ -115,16 +115,16 @@ def merge(statements: Sequence[Binding], root: Target) -> tuple[Bindings, set[Bi
     """Merges statements in order; the last one wins.
 
     Returns:
-      The merged bindings, and those which had an effect until a later statement took it away: a
-      file that replaces the optimizer of the one it includes need not care that the old one's
-      learning rate is now unused.
+      The merged bindings, and those that were used until a later statement overrode them. The
+      latter may be unused: a file that replaces the optimizer of an included file leaves the
+      learning rate of the old optimizer bound.
     """
     merged: Bindings = {}
     overridden: set[Binding] = set()
     bound: set[tuple[Target, str, tuple[str, ...]]] = set()
     for statement in statements:
         key = statement.key
-        # A binding in an inner scope, too, takes the place of one in an outer scope.
+        # A binding in an inner scope also overrides one in an outer scope.
         name = (key.target, key.parameter, key.scope if key.target == MACRO else ())
         if name in bound:
             overridden.update(merged[used] for used in Walk(merged, root).used)
@@ -134,7 +134,7 @@ def merge(statements: Sequence[Binding], root: Target) -> tuple[Bindings, set[Bi
 
 
 def unused_problem(binding: Binding, walk: Walk) -> str:
-    """Describes why `binding` is not used, and what may have been meant."""
+    """Describes why `binding` is not used, with the nearest name that is."""
     key = binding.key
     if key.target == MACRO:
         others = ["/".join(scope) for target, scope in walk.calls if target == MACRO]
