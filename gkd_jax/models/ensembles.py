@@ -36,7 +36,7 @@ class EnsembleModel(abc.ABC):
     models: tuple[LanguageModel, ...]
 
     def __post_init__(self) -> None:
-        # A list, as gin gives it, could not be hashed.
+        # Gin gives a list, which cannot be hashed.
         object.__setattr__(self, "models", tuple(self.models))
         name = type(self).__name__
         if not self.models:

@@ -49,7 +49,7 @@ def _smollm3_kinds(config: HFConfig) -> tuple[str, ...]:
 def _smollm3_rotated(config: HFConfig) -> list[bool]:
     count, listed = config["num_hidden_layers"], config.get("no_rope_layers")
     if listed is not None:
-        # The name notwithstanding, 1 stands for a layer with rotation.
+        # Despite the name, 1 marks a layer with rotary embedding.
         return [bool(one) for one in listed[:count]]
     interval = config.get("no_rope_layer_interval") or 4
     return [bool((layer + 1) % interval) for layer in range(count)]
@@ -75,7 +75,7 @@ _GEMMA2_FIELDS = (
     "final_logit_softcapping",
 )
 
-# The family of a model that is written is the last whose `computes` holds.
+# A model is written as one of the last family whose `computes` returns True.
 _DECODERS = (
     Family(
         model_type="llama",
@@ -115,7 +115,7 @@ _DECODERS = (
         defaults=dict(rope_theta=2_000_000.0, tie_word_embeddings=True),
         fields=(
             *("attention_bias", "mlp_bias", "layer_types", "no_rope_layers"),
-            # Without them transformers takes SmolLM3's own, which may be beyond the vocabulary.
+            # Without these, transformers uses SmolLM3's ids, which may exceed the vocabulary.
             *("pad_token_id", "bos_token_id", "eos_token_id"),
         ),
         computes=lambda config: not all(map(is_rotated, config.layer_kinds)),

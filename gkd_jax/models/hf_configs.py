@@ -1,6 +1,7 @@
-"""Fields of Hugging Face's `config.json` to and from our configurations.
+"""Translation between the fields of Hugging Face's `config.json` and our configurations.
 
-What all families share; how they differ is a `Family` record each, see `families`.
+This module has what all families have in common. How a family differs is stated by its `Family`
+record in `families`.
 """
 
 import dataclasses
@@ -32,19 +33,19 @@ _DEFAULTS: HFConfig = dict(hidden_act="silu", rope_theta=10_000.0, tie_word_embe
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """A decoder-only architecture of Hugging Face: how it differs from Llama.
+    """The facts of a decoder-only architecture of Hugging Face.
 
     Attributes:
-      model_type: its name in `config.json`.
-      class_name: its class in `transformers`, with a language model's head.
-      layer_kinds: the kinds of layers of a `config.json` that does not list `layer_types`.
-      computes: whether a configuration is of this family, or nearest to it; families that come
-        later in the table are asked first.
-      rotated: whether each layer rotates queries and keys, if `layer_types` are listed; None if
+      model_type: name of the architecture in `config.json`.
+      class_name: name of its class in `transformers`, including the output layer.
+      layer_kinds: computes the kinds of layers if `config.json` does not list `layer_types`.
+      computes: returns whether a configuration is best written as one of this family. Families
+        that come later in the table take precedence.
+      rotated: computes which layers rotate queries and keys, if `layer_types` are listed; None if
         all layers do.
-      settings: fields of `DecoderConfig` that all models of the family have.
-      defaults: what `config.json` means if it lacks a field, where that differs from Llama.
-      fields: optional fields, keys of `_OPTIONAL_FIELDS`, that its `config.json` has.
+      settings: fields of `DecoderConfig` that are equal in all models of the family.
+      defaults: values of fields that `config.json` lacks, if they differ from `_DEFAULTS`.
+      fields: the optional fields that are written to `config.json`, from `_OPTIONAL_FIELDS`.
       with_images: model types whose `text_config` is of this family.
     """
 
@@ -130,7 +131,7 @@ def _activation_name(config: DecoderConfig) -> str:
 
 def _query_scalar(config: DecoderConfig) -> float:
     scale = config.query_scale
-    # A whole number if it was one: 1 / sqrt(x) and back differs by a rounding.
+    # Rounded, since 1 / sqrt(x) and its inverse differ from x by a rounding error.
     scalar = config.head_dim if scale is None else round(scale**-2, 6)
     return int(scalar) if scalar == int(scalar) else scalar
 
@@ -141,7 +142,7 @@ def _layer_types(config: DecoderConfig) -> list[str]:
     ]
 
 
-# Fields that the config.json of some families has, and how they are written.
+# The fields that only some families write to config.json, and how their values are computed.
 _OPTIONAL_FIELDS: dict[str, Callable[[DecoderConfig], Any]] = {
     "attention_bias": lambda config: config.attention_bias,
     "mlp_bias": lambda config: config.mlp_bias,
@@ -160,7 +161,7 @@ _OPTIONAL_FIELDS: dict[str, Callable[[DecoderConfig], Any]] = {
 
 
 def _layer_kinds(family: Family, config: HFConfig) -> tuple[str, ...]:
-    """As listed, or by the rule that the architecture had before it listed them."""
+    """Returns the kinds of layers: as listed, or by the family's rule in older checkpoints."""
     if not config.get("layer_types"):
         return family.layer_kinds(config)
     kinds = [
@@ -192,7 +193,7 @@ def _query_scale(family: Family, config: HFConfig, head_dim: int) -> float | Non
 
 
 def _ropes(config: HFConfig) -> tuple[Rope, Rope]:
-    """Those of full and of sliding layers: `rope_parameters`, or the fields that came before it."""
+    """Returns the embeddings of full and of sliding layers, from present and older fields."""
     given = config.get("rope_parameters")
     theta = config["rope_theta"]
     local_theta = config.get("rope_local_base_freq", theta)
@@ -236,7 +237,7 @@ def _rope(config: HFConfig, given: Mapping[str, Any], default_theta: float) -> R
     return Rope(theta=theta, kind=kind, **fields)
 
 
-# The fields of each kind of stretching, beside its factor, and what they are called in `Rope`.
+# The fields of each kind of scaling, in addition to its factor, with their names in `Rope`.
 _ROPE_FIELDS: dict[str, dict[str, str]] = {
     "default": {},
     "linear": {},
@@ -284,7 +285,8 @@ def t5_from_hf(config: HFConfig) -> T5Config:
         head_dim=config["d_kv"],
         mlp_dim=config["d_ff"],
         mlp_activations=_choose(config, "feed_forward_proj", _T5_PROJECTIONS, "relu"),
-        # transformers 5 calls every T5 tied, and marks the separate head of T5 1.1 by this field.
+        # transformers 5 says that every T5 is tied; this field marks the separate output layer of
+        # T5 1.1.
         logits_via_embedding=bool(
             config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
         ),
@@ -328,7 +330,7 @@ def _choose(config: HFConfig, field: str, choices: Mapping[str, Any], default: A
 
 
 def _require(config: HFConfig, **wanted: Any) -> None:
-    """Refuses a field that is there and has another value than all supported models have."""
+    """Checks that fields, if present, have the value that all supported models have."""
     for field, value in wanted.items():
         if config.get(field) not in (None, value):
             raise ValueError(

@@ -84,10 +84,10 @@ def run_layers(
             outputs.append(output)
         # [B, turns, period, ...] of each section to [B, layers, ...].
         flat = [
-            jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1, *leaf.shape[3:]), output)
+            jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), output)
             for output in outputs
         ]
-        return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *flat)
+        return carry, jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *flat)
     outputs = []
     for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
         own = functools.partial(_call_body, body, number=number, kind=kind)
@@ -137,7 +137,7 @@ def _make_loop(
             )  # fmt: skip
             carry, output = own(stack, carry, first + offset)
             outputs.append(output)
-        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *outputs)
+        return carry, jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *outputs)
 
     how: dict[str, Any] = (
         {"variable_axes": {"params": 0}} if is_sliced else {"variable_broadcast": "params"}
@@ -157,7 +157,7 @@ def _reading_own_layer(one: Callable[..., Any]) -> Callable[..., Any]:
     def read(stack: nn.Module, carry: Any, number: Index) -> tuple[Any, Any]:
         def take(params: PyTree) -> PyTree:
             return jax.tree.map(
-                lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), params
+                lambda x: lax.dynamic_index_in_dim(x, number, keepdims=False), params
             )
 
         return nn.map_variables(one, "params", trans_in_fn=take)(stack, carry, number)
@@ -202,7 +202,7 @@ def take_layer(outputs: Any, number: Index) -> Any:
     if isinstance(number, int):
         return outputs[number]
     return jax.tree.map(
-        lambda leaf: lax.dynamic_index_in_dim(leaf, number, axis=1, keepdims=False), outputs
+        lambda x: lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False), outputs
     )
 
 

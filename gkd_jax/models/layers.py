@@ -180,9 +180,9 @@ class Embed(nn.Module):
             ("vocab", "embed"),
             (self.vocab_size, self.features),
         )
-        # Gather before the cast: the table is not copied to the compute dtype, and its
-        # gradient is summed in float32. GSPMD splits a gather over a vocab-sharded table. An
-        # id outside of the table gives NaN, not a neighbour's row.
+        # The gather precedes the cast, so that the table is not copied in the compute dtype and its
+        # gradient is summed in float32. GSPMD partitions a gather from a table that is sharded over
+        # the vocabulary. An id outside the table gives NaN, not another row.
         rows = jnp.take(table, tokens, axis=0, mode="fill").astype(self.dtype)
         return nn.with_logical_constraint(rows, ("batch", "length", None))
 
@@ -198,7 +198,7 @@ class GatedMLP(nn.Module):
 
     def setup(self) -> None:
         single = len(self.activations) == 1
-        # T5X's names: `wi` where there is one activation, otherwise `wi_0`, `wi_1`, ...
+        # T5X's names: `wi` if there is one activation, otherwise `wi_0`, `wi_1`, ...
         for index in range(len(self.activations)):
             dense = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype)
             setattr(self, "wi" if single else f"wi_{index}", dense)
