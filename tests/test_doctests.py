@@ -1,4 +1,4 @@
-"""The examples in docstrings: each is run as it is written, and gives what it says."""
+"""Runs the examples in docstrings; modules that have any are found from the source."""
 
 import doctest
 import importlib

@@ -358,7 +358,7 @@ def _times_log_derivative(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     # Otherwise the reverse mode would multiply a cotangent of 0 by an infinite logarithm.
-    (probs, logs), (of_probs, of_logs) = primals, tangents
+    (probs, logs), (probs_tangent, logs_tangent) = primals, tangents
     finite = jnp.where(probs > 0, logs, 0.0)
-    tangent = jnp.where(probs > 0, finite * of_probs + probs * of_logs, 0.0)
+    tangent = jnp.where(probs > 0, finite * probs_tangent + probs * logs_tangent, 0.0)
     return times_log(probs, logs), tangent

@@ -96,8 +96,8 @@ class SkewForwardKL(Divergence):
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """p log(p / m) + (m - p), which is never negative; the bracket sums to 0."""
         log_p_over_m, _ = mix(entries.log_ratio, self.alpha)
-        of_mixture = (1.0 - self.alpha) * (entries.student_probs - entries.teacher_probs)
-        return times_log(entries.teacher_probs, log_p_over_m) + of_mixture
+        difference = (1.0 - self.alpha) * (entries.student_probs - entries.teacher_probs)
+        return times_log(entries.teacher_probs, log_p_over_m) + difference
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """(1 - alpha) q (1 - p / m)."""
@@ -138,8 +138,8 @@ class SkewReverseKL(Divergence):
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """q log(q / m) + (m - q), which is never negative; the bracket sums to 0."""
         log_q_over_m, _ = mix(-entries.log_ratio, self.alpha)
-        of_mixture = (1.0 - self.alpha) * (entries.teacher_probs - entries.student_probs)
-        return times_log(entries.student_probs, log_q_over_m) + of_mixture
+        difference = (1.0 - self.alpha) * (entries.teacher_probs - entries.student_probs)
+        return times_log(entries.student_probs, log_q_over_m) + difference
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """q log(q / m) + alpha q (1 - q / m)."""

@@ -26,6 +26,19 @@ class PolicyGradient(Divergence):
     fixed. Its mean is the gradient of minus the expected return, even if a baseline that does not
     depend on y was subtracted from the return. The return itself cannot be told from the advantages
     of single tokens, so the value is 0; it is measured where the advantages are made.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax import objectives
+      >>> _, gradient = objectives.divergence_and_gradient(
+      ...     objectives.PolicyGradient(),
+      ...     jnp.log(jnp.array([[0.25, 0.75]])),
+      ...     None,
+      ...     jnp.array([0]),
+      ...     advantages=jnp.array([2.0]),
+      ... )
+      >>> print(" ".join(f"{value:.2f}" for value in gradient[0]))
+      -1.50 1.50
     """
 
     needs_teacher: ClassVar[bool] = False

@@ -198,16 +198,8 @@ def span_loss(
     )
     weights = jnp.where(is_span, jnp.take_along_axis(weights, student_starts, axis=1), 0.0)
     teacher = teacher.without_gradient()
-    teacher_further = _further_log_probs(
-        teacher, tokens.targets, tokens.teacher_spans, teacher_starts,
-        temperature=objective.teacher_temperature,
-    )  # fmt: skip
-    teacher_spans = _TeacherSpans(
-        logits=_take_positions(teacher.hidden, teacher_starts),
-        further=jax.lax.stop_gradient(teacher_further),
-        targets=jnp.take_along_axis(tokens.targets, teacher_starts, axis=1),
-        labels=jnp.take_along_axis(tokens.labels, student_starts, axis=1),
-        at_start=teacher_starts == 0,
+    teacher_spans = _teacher_spans(
+        teacher, tokens, student_starts, teacher_starts, temperature=objective.teacher_temperature
     )
 
     def with_logits(head: Params, spans: _TeacherSpans) -> _TeacherSpans:
@@ -222,6 +214,27 @@ def span_loss(
         weights=weights,
     )
     return loss, jax.lax.stop_gradient(_at_first_tokens(per_span, tokens.spans, student_starts))
+
+
+def _teacher_spans(
+    teacher: Predictions,
+    tokens: TeacherTokens,
+    student_starts: Int[Array, "B K"],
+    teacher_starts: Int[Array, "B K"],
+    *,
+    temperature: float,
+) -> _TeacherSpans:
+    """Collects the teacher's data at each span, with hidden states in place of logits."""
+    further = _further_log_probs(
+        teacher, tokens.targets, tokens.teacher_spans, teacher_starts, temperature=temperature
+    )
+    return _TeacherSpans(
+        logits=_take_positions(teacher.hidden, teacher_starts),
+        further=jax.lax.stop_gradient(further),
+        targets=jnp.take_along_axis(tokens.targets, teacher_starts, axis=1),
+        labels=jnp.take_along_axis(tokens.labels, student_starts, axis=1),
+        at_start=teacher_starts == 0,
+    )
 
 
 def _at_first_tokens(
