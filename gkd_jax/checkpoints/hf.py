@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints: a directory with config.json and weights in safetensors.
+"""Hugging Face checkpoints: directories with a config.json and weights in safetensors files.
 
-Weights are read by memory map, one tensor at a time, onto the sharding and in the dtype wanted.
-Pickled weights are never loaded.
+Weights are memory-mapped and read one tensor at a time, converted to the requested dtype and
+sharding. Pickled weights are never loaded.
 """
 
 import json
@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-"""What beside the weights a directory may hold that a student of its vocabulary needs too."""
+"""Files beside the weights that an export of a student with the same vocabulary copies."""
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -48,18 +48,18 @@ def hf_model(
     scan_layers: bool = False,
     remat_policy: str = "none",
 ) -> LanguageModel:
-    """The model that a checkpoint's config.json describes; its parameters are not read.
+    """Builds the model that a checkpoint's config.json describes, without reading parameters.
 
     Args:
-      path: a directory, or a name on the Hugging Face hub.
+      path: a directory, or the name of a model on the Hugging Face hub.
       dtype: compute dtype, 'float32' or 'bfloat16'.
-      dropout_rate: in training.
-      scan_layers: whether layers run as one loop, their parameters stacked: see `DecoderConfig`.
-      remat_policy: which activations are computed again: see `DecoderConfig`.
+      dropout_rate: dropout rate in training.
+      scan_layers: whether layers run as one loop over stacked parameters; see `DecoderConfig`.
+      remat_policy: which activations are recomputed in the backward pass; see `DecoderConfig`.
 
     Raises:
-      FileNotFoundError: there is no such directory, or no config.json in it.
-      ValueError: the architecture, or a setting of it, is not supported.
+      FileNotFoundError: the directory does not exist or has no config.json.
+      ValueError: the architecture, or one of its settings, is not supported.
     """
     folder = hub.find(path)
     if not (folder / CONFIG).exists():
@@ -77,15 +77,15 @@ def hf_model(
 
 
 def is_hf_checkpoint(folder: epath.Path) -> bool:
-    """Whether there is a config.json, as all of them have."""
+    """Returns whether a folder is a Hugging Face checkpoint: whether it has a config.json."""
     return (folder / CONFIG).is_file()
 
 
 def read_config(folder: epath.Path) -> dict[str, Any]:
-    """The contents of config.json.
+    """Returns the contents of config.json.
 
     Raises:
-      ValueError: it is not JSON.
+      ValueError: the file is not JSON.
     """
     try:
         return dict(json.loads((folder / CONFIG).read_text()))
@@ -96,7 +96,9 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
 
 
 def shapes(folder: epath.Path) -> layout.Shapes:
-    """Shape and dtype of each parameter by our name, from config.json and the files' headers.
+    """Returns the shape and dtype of each parameter, by its name in this package.
+
+    Reads config.json and the headers of the weight files only.
 
     Raises:
       FileNotFoundError, CorruptCheckpointError: a file is missing or damaged.
@@ -109,21 +111,21 @@ def shapes(folder: epath.Path) -> layout.Shapes:
 
 
 def read_hf_params(folder: epath.Path, abstract_params: PyTree[jax.ShapeDtypeStruct]) -> Params:
-    """Reads parameters, one tensor at a time, into the dtype and sharding wanted.
+    """Reads parameters one tensor at a time, converted to the requested dtypes and shardings.
 
     Raises:
-      As `shapes`; a ValueError names a parameter of another shape.
+      As `shapes`; also a ValueError that names parameters of another shape.
     """
     stored = _stored(folder)
     wanted = layout.shapes_of(abstract_params)
     held = {name: (_shape(one, turned), str(one.dtype)) for name, (one, turned) in stored.items()}
     layout.check_shapes(held, wanted, folder=folder)
-    leaves, treedef = jax.tree_util.tree_flatten(abstract_params)
+    abstract_arrays, treedef = jax.tree_util.tree_flatten(abstract_params)
     arrays = []
-    for name, leaf in zip(wanted, leaves, strict=True):
+    for name, abstract in zip(wanted, abstract_arrays, strict=True):
         one, is_transposed = stored[name]
         tensor = one.open()
-        arrays.append(read_sharded(name, tensor.T if is_transposed else tensor, leaf, folder))
+        arrays.append(read_sharded(name, tensor.T if is_transposed else tensor, abstract, folder))
     return jax.tree_util.tree_unflatten(treedef, arrays)
 
 
@@ -136,22 +138,22 @@ def write_hf_checkpoint(
     config: dict[str, Any] | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> list[str]:
-    """Writes what `transformers` loads with `from_pretrained`: config.json and weights.
+    """Writes config.json and weights that `from_pretrained` of `transformers` loads.
 
     Args:
-      folder: a local directory, made if it is not there.
-      model: whose parameters they are.
-      params: fetched from the devices one at a time.
-      dtype: of the weights written, 'float32' or 'bfloat16'.
-      config: the config.json of the checkpoint that the model came from, whose further fields are
-        kept; None writes the fields that the model has.
-      shard_bytes: most bytes of a file.
+      folder: a local directory; created if it does not exist.
+      model: model that the parameters belong to.
+      params: parameters, fetched from the devices one at a time.
+      dtype: dtype of the written weights, 'float32' or 'bfloat16'.
+      config: config.json of the checkpoint that the model was loaded from, whose other fields are
+        kept; None writes the fields that follow from the model.
+      shard_bytes: maximum size of a weight file in bytes.
 
     Returns:
-      The names of the files written.
+      The names of the written files.
 
     Raises:
-      ValueError: no architecture of Hugging Face's is this model.
+      ValueError: no supported Hugging Face architecture corresponds to the model.
     """
     described = dict(families.model_to_hf(model))
     if config is not None:
@@ -161,20 +163,20 @@ def write_hf_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
 
-    # A layer at a time leaves the devices.
+    # Unstacked, so that one layer at a time is copied from the devices.
     params = stacking.unstack(params)
     names = layout.shapes_of(params)
-    places = {name: hf_names.hf_tensor(name, model.config) for name in names}
+    targets = {name: hf_names.hf_tensor(name, model.config) for name in names}
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, leaf in zip(names, jax.tree.leaves(params), strict=True):
-            place = places[name]
-            value = np.asarray(jax.device_get(leaf)).astype(_DTYPES[dtype])
-            yield place.names[0], value.T if place.is_transposed else value
+        for name, array in zip(names, jax.tree.leaves(params), strict=True):
+            target = targets[name]
+            value = np.asarray(jax.device_get(array)).astype(_DTYPES[dtype])
+            yield target.names[0], value.T if target.is_transposed else value
 
     written = {
-        places[name].names[0]: (
-            shape[::-1] if places[name].is_transposed else shape,
+        targets[name].names[0]: (
+            shape[::-1] if targets[name].is_transposed else shape,
             _DTYPES[dtype],
         )
         for name, (shape, _) in names.items()
@@ -184,7 +186,7 @@ def write_hf_checkpoint(
 
 
 def _stored(folder: epath.Path) -> dict[str, tuple[StoredTensor, bool]]:
-    """Each of our parameters to the tensor that holds it, and whether that is transposed."""
+    """Returns, for each parameter, the tensor that stores it and whether it is transposed."""
     model = hf_model(os.fspath(folder))
     config = model.config
     tensors = safetensors_files.read_directory(folder)
@@ -192,13 +194,13 @@ def _stored(folder: epath.Path) -> dict[str, tuple[StoredTensor, bool]]:
     used: set[str] = set()
     missing = []
     for name in layout.shapes_of(model.abstract_params()):
-        place = hf_names.hf_tensor(name, config)
-        present = [one for one in place.names if one in tensors]
+        source = hf_names.hf_tensor(name, config)
+        present = [one for one in source.names if one in tensors]
         used.update(present)
         if present:
-            found[name] = (tensors[present[0]], place.is_transposed)
+            found[name] = (tensors[present[0]], source.is_transposed)
         else:
-            missing.append(place.names[0])
+            missing.append(source.names[0])
     unknown = sorted(name for name in set(tensors) - used if not hf_names.is_left_out(name, config))
     _check_tied(folder, tensors, found)
     for names, what in ((missing, "lacks"), (unknown, "has, beside those of its architecture,")):
@@ -217,7 +219,11 @@ def _check_tied(
     tensors: dict[str, StoredTensor],
     found: dict[str, tuple[StoredTensor, bool]],
 ) -> None:
-    """Refuses an output layer of its own where the model would take the embedding for it."""
+    """Checks that a stored output layer equals the embedding if the model ties the two.
+
+    Raises:
+      ValueError: they differ.
+    """
     head, embedding = tensors.get("lm_head.weight"), found.get("token_embedder/embedding")
     if head is None or embedding is None or any(one is head for one, _ in found.values()):
         return

@@ -1,10 +1,10 @@
-"""The last step that is saved in a run's folder, and how many the run is to make.
+"""Prints the last saved step of a run and its total number of steps.
 
     python -m gkd_jax.checkpoints.last_step runs/wmt
 
-prints {"last_step": 4000, "train_steps": 20000, "done": false}. The scripts in launch/ ask it on
-machines where nothing is installed, so for a folder it needs Python alone, and reads the few facts
-that it wants from the files themselves.
+prints {"last_step": 4000, "train_steps": 20000, "done": false}. The scripts in launch/ run it on
+machines without any packages installed. For a local folder it therefore needs only Python's
+standard library, and it reads the run's files directly.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import re
 import sys
 from typing import Any
 
-# As checkpoints/ has them, whose modules import JAX; a test compares them.
+# Copies of constants of modules that import JAX; a test compares them.
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 _MANIFEST = "MANIFEST.json"
 _HOST = "host.json"
@@ -25,13 +25,13 @@ _NUM_STEPS = re.compile(r"(?:[\w/]+/)?(?:\w+\.)?Experiment\.num_steps = (?:%(\S+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
-      last_step: the step of the last complete checkpoint, 0 if there is none; of a study the sum
-        over its runs, which grows as they do.
-      train_steps: how many steps the run is to make; None if that is not known, as for a study.
-      done: whether the last step is saved, and no evaluation is owed to it.
+      last_step: step of the last complete checkpoint, 0 if there is none; for a study, the sum over
+        its runs.
+      train_steps: total number of steps of the run; None if unknown, as for a study.
+      done: whether the last step is saved and its evaluation, if due, is complete.
     """
 
     last_step: int
@@ -40,12 +40,11 @@ class Progress:
 
 
 def read_progress(model_dir: pathlib.Path, *, train_steps: int | None = None) -> Progress:
-    """Reads how far the run in a folder has come; a folder that is not there holds a new run.
+    """Reads the progress of a run. A folder that does not exist counts as a new run.
 
     Args:
-      model_dir: the folder of a run or of a study.
-      train_steps: how many steps the run is to make from now on, where that is not what its saved
-        configuration says.
+      model_dir: folder of a run or of a study.
+      train_steps: total number of steps; None reads it from the saved configuration.
     """
     config = model_dir / "config.gin"
     text = config.read_text() if config.exists() else ""
@@ -59,7 +58,7 @@ def read_progress(model_dir: pathlib.Path, *, train_steps: int | None = None) ->
 
 
 def _last_step(folder: pathlib.Path) -> int:
-    """The last step whose checkpoint has its manifest, which is written last."""
+    """Returns the last step whose checkpoint has a manifest, which is written last; 0 if none."""
     try:
         names = [child.name for child in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -76,7 +75,7 @@ def _owes_evaluation(folder: pathlib.Path, step: int) -> bool:
 
 
 def _num_steps(text: str) -> int | None:
-    """The number of steps in a saved configuration; None if it has none, or several."""
+    """Returns the number of steps in a saved configuration; None if it is missing or ambiguous."""
     found: set[int | None] = set()
     for match in filter(None, map(_NUM_STEPS.fullmatch, text.splitlines())):
         macro, number = match.groups()
@@ -88,7 +87,7 @@ def _num_steps(text: str) -> int | None:
 
 
 def main() -> None:
-    """Prints the progress as JSON; exits with status 2 where the folder cannot be read."""
+    """Prints the progress as JSON; exits with status 2 if the folder cannot be read."""
     parser = argparse.ArgumentParser(description="The last step saved in a run's folder, as JSON.")
     parser.add_argument(
         "model_dir", help="the run's MODEL_DIR, a bucket's or as this machine sees it"

@@ -1,10 +1,10 @@
-"""One checkpoint's folder: its files, its description, and reading arrays from it.
+"""Layout of a checkpoint folder: its files, its header, and reading arrays from it.
 
 checkpoint_1000/
-  arrays/         every array of the tree, by Orbax, whatever the mesh
-  host.json       format version, kind, step, names and shapes of arrays, and the host's part
+  arrays/         arrays of the tree, written by Orbax, independent of the mesh
+  host.json       format version, kind, step, names and shapes of the arrays, host values
   MANIFEST.json   digests of both, written last
-  UNFINISHED      there only while the checkpoint is being written or deleted
+  UNFINISHED      exists only while the checkpoint is being written or deleted
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ Shapes = dict[str, tuple[tuple[int, ...], str]]
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What host.json holds.
+    """Contents of host.json.
 
     Attributes:
       kind: 'state' (a training state) or 'params' (parameters only).
       step: number of updates made; None for exported parameters.
-      shapes: every array of the tree.
-      metric: the value by which the best checkpoint is kept, if it was measured.
-      host: the caller's own part.
+      shapes: shape and dtype of each array of the tree.
+      metric: value that decides which checkpoint is the best; None if it was not measured.
+      host: JSON values given by the caller.
     """
 
     kind: str
@@ -56,10 +56,10 @@ class Header:
     host: dict[str, Any]
 
     def dump(self) -> str:
-        """Turns it into JSON.
+        """Returns the header as JSON text.
 
         Raises:
-          ValueError: the host's part is not JSON.
+          ValueError: `host` is not JSON.
         """
         try:
             return json.dumps(
@@ -81,16 +81,16 @@ def _plain(value: Any) -> Any:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Makes a local path absolute, as Orbax wants it; a bucket's is already."""
+    """Makes a local path absolute, as Orbax requires; returns a bucket path unchanged."""
     folder = epath.Path(path)
     return folder if "://" in os.fspath(path) else folder.absolute()
 
 
 def check_writable(directory: epath.Path) -> None:
-    """Makes a directory and writes a file in it, on trial.
+    """Checks that a directory is writable by creating it and writing a temporary file.
 
     Raises:
-      ValueError: that cannot be done.
+      ValueError: the directory or the file cannot be created.
     """
     probe = directory / f".writable.{uuid.uuid4().hex}"
     try:
@@ -105,23 +105,23 @@ def check_writable(directory: epath.Path) -> None:
 
 
 def begin(folder: epath.Path) -> None:
-    """Makes the folder, marked as unfinished."""
+    """Creates a checkpoint folder that is marked as unfinished."""
     folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / UNFINISHED, "This checkpoint is not complete.\n")
 
 
 def finish(folder: epath.Path, header_text: str) -> None:
-    """Completes a folder whose arrays were committed."""
+    """Completes a checkpoint whose arrays have been written: writes the header and manifest."""
     write_durably(folder / HOST, header_text)
     write_manifest(folder, ignore=(UNFINISHED,))
     (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def delete(folder: epath.Path) -> None:
-    """Deletes a checkpoint; if that is cut off, it is left marked as unfinished."""
+    """Deletes a checkpoint. If interrupted, the remaining folder is marked as unfinished."""
     (folder / UNFINISHED).write_text("This checkpoint is being deleted.\n")
     (folder / MANIFEST).unlink(missing_ok=True)
-    # The mark goes last: what had lost it but not its arrays would pass for a damaged checkpoint.
+    # The mark is deleted last: without it, remaining arrays would pass for a damaged checkpoint.
     for child in list(folder.iterdir()):
         if child.is_dir():
             child.rmtree()
@@ -131,10 +131,10 @@ def delete(folder: epath.Path) -> None:
 
 
 def is_unfinished(folder: epath.Path) -> bool:
-    """Whether it was left while it was saved or deleted, rather than damaged afterwards."""
+    """Returns whether a checkpoint's save or deletion was interrupted (it is not damaged)."""
     if (folder / MANIFEST).exists():
         return False
-    # Nothing but hidden files: it was left before its mark was written, or after that was deleted.
+    # With only hidden files, it was interrupted before its mark existed or after it was deleted.
     return (folder / UNFINISHED).exists() or all(
         child.name.startswith(".") for child in folder.iterdir()
     )
@@ -144,8 +144,8 @@ def read_header(folder: epath.Path) -> Header:
     """Reads host.json.
 
     Raises:
-      CorruptCheckpointError: it is missing or damaged.
-      ValueError: it was written by another version of the format.
+      CorruptCheckpointError: the file is missing or damaged.
+      ValueError: it has another format version.
     """
     path = folder / HOST
     try:
@@ -165,12 +165,12 @@ def read_header(folder: epath.Path) -> Header:
 
 
 def to_nested(tree: PyTree[Any]) -> dict[str, Any]:
-    """Turns any tree into dictionaries whose keys are names.
+    """Converts a tree of arrays into nested dictionaries whose keys are names.
 
-    Classes of containers (dataclasses, named tuples) are no part of what is stored.
+    The classes of containers (dataclasses, named tuples) are not stored.
 
     Raises:
-      ValueError: a leaf is a random key, which has no stable form on disk.
+      ValueError: the tree holds a random key, which has no stable representation on disk.
     """
     nested: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -189,7 +189,7 @@ def to_nested(tree: PyTree[Any]) -> dict[str, Any]:
 
 
 def shapes_of(tree: PyTree[Any]) -> Shapes:
-    """Names, shapes and dtypes of a tree's arrays (or of their `ShapeDtypeStruct`s)."""
+    """Returns the shape and dtype of each array (or `ShapeDtypeStruct`) of a tree, by name."""
     return {
         "/".join(_names(path)): (tuple(np.shape(leaf)), str(_dtype(leaf)))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -197,23 +197,23 @@ def shapes_of(tree: PyTree[Any]) -> Shapes:
 
 
 class OtherShapesError(ValueError):
-    """A checkpoint has other arrays than are wanted."""
+    """The arrays of a checkpoint differ from the requested ones."""
 
 
 def check_shapes(
     stored: Shapes, wanted: Shapes, *, folder: epath.Path, dtypes: bool = False, limit: int = 3
 ) -> None:
-    """Compares what a checkpoint holds with what is wanted.
+    """Checks that the arrays of a checkpoint have the requested names and shapes.
 
     Args:
-      stored: what the checkpoint holds.
-      wanted: what is to be restored.
-      folder: named in messages.
-      dtypes: whether dtypes must agree too.
-      limit: how many differences are named.
+      stored: arrays of the checkpoint.
+      wanted: arrays to restore.
+      folder: the checkpoint, for error messages.
+      dtypes: whether dtypes must also be equal.
+      limit: maximum number of differences in the error message.
 
     Raises:
-      OtherShapesError: naming the first few arrays that differ, with both shapes.
+      OtherShapesError: arrays differ; the message names the first few with both shapes.
     """
 
     def text(entry: tuple[tuple[int, ...], str]) -> str:
@@ -245,12 +245,13 @@ def check_shapes(
 
 
 def read_arrays(folder: epath.Path, nested_abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads arrays onto the shardings and into the dtypes of `ShapeDtypeStruct`s.
+    """Reads arrays, converted to the requested dtypes and shardings.
 
     Args:
-      folder: a checkpoint that was verified and whose shapes were checked.
-      nested_abstract: what to read, a part of the tree: dictionaries as of `to_nested`. A leaf
-        without sharding comes to this process's first device.
+      folder: a verified checkpoint whose shapes have been checked.
+      nested_abstract: `ShapeDtypeStruct`s of the arrays to read, in nested dictionaries as from
+        `to_nested`; may be a subset of the checkpoint. An array without sharding is placed on the
+        first local device.
     """
 
     def restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
@@ -273,7 +274,7 @@ def read_arrays(folder: epath.Path, nested_abstract: Mapping[str, Any]) -> dict[
 
 
 def from_nested(nested: Mapping[str, Any], like: PyTree[Any]) -> PyTree[Any]:
-    """Puts the leaves of `to_nested(like)`'s structure back into the containers of `like`."""
+    """Puts arrays in nested dictionaries back into the containers of `like`; undoes `to_nested`."""
 
     def find(path: Any, _: Any) -> Any:
         node: Any = nested
@@ -293,7 +294,10 @@ def _names(path: Any) -> list[str]:
 
 
 def write_evaluated(directory: epath.Path, step: int, scores: Mapping[str, float]) -> None:
-    """Notes the scores of an evaluation that a checkpoint owed: that stays as it was written."""
+    """Writes the scores of an evaluation that was due when a checkpoint was saved.
+
+    The checkpoint itself is not modified.
+    """
     path = directory / f"evaluated_{step}.json"
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(dict(scores)))
@@ -301,6 +305,6 @@ def write_evaluated(directory: epath.Path, step: int, scores: Mapping[str, float
 
 
 def read_evaluated(directory: epath.Path, step: int) -> dict[str, float] | None:
-    """What `write_evaluated` noted; None if it did not."""
+    """Returns the scores that `write_evaluated` wrote; None if there are none."""
     path = directory / f"evaluated_{step}.json"
     return json.loads(path.read_text()) if path.exists() else None

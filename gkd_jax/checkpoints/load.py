@@ -1,4 +1,4 @@
-"""Parameters from a path, whoever wrote the checkpoint."""
+"""Loading parameters from a checkpoint of any supported kind."""
 
 import dataclasses
 import re
@@ -20,15 +20,15 @@ from gkd_jax.models import stacking
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """What a path holds, known without reading arrays.
+    """Description of a checkpoint, read without its arrays.
 
     Attributes:
-      kind: 'run' (a run's directory: its last checkpoint), 'state' (one checkpoint of a run),
+      kind: 'run' (directory of a run: its last checkpoint), 'state' (one checkpoint of a run),
         'params' (exported parameters), 't5x-native', 't5x-orbax' or 'hf' (Hugging Face).
-      folder: the checkpoint itself.
-      step: number of updates made, where known.
-      shapes: name of each parameter, such as 'decoder/norm/scale', to shape and dtype.
-      host: what its writer kept beside the arrays; empty for others than ours.
+      folder: folder of the checkpoint itself.
+      step: number of updates made; None if unknown.
+      shapes: shape and dtype of each parameter, by its name, such as 'decoder/norm/scale'.
+      host: JSON values stored beside the arrays; empty for checkpoints of other frameworks.
     """
 
     kind: str
@@ -45,27 +45,27 @@ def load_params(
     step: int | None = None,
     part: str = "params",
 ) -> Params:
-    """Loads parameters, without optimizer state, verified where there are digests.
+    """Loads parameters, without the optimizer state. Verifies digests if the checkpoint has them.
 
     Args:
-      path: a run's directory (its last good checkpoint is used), one `checkpoint_<step>` of it,
-        what `save_params` wrote, a checkpoint of T5X, native or Orbax, a directory of Hugging
-        Face's with safetensors, or a name on its hub.
-      abstract_params: shapes, the dtypes to convert to (bfloat16 for a teacher), and shardings.
-      step: of a run's directory, the checkpoint of this step only.
-      part: of a run's state, the field to load: 'average' where the run keeps one.
+      path: the directory of a run (its last intact checkpoint is loaded), one `checkpoint_<step>`
+        of a run, a folder written by `save_params`, a T5X checkpoint (native or Orbax), a Hugging
+        Face directory with safetensors files, or the name of a model on its hub.
+      abstract_params: shapes, dtypes to convert to (bfloat16 for a teacher), and shardings.
+      step: if `path` is the directory of a run, loads this step only.
+      part: field of a run's state to load: 'params', or 'average' if the run keeps an average.
 
     Returns:
-      The parameters, on the shardings wanted.
+      The parameters with the requested dtypes and shardings.
 
     Raises:
-      FileNotFoundError: there is nothing at `path`.
-      CorruptCheckpointError: files are missing or not what was written.
-      ValueError: `path` is not a checkpoint, or its parameters are not those wanted.
+      FileNotFoundError: `path` does not exist.
+      CorruptCheckpointError: files are missing or have changed since they were written.
+      ValueError: `path` is not a checkpoint, or its parameters differ from `abstract_params`.
     """
     folder = _existing(path)
-    form = _Form.of(abstract_params, are_stacked=_are_stacked(folder))
-    return form.undo(_load(folder, form.stored, step=step, part=part))
+    form = _LayerForm.of(abstract_params, are_stacked=_are_stacked(folder))
+    return form.convert(_load(folder, form.stored, step=step, part=part))
 
 
 def _load(
@@ -98,9 +98,13 @@ def _load(
 
 
 def describe_checkpoint(path: epath.PathLike, *, part: str = "params") -> CheckpointInfo:
-    """Tells what a path holds, quickly: sizes of files are checked, digests are not.
+    """Describes a checkpoint without reading its arrays.
 
-    `part` is the field of a run's state whose shapes are told; T5X's have parameters alone.
+    Checks the sizes of files but not their digests.
+
+    Args:
+      path: as in `load_params`.
+      part: field of a run's state to describe. Checkpoints of other frameworks have 'params' only.
 
     Raises:
       As `load_params`.
@@ -130,35 +134,38 @@ def describe_checkpoint(path: epath.PathLike, *, part: str = "params") -> Checkp
 def check_compatible(
     path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct], *, part: str = "params"
 ) -> CheckpointInfo:
-    """Checks, quickly, that a checkpoint has the parameters wanted; tells what else it holds.
+    """Checks that a checkpoint has the requested parameters, without reading its arrays.
+
+    Returns:
+      The description of the checkpoint.
 
     Raises:
-      As `load_params`; a ValueError for shapes names the first few parameters that differ.
+      As `load_params`; a ValueError about shapes names the first few parameters that differ.
     """
     info = describe_checkpoint(path, part=part)
     is_foreign = info.kind.startswith("t5x") or info.kind == "hf"
     _check_part({} if is_foreign else info.shapes, part, epath.Path(info.folder))
-    form = _Form.of(abstract_params, are_stacked=stacking.are_stacked(info.shapes))
+    form = _LayerForm.of(abstract_params, are_stacked=stacking.are_stacked(info.shapes))
     wanted = layout.shapes_of(form.stored)
     layout.check_shapes(info.shapes, wanted, folder=epath.Path(info.folder))
     return info
 
 
 @dataclasses.dataclass(frozen=True)
-class _Form:
-    """What is wanted in the form that a checkpoint has it: layers stacked, or each on its own.
+class _LayerForm:
+    """Conversion between the layers of a checkpoint and the requested ones, stacked or separate.
 
     Attributes:
-      stored: shapes as the checkpoint has them.
-      undo: makes what is wanted of what was read.
+      stored: the requested shapes in the form of the checkpoint.
+      convert: converts the parameters read from the checkpoint to the requested form.
     """
 
     stored: PyTree[jax.ShapeDtypeStruct]
-    undo: Callable[[Params], Params] = lambda params: params
+    convert: Callable[[Params], Params] = lambda params: params
 
     @classmethod
-    def of(cls, wanted: PyTree[jax.ShapeDtypeStruct], *, are_stacked: bool) -> "_Form":
-        """That of a checkpoint whose layers are stacked, or are not."""
+    def of(cls, wanted: PyTree[jax.ShapeDtypeStruct], *, are_stacked: bool) -> "_LayerForm":
+        """Returns the conversion for a checkpoint with stacked or separate layers."""
         wants_stacked = stacking.are_stacked(layout.shapes_of(wanted))
         if wants_stacked == are_stacked:
             return cls(wanted)
@@ -169,7 +176,7 @@ class _Form:
 
 
 def _are_stacked(folder: epath.Path) -> bool:
-    """Whether a checkpoint's layers are, by its header alone."""
+    """Returns whether the layers of a checkpoint are stacked, from its header alone."""
     kind = _kind(folder)
     if kind == "hf" or kind.startswith("t5x"):
         return False
@@ -181,7 +188,7 @@ def _are_stacked(folder: epath.Path) -> bool:
         try:
             return stacking.are_stacked(layout.read_header(one).shapes)
         except CorruptCheckpointError:
-            continue  # Whoever reads it says what is wrong.
+            continue  # The caller reports the error when it reads the checkpoint.
     return False
 
 
@@ -196,7 +203,7 @@ def _existing(path: epath.PathLike) -> epath.Path:
 
 
 def _kind(folder: epath.Path) -> str:
-    """Recognises 'run', 'folder' (one checkpoint of ours), 'hf' and T5X's kinds."""
+    """Returns 'run', 'folder' (one checkpoint of this package), 'hf' or one of T5X's kinds."""
     ours = (layout.HOST, MANIFEST, layout.UNFINISHED)
     if any((folder / name).exists() for name in ours):
         return "folder"
@@ -247,7 +254,7 @@ def _part_only(shapes: layout.Shapes, part: str) -> layout.Shapes:
 
 
 def _check_part(shapes: layout.Shapes, part: str, folder: epath.Path) -> None:
-    """Checks that there is the part wanted, beside parameters, which all checkpoints have."""
+    """Checks that a checkpoint has the requested part; all checkpoints have 'params'."""
     if part != "params" and not shapes:
         raise ValueError(
             f"the checkpoint {folder} holds no {part} of the student's parameters. Choose a run "
@@ -260,21 +267,21 @@ def _describe_t5x(root: epath.Path, kind: str) -> CheckpointInfo:
 
     from gkd_jax.checkpoints import t5x
 
-    folder = t5x._find_step(root)
+    folder = t5x.find_step(root)
     assert folder is not None
     native = kind == "t5x-native"
-    leaves = t5x._native_leaves(folder) if native else t5x._orbax_leaves(folder)
-    # All are opened at once: one by one takes long in a bucket.
+    stored = t5x.native_arrays(folder) if native else t5x.orbax_arrays(folder)
+    # Opened concurrently: in a bucket, opening one after the other is slow.
     opening = {
-        name: leaf if isinstance(leaf, np.ndarray) else tensorstore.open(leaf, open=True, read=True)
-        for name, leaf in leaves.items()
+        name: one if isinstance(one, np.ndarray) else tensorstore.open(one, open=True, read=True)
+        for name, one in stored.items()
     }
     shapes: layout.Shapes = {}
-    for name, leaf in opening.items():
-        if isinstance(leaf, np.ndarray):
-            shapes[name] = (leaf.shape, str(leaf.dtype))
+    for name, one in opening.items():
+        if isinstance(one, np.ndarray):
+            shapes[name] = (one.shape, str(one.dtype))
         else:
-            array = leaf.result()
+            array = one.result()
             shapes[name] = (tuple(array.shape), array.dtype.name)
     match = re.fullmatch(r"checkpoint_(\d+)", folder.name)
     return CheckpointInfo(kind, str(folder), int(match[1]) if match else None, shapes)

@@ -1,8 +1,8 @@
-"""Digests of every file of a checkpoint: written after its last byte, checked before a restore.
+"""Manifests: digests of all files of a checkpoint, written last and verified before a restore.
 
-Array files restore silently wrong after a flipped bit, and a folder that a killed process left
-may look whole. So a checkpoint is complete only with its manifest, which names each file with
-its size and SHA-256 digest and ends in a digest of itself.
+Array files restore without an error after a bit flip, and a folder left by a killed process may
+look complete. A checkpoint is therefore complete only with its manifest, which lists the size and
+SHA-256 digest of each file and ends with a digest of itself.
 """
 
 import concurrent.futures
@@ -18,19 +18,19 @@ from etils import epath
 MANIFEST = "MANIFEST.json"
 
 _CHUNK_BYTES = 1 << 20
-_NUM_THREADS = 8  # hashlib releases the interpreter's lock.
+_NUM_THREADS = 8  # hashlib releases the GIL.
 
 
 class CorruptCheckpointError(ValueError):
-    """Files of a checkpoint are missing or not what was written."""
+    """Files of a checkpoint are missing or have changed since they were written."""
 
 
 def write_manifest(folder: epath.Path, *, ignore: tuple[str, ...] = ()) -> None:
-    """Makes what `folder` holds durable, then writes the manifest of it, atomically.
+    """Flushes the files of a checkpoint to disk and writes their manifest atomically.
 
     Args:
-      folder: a checkpoint all of whose other files are closed.
-      ignore: names of files in `folder` that are no part of it.
+      folder: a checkpoint; all of its files are closed.
+      ignore: names of files in `folder` that are not part of the checkpoint.
     """
     names = sorted(_files(folder, ignore=(MANIFEST, *ignore)))
     for name in names:
@@ -52,10 +52,10 @@ def verify_manifest(folder: epath.Path, *, digests: bool = True) -> None:
 
     Args:
       folder: a checkpoint.
-      digests: False compares sizes only, which is quick and misses changed bits.
+      digests: if False, compares only sizes, which is fast but does not detect changed bits.
 
     Raises:
-      CorruptCheckpointError: naming the first file that is missing or changed.
+      CorruptCheckpointError: a file is missing or has changed; the message names the first one.
     """
     files = _load(folder)
     for name, entry in files.items():
@@ -80,7 +80,7 @@ def verify_manifest(folder: epath.Path, *, digests: bool = True) -> None:
 
 
 def write_durably(path: epath.Path, text: str) -> None:
-    """Writes a file that after a crash is either whole or absent."""
+    """Writes a file atomically: after a crash it is either complete or absent."""
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     temporary.write_text(text)
     _sync(temporary)
@@ -93,7 +93,7 @@ def _load(folder: epath.Path) -> dict[str, dict[str, Any]]:
     try:
         text = path.read_text()
         files = json.loads(text)["files"]
-        # Byte for byte, so that no change of the manifest itself goes unseen.
+        # Compared byte by byte, so that any change of the manifest itself is detected.
         intact = _dump(files) == text
     except FileNotFoundError as error:
         raise CorruptCheckpointError(
@@ -133,7 +133,7 @@ def _size(path: epath.Path) -> int:
 
 
 def _sync(path: epath.Path) -> None:
-    """Waits until a local file or folder is on the disk; buckets do so by themselves."""
+    """Flushes a local file or folder to disk; buckets are durable without it."""
     name = os.fspath(path)
     if "://" in name:
         return

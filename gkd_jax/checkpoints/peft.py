@@ -1,4 +1,4 @@
-"""Adapters as Hugging Face's PEFT keeps them: adapter_config.json and adapter_model.safetensors."""
+"""LoRA adapters in the format of PEFT: adapter_config.json and adapter_model.safetensors."""
 
 import json
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def check_base_architecture(path: str | None) -> None:
-    """Refuses a base in which transformers calls the products otherwise than we do.
+    """Checks that `transformers` gives the modules of a base model the names of an export.
 
     Raises:
-      ValueError: it is the text part of a model that sees images.
+      ValueError: the student is the text part of a model that also takes images.
     """
     folder = None if path is None else hub.find(path)
     if folder is None or not hf.is_hf_checkpoint(folder):
@@ -38,19 +38,20 @@ def check_base_architecture(path: str | None) -> None:
 def write_adapters(
     folder: epath.Path, model: LoRA, adapters: Params, *, base: str | None
 ) -> list[str]:
-    """Writes adapters that `peft.PeftModel.from_pretrained` loads onto their base, in float32.
+    """Writes float32 adapters that `peft.PeftModel.from_pretrained` loads onto their base model.
 
     Args:
-      folder: a local directory, made if it is not there.
-      model: whose adapters they are.
-      adapters: A [in, rank] and B [rank, out] of each product, fetched one at a time.
-      base: path or name of the base, which PEFT keeps for the reader.
+      folder: a local directory; created if it does not exist.
+      model: model that the adapters belong to.
+      adapters: A [in, rank] and B [rank, out] of each adapted matrix product, fetched from the
+        devices one at a time.
+      base: path or name of the base model, stored as information for the user.
 
     Returns:
-      The names of the files written.
+      The names of the written files.
 
     Raises:
-      ValueError: no architecture of Hugging Face's is the base.
+      ValueError: no supported Hugging Face architecture corresponds to the base model.
     """
     architecture = families.model_to_hf(model.model)["model_type"]
     contents = {
@@ -74,7 +75,7 @@ def write_adapters(
     }
     kind = np.dtype(np.float32)
     shapes = {name: (matrix.shape[::-1], kind) for name, matrix in matrices.items()}
-    # PEFT's are [out, in].
+    # PEFT stores matrices as [out, in].
     tensors = (
         (name, np.asarray(jax.device_get(matrix), kind).T) for name, matrix in matrices.items()
     )
@@ -83,12 +84,12 @@ def write_adapters(
 
 
 def _module(path: str, model: LoRA) -> str:
-    """Hugging Face's name of the module whose product a path of ours is."""
+    """Returns the Hugging Face name of the module at a parameter path of this package."""
     return hf_names.hf_tensor(f"{path}/kernel", model.config).names[0].removesuffix(".weight")
 
 
 def _modules(model: LoRA, products: Mapping[str, Any]) -> set[str]:
-    """Names of the modules of products, of all layers where these are stacked."""
+    """Returns the module names of matrix products, one per layer if layers are stacked."""
     return {
         _module(name, model)
         for path, (shape, _) in products.items()
@@ -97,7 +98,7 @@ def _modules(model: LoRA, products: Mapping[str, Any]) -> set[str]:
 
 
 def _target_modules(model: LoRA) -> list[str]:
-    """The last parts of the modules' names where these name no others too, or else all of them."""
+    """Returns the last components of module names if they match no others, else the names."""
     wanted = _modules(model, model.kernels)
     every = _modules(model, lora.products(model.model))
     ends = {name.rpartition(".")[2] for name in wanted}

@@ -1,9 +1,9 @@
-"""Safetensors files: read by memory map, written one tensor at a time.
+"""Safetensors files: memory-mapped reading, and writing one tensor at a time.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: name to dtype, shape
-and place) and the tensors' bytes: https://github.com/huggingface/safetensors. No code is ever read
-from it. The package `safetensors` holds all tensors of a file in memory where it writes, and has no
-bfloat16 for NumPy, so that both are done here.
+A file consists of the length of its header (8 bytes, little-endian), the header (JSON that maps
+names to dtype, shape and offsets) and the bytes of the tensors; see
+https://github.com/huggingface/safetensors. It never contains code. The package `safetensors` is not
+used because it holds all tensors of a file in memory while writing and has no bfloat16 for NumPy.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ _MAX_HEADER = 100 << 20
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """Location of a tensor.
 
     Attributes:
-      file: the file.
-      dtype: of its numbers.
+      file: file that holds the tensor.
+      dtype: dtype of its values.
       shape: its shape.
-      offset: its first byte in the file.
+      offset: offset of its first byte in the file.
     """
 
     file: epath.Path
@@ -53,18 +53,18 @@ class StoredTensor:
     offset: int
 
     def open(self) -> np.ndarray:
-        """The tensor as a read-only view of the file, nothing of which is read yet."""
+        """Returns the tensor as a read-only memory map, without reading its values."""
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         return np.memmap(self.file, self.dtype, mode="r", offset=self.offset, shape=self.shape)
 
 
 def read_directory(folder: epath.Path) -> dict[str, StoredTensor]:
-    """All tensors of a directory: those of its index, or of the one file that it has.
+    """Returns the tensors of a directory by name: those of its index, or of its single file.
 
     Raises:
-      FileNotFoundError: there are no weights in safetensors, or a shard is missing.
-      CorruptCheckpointError: a file is cut off or damaged.
+      FileNotFoundError: there are no safetensors files, or a file is missing.
+      CorruptCheckpointError: a file is truncated or damaged.
     """
     index = folder / INDEX
     if not index.exists():
@@ -77,17 +77,17 @@ def read_directory(folder: epath.Path) -> dict[str, StoredTensor]:
             )
         return read_header(single)
     try:
-        places = dict(json.loads(index.read_text())["weight_map"])
+        files = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(f"{index} cannot be read: {error!r}.") from error
     tensors: dict[str, StoredTensor] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted(set(files.values())):
         if not (folder / name).exists():
             raise FileNotFoundError(
                 f"{index} names the file {name}, which is missing. Copy the checkpoint completely."
             )
         tensors |= read_header(folder / name)
-    missing = sorted(set(places) - set(tensors))
+    missing = sorted(set(files) - set(tensors))
     if missing:
         raise CorruptCheckpointError(
             f"{index} names tensors that no file holds, such as {missing[0]}. Copy the checkpoint "
@@ -97,10 +97,10 @@ def read_directory(folder: epath.Path) -> dict[str, StoredTensor]:
 
 
 def read_header(file: epath.Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, by name.
+    """Returns the tensors of one file by name.
 
     Raises:
-      CorruptCheckpointError: it is no such file, or is cut off.
+      CorruptCheckpointError: the file is not a safetensors file, or is truncated.
     """
     size = file.stat().length
     try:
@@ -135,16 +135,16 @@ def write_directory(
     *,
     shard_bytes: int = 5_000_000_000,
 ) -> list[str]:
-    """Writes tensors in files of at most `shard_bytes`, with an index where there are several.
+    """Writes tensors to files of at most `shard_bytes`, with an index if there are several.
 
     Args:
-      folder: exists.
-      shapes: name to shape and dtype, in the order in which tensors come.
-      tensors: name and value of each, of which one at a time is in memory.
-      shard_bytes: a tensor that is larger alone has a file of its own.
+      folder: an existing directory.
+      shapes: shape and dtype by name, in the order of `tensors`.
+      tensors: name and value of each tensor; only one at a time is held in memory.
+      shard_bytes: maximum file size in bytes. A larger tensor is written to a file of its own.
 
     Returns:
-      The names of the files written, the index included.
+      The names of the written files, including the index.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -177,8 +177,8 @@ def write_file(
     shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     tensors: Iterator[tuple[str, np.ndarray]],
 ) -> None:
-    """Writes one file of the tensors named in `shapes`, which are the next of `tensors`."""
-    # Transformers reads the format of the framework here, and refuses files without it.
+    """Writes one file with the tensors named in `shapes`, which `tensors` yields next."""
+    # `transformers` reads the framework from this entry and rejects files without it.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (shape, dtype) in shapes.items():
@@ -187,7 +187,7 @@ def write_file(
         header[name] = entry
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # Tensors begin at a multiple of 8 bytes.
+    text += b" " * (-len(text) % 8)  # Aligns the tensors to 8 bytes.
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         for name, (shape, dtype) in shapes.items():

@@ -1,10 +1,11 @@
-"""Parameters in T5X's checkpoints: read from native and Orbax ones, written to native ones.
+"""T5X checkpoints: reads parameters from native and Orbax checkpoints, writes native ones.
 
-Native (T5X's `checkpoints.Checkpointer`, version 3): a msgpack file `checkpoint` with the tree
-`{'version', 'optimizer': {'target', 'state'}}`, whose leaves are small arrays or TensorStore
-specs of Zarr arrays beside it. Orbax (T5X's `OrbaxCheckpointManagerInterface`): an item `state`
-with the same tree, all arrays in one OCDBT database. Only `target`, the parameters, is read; what
-is written has besides it the step, and no state of an optimizer.
+Native checkpoints (T5X's `checkpoints.Checkpointer`, version 3) have a msgpack file `checkpoint`
+with the tree `{'version', 'optimizer': {'target', 'state'}}`, whose leaves are small arrays or
+TensorStore specs of Zarr arrays beside the file. Orbax checkpoints (T5X's
+`OrbaxCheckpointManagerInterface`) have an item `state` with the same tree and all arrays in one
+OCDBT database. Only the parameters, `target`, are read. Written checkpoints hold the parameters and
+the step, but no optimizer state.
 """
 
 import json
@@ -26,43 +27,43 @@ _CHUNK_BYTES = 64 << 20
 
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 
-Leaves = dict[str, Any]
-"""Parameter name such as 'encoder/layers_0/mlp/wo/kernel' to an array or a TensorStore spec."""
+StoredArrays = dict[str, Any]
+"""Arrays or TensorStore specs by parameter name, such as 'encoder/layers_0/mlp/wo/kernel'."""
 
 
 def is_t5x_checkpoint(path: epath.PathLike) -> str | None:
-    """Tells whether `path` holds a T5X checkpoint.
+    """Returns the format of a T5X checkpoint.
 
     Args:
-      path: a checkpoint (`.../checkpoint_2000`), or the folder of several; local or `gs://`.
+      path: a checkpoint (`.../checkpoint_2000`), or a folder of several; local or `gs://`.
 
     Returns:
-      'native', 'orbax', or None for anything else, a missing path included.
+      'native', 'orbax', or None if `path` is not a T5X checkpoint or does not exist.
 
     Raises:
-      ValueError: Orbax's description of the arrays is damaged.
+      ValueError: Orbax's metadata of the arrays is damaged.
     """
-    folder = _find_step(epath.Path(path))
+    folder = find_step(epath.Path(path))
     return None if folder is None else _kind(folder)
 
 
 def read_t5x_params(path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct]) -> Params:
-    """Reads parameters, one array at a time, into the dtype and sharding wanted.
+    """Reads parameters one array at a time, converted to the requested dtypes and shardings.
 
-    Each host reads only the parts that its devices hold. Optimizer states are left out.
+    Each host reads only the slices that its devices hold. The optimizer state is not read.
 
     Args:
-      path: a checkpoint, or the folder of several, of which the last step is read.
+      path: a checkpoint, or a folder of several, of which the last step is read.
       abstract_params: nested dictionaries of `jax.ShapeDtypeStruct`: the tree to read, with the
-        dtype and, where given, the sharding of each array.
+        dtype and, optionally, the sharding of each array.
 
     Returns:
-      The parameters, in the tree of `abstract_params`.
+      The parameters in the tree of `abstract_params`.
 
     Raises:
-      FileNotFoundError: nothing is at `path`.
-      ValueError: `path` is no T5X checkpoint; a parameter is missing, has another shape, or is
-        not known to the model; a file is damaged.
+      FileNotFoundError: `path` does not exist.
+      ValueError: `path` is not a T5X checkpoint; a parameter is missing, has another shape, or is
+        unknown to the model; or a file is damaged.
     """
     root = epath.Path(path)
     if not root.exists():
@@ -70,7 +71,7 @@ def read_t5x_params(path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtype
             f"path of a T5X checkpoint must exist; got {root}. Give the folder of a checkpoint, "
             "such as gs://bucket/model/checkpoint_1000000, or the folder of several."
         )
-    folder = _find_step(root)
+    folder = find_step(root)
     kind = None if folder is None else _kind(folder)
     if folder is None or kind is None:
         raise ValueError(
@@ -78,31 +79,31 @@ def read_t5x_params(path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtype
             "(native) nor a folder 'state' with T5X's parameters (Orbax), nor folders "
             "checkpoint_<step> with them. Give the folder that T5X wrote."
         )
-    stored = _native_leaves(folder) if kind == NATIVE else _orbax_leaves(folder)
+    stored = native_arrays(folder) if kind == NATIVE else orbax_arrays(folder)
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_params)
-    wanted = {"/".join(str(key.key) for key in keys): leaf for keys, leaf in with_paths}
+    wanted = {"/".join(str(key.key) for key in keys): abstract for keys, abstract in with_paths}
     _check_names(folder, stored=set(stored), wanted=set(wanted))
     arrays = [read_sharded(name, stored[name], wanted[name], folder) for name in wanted]
     return jax.tree_util.tree_unflatten(treedef, arrays)
 
 
 def write_t5x_checkpoint(folder: epath.Path, params: Params, *, step: int, dtype: str) -> None:
-    """Writes a native checkpoint of parameters: T5X's `Checkpointer` restores it.
+    """Writes parameters as a native checkpoint, which T5X's `Checkpointer` restores.
 
     Args:
-      folder: a local directory `checkpoint_<step>`, made if it is not there.
-      params: in T5X's tree; fetched from the devices one at a time.
-      step: number of updates that made them.
-      dtype: of the arrays, 'float32' or 'bfloat16'.
+      folder: a local directory `checkpoint_<step>`; created if it does not exist.
+      params: parameters in T5X's tree, fetched from the devices one at a time.
+      step: number of updates made.
+      dtype: dtype of the written arrays, 'float32' or 'bfloat16'.
     """
     from flax import serialization
 
     folder.mkdir(parents=True, exist_ok=True)
 
-    def write(path: Any, leaf: jax.Array) -> dict[str, Any]:
+    def write(path: Any, array: jax.Array) -> dict[str, Any]:
         name = ".".join(("target", *(str(key.key) for key in path)))
         return _write_array(
-            folder, name, np.asarray(jax.device_get(leaf)).astype(jax.numpy.dtype(dtype))
+            folder, name, np.asarray(jax.device_get(array)).astype(jax.numpy.dtype(dtype))
         )
 
     contents = {
@@ -112,12 +113,12 @@ def write_t5x_checkpoint(folder: epath.Path, params: Params, *, step: int, dtype
             "state": {"step": np.asarray(step, np.int32)},
         },
     }
-    # Last: without this file the folder is no checkpoint.
+    # Written last: without this file the folder is not a checkpoint.
     (folder / "checkpoint").write_bytes(serialization.msgpack_serialize(contents))
 
 
 def _write_array(folder: epath.Path, name: str, array: np.ndarray) -> dict[str, Any]:
-    """Writes one Zarr array; returns its spec, whose path is within the checkpoint's folder."""
+    """Writes a Zarr array; returns its TensorStore spec with a path relative to the checkpoint."""
     import tensorstore
 
     row_bytes = max(1, array[:1].nbytes)
@@ -128,7 +129,7 @@ def _write_array(folder: epath.Path, name: str, array: np.ndarray) -> dict[str, 
         "chunks": [rows, *array.shape[1:]],
     }
     spec = {"driver": "zarr", "dtype": array.dtype.name, "metadata": metadata}
-    # Zeros are written too: a chunk that is missing is then one that was lost.
+    # Chunks of zeros are written too, so that a missing chunk is known to be lost.
     complete = {**spec, "store_data_equal_to_fill_value": True, "kvstore": _kvstore(folder / name)}
     store = tensorstore.open(complete, create=True).result()
     store.write(array).result()
@@ -141,26 +142,27 @@ def _kind(folder: epath.Path) -> str | None:
     state = folder / "state"
     if not (state / "manifest.ocdbt").is_file() or not (state / "_METADATA").is_file():
         return None
-    # Other programs name an item `state` as well: T5X's has `target` in it.
+    # Other programs also write an item `state`; that of T5X contains `target`.
     return ORBAX if _orbax_names(folder) else None
 
 
-def _find_step(root: epath.Path) -> epath.Path | None:
-    """Returns `root` if it is one checkpoint, or the checkpoint of the last step in it."""
+def find_step(root: epath.Path) -> epath.Path | None:
+    """Returns `root` if it is a checkpoint, else the checkpoint of the last step in it, or None."""
     if (root / "checkpoint").is_file() or (root / "state").is_dir():
         return root
     if not root.is_dir():
         return None
     steps = {}
     for child in root.iterdir():
-        # Unfinished ones have a suffix, such as checkpoint_100.orbax-checkpoint-tmp-1.
+        # Unfinished checkpoints have a suffix, such as checkpoint_100.orbax-checkpoint-tmp-1.
         match = _STEP_FOLDER.fullmatch(child.name)
         if match and _kind(child):
             steps[int(match[1])] = child
     return steps[max(steps)] if steps else None
 
 
-def _native_leaves(folder: epath.Path) -> Leaves:
+def native_arrays(folder: epath.Path) -> StoredArrays:
+    """Returns the stored parameters of a native checkpoint."""
     import msgpack
     from flax import serialization
 
@@ -173,24 +175,24 @@ def _native_leaves(folder: epath.Path) -> Leaves:
             f"{file} must be T5X's msgpack file with optimizer/target in it; reading it failed: "
             f"{error!r}. {DAMAGED}"
         ) from error
-    leaves: Leaves = {}
+    arrays: StoredArrays = {}
 
     def visit(name: str, node: Any) -> None:
         if isinstance(node, Mapping) and "kvstore" not in node:
             for key, child in node.items():
                 visit(f"{name}/{key}" if name else key, child)
         elif isinstance(node, Mapping):
-            # Older TensorStore specs have the path outside of `kvstore`.
+            # Older TensorStore specs have the path outside `kvstore`.
             stored_path = node["kvstore"].get("path") or node["path"]
-            leaves[name] = {
+            arrays[name] = {
                 "driver": node["driver"],
                 "kvstore": _kvstore(folder / stored_path.rstrip("/")),
             }
         else:
-            leaves[name] = np.asarray(node)
+            arrays[name] = np.asarray(node)
 
     visit("", target)
-    return leaves
+    return arrays
 
 
 def _orbax_metadata(folder: epath.Path) -> dict[str, Any]:
@@ -206,13 +208,14 @@ def _orbax_metadata(folder: epath.Path) -> dict[str, Any]:
 
 def _orbax_names(folder: epath.Path) -> list[tuple[str, ...]]:
     keys = [
-        tuple(str(part["key"]) for part in entry["key_metadata"])
+        tuple(str(key["key"]) for key in entry["key_metadata"])
         for entry in _orbax_metadata(folder).get("tree_metadata", {}).values()
     ]
     return [key[1:] for key in keys if key[0] == "target"]
 
 
-def _orbax_leaves(folder: epath.Path) -> Leaves:
+def orbax_arrays(folder: epath.Path) -> StoredArrays:
+    """Returns the stored parameters of an Orbax checkpoint."""
     driver = "zarr3" if _orbax_metadata(folder).get("use_zarr3") else "zarr"
     base = _kvstore(folder / "state")
     return {
@@ -229,7 +232,7 @@ def _orbax_leaves(folder: epath.Path) -> Leaves:
 
 
 def _kvstore(folder: epath.Path) -> dict[str, str]:
-    """Returns TensorStore's key-value store of a folder, local or in a bucket."""
+    """Returns the TensorStore key-value store spec of a folder, local or in a bucket."""
     name = str(folder)
     for driver, scheme in (("gcs", "gs://"), ("s3", "s3://")):
         if name.startswith(scheme):
@@ -245,7 +248,7 @@ def _check_names(folder: epath.Path, *, stored: set[str], wanted: set[str]) -> N
             f"the checkpoint must have every parameter of the model; {folder} lacks "
             f"{_some(missing)}. {remedy}"
         )
-    # A model with fewer layers would otherwise load, and be another model.
+    # Otherwise a model with fewer layers would load without an error.
     if unknown := sorted(stored - wanted):
         raise ValueError(
             f"the checkpoint must have the parameters of the model only; {folder} has "

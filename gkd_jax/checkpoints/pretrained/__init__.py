@@ -1,12 +1,12 @@
-"""Weights that come with the package: a teacher for the quickstart."""
+"""Pretrained weights included in the package: the teacher of the quickstart."""
 
 import pathlib
 
 
 def arithmetic_teacher() -> str:
-    """The folder of the teacher of two-step arithmetic word problems.
+    """Returns the checkpoint folder of the teacher for two-step arithmetic word problems.
 
-    Trained by gin_configs/arithmetic_teacher.gin, stored in bfloat16 by
-    examples/save_params.py; its accuracy is in the metadata beside the weights.
+    It was trained with gin_configs/arithmetic_teacher.gin and saved in bfloat16 with
+    examples/save_params.py. The metadata beside the weights state its accuracy.
     """
     return str(pathlib.Path(__file__).parent / "arithmetic_teacher")
