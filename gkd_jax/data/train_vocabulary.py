@@ -1,10 +1,10 @@
-r"""Trains a SentencePiece vocabulary by one command:
+r"""A command that trains a SentencePiece vocabulary.
 
-python -m gkd_jax.data.train_vocabulary --inputs=train.en.gz,train.de.gz --vocab_size=8000 \
-    --output=vocabulary
+    python -m gkd_jax.data.train_vocabulary --inputs=train.en.gz,train.de.gz --vocab_size=8000 \
+        --output=vocabulary
 
-writes `vocabulary.model`. With `--task=NAME` (and
-`--task_module`) the text is the prompts and outputs of a registered task instead.
+writes `vocabulary.model`. With `--task=NAME` (and `--task_module`) the text consists of the prompts
+and outputs of a registered task instead.
 """
 
 import io
@@ -13,6 +13,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from absl import app, flags
 
@@ -35,44 +36,55 @@ def train_sentencepiece(
     character_coverage: float = 1.0,
     user_defined_symbols: tuple[str, ...] = (),
 ) -> pathlib.Path:
-    """Trains a model with T5's special ids: pad 0, eos 1, unk 2, no beginning of sequence.
+    """Trains a model with the special ids of T5: padding 0, end of sequence 1, unknown 2.
 
-    The same texts give the same file: one thread, all texts, no sampling.
+    The model has no beginning of sequence. Training is deterministic: one thread, all texts, no
+    sampling.
 
     Args:
-      texts: one sentence or document each; blank ones are left out.
-      output: path without the ending '.model', which is added.
-      vocab_size: number of pieces, the three special ones included.
+      texts: sentences or documents; blank ones are skipped.
+      output: path of the model, with or without the ending '.model'.
+      vocab_size: number of pieces, including the three special ones.
       model_type: 'unigram' or 'bpe'.
-      byte_fallback: whether 256 pieces are kept for the bytes of characters never seen.
-      normalization: SentencePiece's rule, 'nmt_nfkc', 'nfkc', 'nmt_nfkc_cf' or 'identity'.
-      character_coverage: share of all characters in the text that the pieces must cover.
-      user_defined_symbols: pieces that are never split, e.g. a line's end.
+      byte_fallback: whether 256 pieces are reserved for the bytes of unseen characters.
+      normalization: rule of SentencePiece: 'nmt_nfkc', 'nfkc', 'nmt_nfkc_cf' or 'identity'.
+      character_coverage: fraction of the characters in the text that the pieces must cover.
+      user_defined_symbols: pieces that are never split, e.g. a newline.
 
     Returns:
       Path of the model file.
 
     Raises:
-      ValueError: there is no text, or too little for so many pieces, or no sentencepiece.
+      ValueError: there is no text, the text is too short for `vocab_size` pieces, or sentencepiece
+        is not installed.
     """
-    sentencepiece = import_sentencepiece()
     sentences = (text for text in texts if text.strip())
     first = next(sentences, None)
     if first is None:
         raise ValueError(
             "train_vocabulary got no text: every line of --inputs is blank. Give files of text."
         )
+    model = _train(
+        itertools.chain([first], sentences),
+        vocab_size=vocab_size,
+        model_type=model_type,
+        byte_fallback=byte_fallback,
+        normalization_rule_name=normalization,
+        character_coverage=character_coverage,
+        user_defined_symbols=list(user_defined_symbols),
+    )
+    return _write(model, output)
+
+
+def _train(sentences: Iterator[str], *, vocab_size: int, model_type: str, **options: Any) -> bytes:
+    """Returns a serialized model; `options` are options of SentencePiece."""
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], sentences),
+        import_sentencepiece().SentencePieceTrainer.train(
+            sentence_iterator=sentences,
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
-            byte_fallback=byte_fallback,
-            normalization_rule_name=normalization,
-            character_coverage=character_coverage,
-            user_defined_symbols=list(user_defined_symbols),
             pad_id=0,
             eos_id=1,
             unk_id=2,
@@ -80,6 +92,7 @@ def train_sentencepiece(
             num_threads=1,
             max_sentence_length=_MAX_SENTENCE_BYTES,
             minloglevel=1,
+            **options,
         )
     except RuntimeError as error:
         raise ValueError(
@@ -87,13 +100,13 @@ def train_sentencepiece(
             f"{model_type!r} from this text: {error}. Set --vocab_size within the bounds that "
             "SentencePiece names, or give more text."
         ) from error
-    return _write(model.getvalue(), output)
+    return model.getvalue()
 
 
 def _write(model: bytes, output: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(f"{os.fspath(output).removesuffix('.model')}.model")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete, so that a run beside this one never reads half a model.
+    # Renamed when it is complete, so that a concurrent run never reads half a model.
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(model)
     os.chmod(file.name, 0o644)
@@ -102,7 +115,7 @@ def _write(model: bytes, output: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def task_texts(task: Task, *, split: str = "train") -> Iterator[str]:
-    """The prompts and outputs of a task, in order."""
+    """Yields the prompts and outputs of a task, in order."""
     source = task.source_config(split).open()
     for index in range(len(source)):
         text = task.to_text(source[index])
@@ -111,17 +124,17 @@ def task_texts(task: Task, *, split: str = "train") -> Iterator[str]:
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not at import, since their names are common ones."""
+    """Defines the flags of the command. Not done on import, since their names are common."""
     flags.DEFINE_list("inputs", None, "Text files, plain or .gz, separated by commas.")
-    flags.DEFINE_string("task", None, "A registered task whose text is taken instead.")
+    flags.DEFINE_string("task", None, "A registered task whose text is used instead.")
     flags.DEFINE_string("task_module", None, "Module that registers the task.")
     flags.DEFINE_string("split", "train", "Split of the task.")
     flags.DEFINE_string("output", None, "Path of the model, without '.model'.", required=True)
     flags.DEFINE_integer("vocab_size", 8000, "Number of pieces.", lower_bound=4)
     flags.DEFINE_enum("model_type", "unigram", ["unigram", "bpe"], "Kind of model.")
-    flags.DEFINE_bool("byte_fallback", False, "Keep 256 pieces for the bytes of unseen text.")
+    flags.DEFINE_bool("byte_fallback", False, "Reserve 256 pieces for the bytes of unseen text.")
     flags.DEFINE_string("normalization", "nmt_nfkc", "SentencePiece's rule.")
-    flags.DEFINE_float("character_coverage", 1.0, "Share of all characters that is covered.")
+    flags.DEFINE_float("character_coverage", 1.0, "Fraction of all characters that is covered.")
 
 
 def main(argv: list[str]) -> None:

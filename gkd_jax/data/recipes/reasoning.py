@@ -48,7 +48,15 @@ _ANSWER_FORMATS = ("chain_of_thought", "original")
 class GSM8KText:
     """Text of an example of GSM8K: exemplars and question, and a worked answer.
 
-    See `gsm8k` for the settings.
+    Attributes:
+      question_field: field with the question.
+      answer_field: field with the answer: in GSM8K's format (steps, '####', number), a worked
+        answer in another format, or with `rationale_field` the number alone.
+      rationale_field: field with the steps if they are separate, as in FLAN's TSVs.
+      answer_format: 'chain_of_thought' makes sentences that end with 'The answer is N.';
+        'original' keeps newlines, annotations and '####', which T5's vocabulary cannot represent.
+      exemplars: (question, worked answer) pairs.
+      num_exemplars: number of exemplars before each question.
     """
 
     question_field: str = "question"
@@ -57,6 +65,13 @@ class GSM8KText:
     answer_format: str = "chain_of_thought"
     exemplars: tuple[tuple[str, str], ...] = ()
     num_exemplars: int = 0
+
+    def __post_init__(self) -> None:
+        if self.answer_format not in _ANSWER_FORMATS:
+            raise ValueError(
+                f"gsm8k.answer_format must be one of {', '.join(_ANSWER_FORMATS)}; got "
+                f"{self.answer_format!r}."
+            )
 
     def __call__(self, example: RawExample) -> TextExample:
         """Returns the text.
@@ -119,12 +134,7 @@ def gsm8k(
       num_exemplars: number of solved problems before each question; 4 in the GKD paper.
       exemplars: source of other exemplars, of which the first are used; None uses those of Wei et
         al., of which four are included here.
-      question_field: field with the question.
-      answer_field: field with the answer: in GSM8K's format (steps, '####', number), a worked
-        answer in another format, or with `rationale_field` the number alone.
-      rationale_field: field with the steps if they are separate, as in FLAN's TSVs.
-      answer_format: 'chain_of_thought' makes sentences that end with 'The answer is N.';
-        'original' keeps newlines, annotations and '####', which T5's vocabulary cannot represent.
+      question_field, answer_field, rationale_field, answer_format: see `GSM8KText`.
       metrics: metric functions of evaluations.
 
     Returns:
@@ -134,20 +144,10 @@ def gsm8k(
       ValueError: the answer format is unknown, or there are fewer than `num_exemplars` exemplars.
       FileNotFoundError: the file of `exemplars` does not exist.
     """
-    if answer_format not in _ANSWER_FORMATS:
-        raise ValueError(
-            f"gsm8k.answer_format must be one of {', '.join(_ANSWER_FORMATS)}; got "
-            f"{answer_format!r}."
-        )
     to_text = GSM8KText(question_field, answer_field, rationale_field, answer_format)
     pairs = CHAIN_OF_THOUGHT_EXEMPLARS
     if exemplars is not None and num_exemplars:
-        source = exemplars.open()
-        texts = [
-            (source[i][question_field], to_text(source[i]).targets)
-            for i in range(min(num_exemplars + 1, len(source)))  # One more: see GSM8KText.
-        ]
-        pairs = tuple(texts)
+        pairs = _exemplars(exemplars, to_text, num_exemplars)
     if not 0 <= num_exemplars <= len(pairs):
         raise ValueError(
             f"gsm8k.num_exemplars must be from 0 to {len(pairs)}; got {num_exemplars}. Set "
@@ -164,6 +164,17 @@ def gsm8k(
         sources=sources,
         to_text=dataclasses.replace(to_text, exemplars=pairs, num_exemplars=num_exemplars),
         metrics=metrics,
+    )
+
+
+def _exemplars(
+    config: SourceConfig, to_text: GSM8KText, num_exemplars: int
+) -> tuple[tuple[str, str], ...]:
+    """Reads exemplars, and one more that replaces an exemplar which is itself the question."""
+    source = config.open()
+    examples = [source[index] for index in range(min(num_exemplars + 1, len(source)))]
+    return tuple(
+        (example[to_text.question_field], to_text(example).targets) for example in examples
     )
 
 
