@@ -1,4 +1,4 @@
-"""Lazy re-exports of a package (PEP 562): naming a package imports nothing heavy."""
+"""Lazy re-exports of a package (PEP 562): importing a package does not import its modules."""
 
 import importlib
 import sys
@@ -11,16 +11,16 @@ from gkd_jax.common import moved
 def load_export(package: str, exports: Mapping[str, Sequence[str]], name: str) -> Any:
     """Returns a name that a package re-exports, importing the module that defines it.
 
-    A package calls it from its `__getattr__`; the name is then kept in the package's namespace.
+    A package calls it from its `__getattr__`. The name is cached in the package's namespace.
     A former name (`common.moved`) is accepted with a warning.
 
     Args:
       package: `__name__` of the package.
       exports: for each module of the package, the public names that the package re-exports.
-      name: the attribute that was asked for.
+      name: the requested attribute.
 
     Raises:
-      AttributeError: the package re-exports no such name.
+      AttributeError: the package does not re-export this name.
     """
     for module, names in exports.items():
         if name in names:

@@ -102,6 +102,7 @@ _NAMES = {
     "data.batches.TrainIterator": "data.iterators.TrainIterator",
     "devices.partitioning.fetch_to_host": "devices.processes.fetch_to_host",
     "devices.partitioning.process_zero_decides": "devices.processes.process_zero_decides",
+    "data.task.as_it_is": "data.task.unchanged",
     "data.task.get_task": "data.registry.get_task",
     "data.task.register_task": "data.registry.register_task",
     "data.teacher_store.TeacherStore": "data.teacher_store.StoreReader",
@@ -237,7 +238,7 @@ def load_moved(module: str, name: str) -> Any:
 
 
 class _FormerLoader(importlib.abc.InspectLoader):
-    """Loads a module under its former name: the very module, not a second copy of it."""
+    """Loads a module under its former name: returns the present module, not a second copy."""
 
     def __init__(self, present: str):
         self._present = present
@@ -251,7 +252,7 @@ class _FormerLoader(importlib.abc.InspectLoader):
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        # The import system has replaced it by that of the former name.
+        # The import system has replaced the module's spec by one with the former name.
         module.__spec__ = self._spec
 
     def get_source(self, fullname: str) -> str | None:
@@ -260,14 +261,14 @@ class _FormerLoader(importlib.abc.InspectLoader):
         return loader.get_source(self._present)
 
     def get_code(self, fullname: str) -> types.CodeType | None:
-        """For `python -m` with a former name."""
+        """Returns the code of the module, which `python -m` with a former name needs."""
         del fullname
         loader: Any = self._present_spec().loader
         return loader.get_code(self._present)
 
     @property
     def origin(self) -> str | None:
-        """The module's file."""
+        """Path of the module's file."""
         return self._present_spec().origin
 
     def _present_spec(self) -> importlib.machinery.ModuleSpec:
@@ -285,7 +286,6 @@ class FormerNames(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: types.ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        """See the base class."""
         del path, target
         present = present_module(fullname)
         if present is None:
@@ -295,6 +295,9 @@ class FormerNames(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Lets Python import modules under their former names. First, so that none is loaded twice."""
+    """Installs the import hook for former names.
+
+    It comes before all other finders, so that no module is loaded twice.
+    """
     if not any(isinstance(finder, FormerNames) for finder in sys.meta_path):
         sys.meta_path.insert(0, FormerNames())

@@ -74,8 +74,8 @@ class TextExample:
             object.__setattr__(self, "references", (self.targets,))
 
 
-def as_it_is(output: str) -> str:
-    """Returns the output unchanged: the default output parser."""
+def unchanged(output: str) -> str:
+    """Returns the output unchanged. The default output parser."""
     return output
 
 
@@ -120,7 +120,7 @@ class Task:
     sources: Mapping[str, SourceConfig]
     to_text: Callable[[RawExample], TextExample]
     metrics: tuple[MetricFn, ...] = ()
-    output_parser: Callable[[str], str] = as_it_is
+    output_parser: Callable[[str], str] = unchanged
     inputs_eos: bool = True
     vocabulary_fingerprint: str | None = None
 

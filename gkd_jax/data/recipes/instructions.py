@@ -8,7 +8,7 @@ from gkd_jax.data.metrics.text_metrics import exact_match
 from gkd_jax.data.mixtures import Mixture, Templated
 from gkd_jax.data.recipes.text import FieldsToText
 from gkd_jax.data.sources import TfdsSource, Tsv
-from gkd_jax.data.task import MetricFn, SourceConfig, Task, as_it_is
+from gkd_jax.data.task import MetricFn, SourceConfig, Task, unchanged
 
 _ANSWER_PHRASE = re.compile(r"the\s+(?:final\s+)?answer\s+is:?\s*", re.IGNORECASE)
 
@@ -32,7 +32,7 @@ def instruction(
     name: str = "instruction",
     inputs_field: str = "inputs",
     targets_field: str = "targets",
-    output_parser: Callable[[str], str] = as_it_is,
+    output_parser: Callable[[str], str] = unchanged,
     metrics: tuple[MetricFn, ...] = (exact_match,),
 ) -> Task:
     """Returns a task of instructions and responses.
@@ -137,7 +137,7 @@ def flan2021(
     train: SourceConfig | None = None,
     validation: SourceConfig | None = None,
     test: SourceConfig | None = None,
-    output_parser: Callable[[str], str] = as_it_is,
+    output_parser: Callable[[str], str] = unchanged,
     metrics: tuple[MetricFn, ...] = (exact_match,),
 ) -> Task:
     """Returns a task of instruction tuning similar to FLAN 2021.

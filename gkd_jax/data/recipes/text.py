@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from gkd_jax.data.task import RawExample, TextExample, as_it_is
+from gkd_jax.data.task import RawExample, TextExample, unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class FieldsToText:
     inputs_field: str = "inputs"
     targets_field: str = "targets"
     prefix: str = ""
-    output_parser: Callable[[str], str] = as_it_is
+    output_parser: Callable[[str], str] = unchanged
 
     def __call__(self, example: RawExample) -> TextExample:
         """Returns the text.
