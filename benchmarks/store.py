@@ -21,7 +21,7 @@ import numpy as np
 from gkd_jax.common.array_types import Params
 from gkd_jax.common.batch import Batch
 from gkd_jax.distillation.optimizers import AdamW, Constant
-from gkd_jax.distillation.stored_distributions import Draws, Full, Support, TopK
+from gkd_jax.distillation.stored_distributions import Draws, Full, Sparsification, TopK
 from gkd_jax.distillation.train_state import TrainState, init_train_state
 from gkd_jax.distillation.train_step import make_train_step
 from gkd_jax.models.t5 import T5
@@ -62,12 +62,12 @@ def make_batch(args: argparse.Namespace) -> Batch:
 
 
 def stored(
-    support: Support, teacher: T5, params: Params, batch: Batch
+    sparsification: Sparsification, teacher: T5, params: Params, batch: Batch
 ) -> tuple[Batch, float, float]:
     """Returns the batch with stored distributions, bytes per token, and seconds to unpack it."""
-    chosen = jax.jit(make_choose(teacher, support, 1.0))(params, batch, jax.random.key(0))
+    chosen = jax.jit(make_choose(teacher, sparsification, 1.0))(params, batch, jax.random.key(0))
     chosen = jax.device_get(chosen)
-    packing = support.packing(teacher.vocab_size)
+    packing = sparsification.packing(teacher.vocab_size)
     blocks = [packing.pack(*(array[row] for array in chosen)) for row in range(len(chosen[0]))]
     num_rows, length = batch.targets.shape
     start = time.perf_counter()
@@ -80,7 +80,7 @@ def stored(
 
 
 def main() -> None:
-    """Prints one line a support."""
+    """Prints one line per sparsification."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--input_length", type=int, default=64)
@@ -116,8 +116,8 @@ def main() -> None:
         jax.block_until_ready(state)
         return state, time.perf_counter() - start
 
-    for support in (TopK(args.top_k), Draws(args.num_draws), Full(), Full("float16")):
-        from_store, num_bytes, unpacking = stored(support, teacher, teacher_params, batch)
+    for sparsification in (TopK(args.top_k), Draws(args.num_draws), Full(), Full("float16")):
+        from_store, num_bytes, unpacking = stored(sparsification, teacher, teacher_params, batch)
         seconds: list[tuple[float, float]] = []
         for _ in range(args.repeats + 1):
             state, live = timed(state, teacher, batch)
@@ -126,8 +126,9 @@ def main() -> None:
         ratio = statistics.median(own / live for live, own in seconds[1:])
         live = statistics.median(live for live, _ in seconds[1:])
         print(
-            f"{support}: {num_bytes:.1f} bytes per token, unpacked in {1e3 * unpacking:.1f} ms; a "
-            f"step with the teacher {live:.2f} s, from the store {ratio:.2f} of it",
+            f"{sparsification}: {num_bytes:.1f} bytes per token, unpacked in "
+            f"{1e3 * unpacking:.1f} ms; a step with the teacher {live:.2f} s, from the store "
+            f"{ratio:.2f} of it",
             flush=True,
         )
 

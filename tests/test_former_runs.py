@@ -135,6 +135,7 @@ def test_a_former_import_in_a_gin_file_is_told_once(tmp_path, monkeypatch, caplo
         "objective.Objective.student_temperature = 2.0",
         "train/pipeline.DatasetConfig.seed = 3",
         "gkd_jax.optimizers.Cosine.learning_rate = 1e-2",
+        "gkd_jax.teachers.Teacher.weights = 'int8'",
     ],
 )
 def test_flags_of_before_the_rooms_still_work(binding, monkeypatch):

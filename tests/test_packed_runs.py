@@ -85,11 +85,11 @@ def step_of(experiment, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("support", [Full(), TopK(5)], ids=["whole", "entries"])
-def test_a_store_serves_packed_rows(support, tiny_teacher, tmp_path):
+@pytest.mark.parametrize("sparsification", [Full(), TopK(5)], ids=["whole", "entries"])
+def test_a_store_serves_packed_rows(sparsification, tiny_teacher, tmp_path):
     """It is written of examples in rows of their own, and knows each by its number."""
     train_data = data(num_examples=10, batch_size=2, seed=3)
-    storing = Storing(train_data, str(tmp_path / "store"), support)
+    storing = Storing(train_data, str(tmp_path / "store"), sparsification)
     live = distillation(tmp_path / "run", tiny_teacher, train_data=train_data, storing=storing)
     store_teacher.store_teacher(live)
     stored = dataclasses.replace(

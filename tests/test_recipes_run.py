@@ -132,15 +132,15 @@ def test_generated_outputs_train_a_student(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("support", ["TopK", "Full", "Draws"])
-def test_a_store_of_the_teacher_trains_a_student(support, tmp_path):
+@pytest.mark.parametrize("sparsification", ["TopK", "Full", "Draws"])
+def test_a_store_of_the_teacher_trains_a_student(sparsification, tmp_path):
     """Two commands after a recipe of parallel text; the second one reads no teacher."""
     recipe = small_recipes.make_recipe("wmt_ende", tmp_path / "data")
     store = f"--gin.STORE_PATH={str(tmp_path / 'store')!r}"
     flags = [
         *recipe.flags(tmp_path / "none"),
         *("--gin_file=gin_configs/store_teacher.gin", store, "--run_mode=store_teacher"),
-        f"--gin.STORE_SUPPORT='@stored_distributions.{support}()'".replace("'", ""),
+        f"--gin.STORE_SPARSIFICATION='@stored_distributions.{sparsification}()'".replace("'", ""),
     ]
     status, out, err = run_main(*flags)
     assert status == 0, err

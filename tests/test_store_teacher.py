@@ -30,7 +30,7 @@ from gkd_jax.run_modes import evaluate, generate, store_teacher, train
 from gkd_jax.sampling.teacher_assisted import TeacherMixed
 from gkd_jax.training import parameters
 
-SUPPORTS = {"full": Full(), "top_k": TopK(5), "draws": Draws(20)}
+SPARSIFICATIONS = {"full": Full(), "top_k": TopK(5), "draws": Draws(20)}
 ENTRY_BYTES = 24  # Of an example in the index.
 NUM_EXAMPLES = 10  # Not a multiple of the batch size.
 TEMPERATURE = 0.8
@@ -40,7 +40,7 @@ TO_DRAWS = Objective(
 )
 
 
-def experiment_of(folder: pathlib.Path, teacher, support=None, **changes):
+def experiment_of(folder: pathlib.Path, teacher, sparsification=None, **changes):
     """A run on ten examples, and a store of them beside it."""
     data = small_runs.data(num_examples=NUM_EXAMPLES)
     defaults = dict(
@@ -51,7 +51,7 @@ def experiment_of(folder: pathlib.Path, teacher, support=None, **changes):
         evaluation=None,
         num_steps=4,
         log_period=1,
-        storing=Storing(data, str(folder / "store"), support or TopK(5)),
+        storing=Storing(data, str(folder / "store"), sparsification or TopK(5)),
     )
     return small_runs.gkd(folder / "run", teacher, **defaults | changes)
 
@@ -62,11 +62,11 @@ def from_store(experiment, path, **changes):
 
 @pytest.fixture(scope="module")
 def stores(tiny_teacher, tmp_path_factory):
-    """A store of each support, that nothing interrupted."""
+    """A store of each sparsification, that nothing interrupted."""
     paths = {}
-    for name, support in SUPPORTS.items():
+    for name, sparsification in SPARSIFICATIONS.items():
         folder = tmp_path_factory.mktemp(name)
-        said = store_teacher.store_teacher(experiment_of(folder, tiny_teacher, support))
+        said = store_teacher.store_teacher(experiment_of(folder, tiny_teacher, sparsification))
         assert said.startswith(f"{folder / 'store'}: ")
         assert "float32 of the whole vocabulary: 1,036" in said
         paths[name] = folder / "store"
@@ -156,7 +156,7 @@ def test_bytes_a_token(stores):
         assert size == StoreReader(path).num_bytes
 
 
-@pytest.mark.parametrize("name", SUPPORTS)
+@pytest.mark.parametrize("name", SPARSIFICATIONS)
 @pytest.mark.parametrize("cut", ["nothing written", "within an example", "within the index"])
 def test_a_stopped_store_is_completed_to_the_same(name, cut, stores, tiny_teacher, tmp_path):
     path = tmp_path / "store"
@@ -173,14 +173,14 @@ def test_a_stopped_store_is_completed_to_the_same(name, cut, stores, tiny_teache
     if cut != "nothing written":
         with pytest.raises(ValueError, match=r"is not complete: it has \d+ of 10 examples"):
             StoreReader(path)
-    store_teacher.store_teacher(experiment_of(tmp_path, tiny_teacher, SUPPORTS[name]))
+    store_teacher.store_teacher(experiment_of(tmp_path, tiny_teacher, SPARSIFICATIONS[name]))
     assert {child.name: child.read_bytes() for child in path.iterdir()} == whole
 
 
 def test_another_store_refuses_the_old_folder(stores, tiny_teacher, tmp_path):
     shutil.copytree(stores["top_k"], tmp_path / "store")
     for changes, differing in (
-        ({"support": TopK(6)}, r"support: TopK\(k=5.* before, TopK\(k=6.* now"),
+        ({"sparsification": TopK(6)}, r"support: TopK\(k=5.* before, TopK\(k=6.* now"),
         ({"objective": Objective(ForwardKL())}, r"temperature: 0\.8 before, 1\.0 now"),
     ):
         with pytest.raises(ValueError, match=f"holds a store of something else .*{differing}"):
@@ -245,7 +245,7 @@ def test_training_from_a_full_store_equals_training_from_the_teacher(
 
 
 @pytest.mark.slow
-def test_every_support_trains_and_is_evaluated(stores, tiny_teacher, tmp_path):
+def test_every_sparsification_trains_and_is_evaluated(stores, tiny_teacher, tmp_path):
     """The divergence of held-out outputs comes from a store of their own."""
     heldout = small_runs.data("validation")
     experiment = experiment_of(tmp_path, tiny_teacher, num_steps=2)

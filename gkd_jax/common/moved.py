@@ -105,6 +105,9 @@ _NAMES = {
     "data.task.as_it_is": "data.task.unchanged",
     "data.task.get_task": "data.registry.get_task",
     "data.task.register_task": "data.registry.register_task",
+    "distillation.stored_distributions.Support": (
+        "distillation.stored_distributions.Sparsification"
+    ),
     "data.teacher_store.TeacherStore": "data.teacher_store.StoreReader",
     "models.ensembles.CombinedModel": "models.ensembles.EnsembleModel",
     "models.wrapper.NarrowedModel": "models.wrapper.RestrictedVocabulary",
@@ -118,11 +121,13 @@ _NAMES = {
 _SETTINGS = {
     "distillation.rollout.Rollout.policy": "teacher_assistance",
     "experiment.settings.NonFinite.policy": "action",
+    "experiment.settings.Storing.support": "sparsification",
 }
 
 # Macros of the gin files in gin_configs/.
 _MACROS = {
     "NON_FINITE_POLICY": "NON_FINITE_ACTION",
+    "STORE_SUPPORT": "STORE_SPARSIFICATION",
 }
 
 # Paths of gin files, as --gin_file and `include` give them.

@@ -1,4 +1,4 @@
-"""The rollout: a Batch whose outputs the policy itself has sampled."""
+"""Rollouts: batches whose outputs are sampled from the student instead of taken from the data."""
 
 import dataclasses
 
@@ -19,16 +19,49 @@ REPETITION_GRAM = 4
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """How outputs are sampled.
+    """Settings for sampling outputs.
 
     Attributes:
-      method: how tokens are chosen; the model's own distribution at temperature 1 by default,
-        as the paper trains.
-      num_samples: N outputs a prompt; the batch grows N-fold.
-      target_length: longest output; the length of the batch's `targets` by default.
-      chunk_size: the most steps between two looks at whether all outputs have ended.
+      method: decoding method. By default tokens are sampled from the model's distribution at
+        temperature 1, as in "On-Policy Distillation of Language Models: Learning from
+        Self-Generated Mistakes", arXiv 2306.13649.
+      num_samples: number of outputs per prompt, N; the batch becomes N times as large.
+      target_length: maximum length of an output; None for the length of the batch's `targets`.
+      chunk_size: maximum number of decoding steps between two checks for whether all outputs have
+        ended.
       teacher_assistance: how the teacher takes part in sampling the outputs of training steps;
         None samples from the student alone. Evaluations always sample from the student alone.
+
+    Raises:
+      ValueError: a setting is out of range, or `num_samples` is above 1 for a deterministic method.
+
+    Examples:
+      Two outputs of at most five tokens for each of two prompts:
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from gkd_jax.common.batch import Batch
+      >>> from gkd_jax.distillation.rollout import Rollout, sample_outputs
+      >>> from gkd_jax.models import T5, T5Config
+      >>> from gkd_jax.sampling import Sample
+      >>> sizes = dict(emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8)
+      >>> layers = dict(num_encoder_layers=1, num_decoder_layers=1)
+      >>> model = T5(T5Config(vocab_size=32, **sizes, **layers))
+      >>> batch = Batch(
+      ...     inputs=jnp.array([[4, 5, 6], [7, 0, 0]]),
+      ...     inputs_mask=jnp.array([[True, True, True], [True, False, False]]),
+      ...     targets=jnp.zeros((2, 5), jnp.int32),
+      ...     loss_weights=jnp.ones((2, 5)),
+      ...     example_id=jnp.array([10, 11]),
+      ... )
+      >>> sampled = sample_outputs(
+      ...     model, model.init(jax.random.key(0)), batch, key=jax.random.key(1),
+      ...     rollout=Rollout(Sample(temperature=0.8), num_samples=2), eos_ids=(1,), pad_id=0,
+      ... )
+      >>> sampled.targets.shape
+      (4, 5)
+      >>> sampled.example_id.tolist()
+      [10, 10, 11, 11]
     """
 
     method: DecodingMethod = dataclasses.field(default_factory=Sample)
@@ -58,22 +91,24 @@ def sample_outputs(
     eos_ids: tuple[int, ...],
     pad_id: int,
 ) -> Batch:
-    """Replaces the outputs of a batch by outputs of the model, without dropout.
+    """Replaces the outputs of a batch by outputs sampled from a model, without dropout.
 
-    A pure function to be jitted: control flow looks at the whole batch over all devices, so it
-    works on sharded batches and parameters. No gradient flows through it.
+    A pure function to be jitted. Its control flow depends on the global batch, so it works with
+    sharded batches and parameters. No gradient flows through it.
 
     Args:
+      model: model to sample from.
+      params: its parameters.
       batch: only its prompts, ids and target length are used.
-      key: new for every step, e.g. folded with the step number.
-      rollout: how to sample.
+      key: must differ in every step, e.g. folded with the step number.
+      rollout: settings for sampling.
       eos_ids: ids that end an output; may be empty.
       pad_id: fills `targets` after the end.
 
     Returns:
-      A batch of B * num_samples rows, prompt-major, with `targets`, `loss_weights` (1 up to and
-      including the end of an output, all 1 where it did not end, 0 on filler rows) and
-      `sample_log_probs`. What belongs to a prompt repeats with it.
+      A batch of B * num_samples rows, the samples of a prompt adjacent. `loss_weights` are 1 up to
+      and including the end-of-sequence token, 1 everywhere if an output did not end, and 0 in
+      filler rows. Fields of a prompt are repeated for each of its samples.
 
     Raises:
       ValueError: rows are packed; or as `gkd_jax.sampling.decode.decode`.
@@ -97,54 +132,56 @@ def sample_outputs(
         num_samples=rollout.num_samples,
         chunk_size=rollout.chunk_size,
     )
-    # What belongs to a prompt repeats with it; what belonged to other outputs goes.
-    repeated = repeat_rows(
-        dataclasses.replace(
-            batch, advantages=None, importance=None, stored_teacher=None, teacher_tokens=None
-        ),
-        rollout.num_samples,
-    )
     return dataclasses.replace(
-        repeated,
+        _repeat_prompts(batch, rollout.num_samples),
         targets=decoded.tokens,
         loss_weights=decoded.weights,
         sample_log_probs=decoded.log_probs,
     )
 
 
+def _repeat_prompts(batch: Batch, num_samples: int) -> Batch:
+    """Repeats each row for its samples, and drops the fields that belong to the former outputs."""
+    prompts = dataclasses.replace(
+        batch, advantages=None, importance=None, stored_teacher=None, teacher_tokens=None
+    )
+    return repeat_rows(prompts, num_samples)
+
+
 def mix_outputs(
     batch: Batch, sampled: Batch, *, fraction: Float[Array, ""], key: Key[Array, ""]
 ) -> Batch:
-    """Takes each example's output from the samples with probability `fraction`, else from the data.
+    """Replaces each example's output by its sample with probability `fraction`.
 
     Args:
       batch: the data's outputs.
       sampled: one sample for each prompt of `batch`, of the same length.
-      fraction: lambda.
-      key: new for every step; an example's coin comes from it and its `example_id`.
+      fraction: probability of taking the sample; the paper's lambda.
+      key: must differ in every step; an example's coin depends on it and its `example_id`.
     """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.example_id)
-    # In (0, 1]: a fraction of 0 is never hit, a fraction of 1 always.
+    # In (0, 1], so that a fraction of 0 takes no sample and a fraction of 1 takes all.
     coins = 1.0 - jax.vmap(jax.random.uniform)(keys)
-    is_own = (coins <= fraction)[:, None]
+    is_sampled = (coins <= fraction)[:, None]
     return dataclasses.replace(
         batch,
-        targets=jnp.where(is_own, sampled.targets, batch.targets),
-        loss_weights=jnp.where(is_own, sampled.loss_weights, batch.loss_weights),
+        targets=jnp.where(is_sampled, sampled.targets, batch.targets),
+        loss_weights=jnp.where(is_sampled, sampled.loss_weights, batch.loss_weights),
     )
 
 
 def rollout_metrics(batch: Batch, *, eos_ids: tuple[int, ...]) -> Metrics:
-    """Measures outputs, sampled or not, for curves and alarms; jittable.
+    """Computes metrics of outputs, sampled or not, for curves and alarms. Can be jitted.
 
-    `output_length`: mean number of tokens, the end included. `truncated_share`: outputs that do
-    not finish with an end-of-sequence token. `repetition`: per output, the share of its 4-grams
-    that it has had before, near 1 where it has collapsed to one token or to a short loop;
-    averaged over outputs of at least four tokens.
+    * `output_length`: mean number of tokens, the end-of-sequence token included.
+    * `truncated_share`: share of outputs that do not finish with an end-of-sequence token.
+    * `repetition`: share of an output's 4-grams that occurred earlier in the output, averaged over
+      outputs of at least four tokens. It is near 1 if outputs collapse to one token or a short
+      loop.
 
     Args:
       batch: outputs whose weights are 1 up to their end.
-      eos_ids: ids that end an output; where there are none, all outputs count as truncated.
+      eos_ids: ids that end an output; if empty, all outputs count as truncated.
 
     Returns:
       Metric name to (sum, weight) over real rows.
@@ -164,14 +201,15 @@ def rollout_metrics(batch: Batch, *, eos_ids: tuple[int, ...]) -> Metrics:
 
 
 def _repetition(batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum over outputs of the share of repeated 4-grams, and the number of outputs with any.
+    """Returns the sum of the outputs' shares of repeated 4-grams, and the number of outputs.
 
-    Sorting the 4-grams of an output puts equal ones side by side: T log T, and no T x T table.
+    Only outputs with at least one 4-gram count. Sorting an output's 4-grams makes equal ones
+    adjacent, in T log T steps and without a T x T table.
     """
     num_grams = batch.targets.shape[1] - REPETITION_GRAM + 1
     if num_grams < 1:
         return jnp.zeros(()), jnp.zeros(())
-    # A 4-gram counts where its last token does. The others sort behind all that count.
+    # A 4-gram counts if its last token does. The others are sorted to the end.
     is_output = (batch.loss_weights > 0) & (batch.example_id >= 0)[:, None]
     outside = (~is_output[:, REPETITION_GRAM - 1 :]).astype(jnp.int32)
     grams = [batch.targets[:, i : i + num_grams] for i in range(REPETITION_GRAM)]

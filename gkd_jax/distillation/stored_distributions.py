@@ -1,4 +1,4 @@
-"""What is kept of a teacher's next-token distributions in a store, and how much it takes."""
+"""Sparsification of a teacher's next-token distributions for precomputed stores."""
 
 import abc
 import dataclasses
@@ -9,35 +9,36 @@ import jax.numpy as jnp
 from jax import lax
 
 from gkd_jax.common.array_types import Array, Float, Int, Key
+from gkd_jax.common.moved import load_moved
 from gkd_jax.data.teacher_store_records import Counts, Entries, Whole
 from gkd_jax.objectives.buckets import Buckets
 from gkd_jax.sampling.methods import Sample, row_keys
 
-_MAX_DRAWS = (1 << 16) - 2  # With the output token, as many entries as two bytes count.
+_MAX_DRAWS = (1 << 16) - 2  # Entries, the output token included, are counted in two bytes.
 
 
-class Support(abc.ABC):
-    """Chooses what is kept at each output token, on the devices, and packs it on the host."""
+class Sparsification(abc.ABC):
+    """Selects the entries of a distribution to store, on the devices; packs them on the host."""
 
     @abc.abstractmethod
     def choose(
         self, log_probs: Float[Array, "B V"], targets: Int[Array, " B"], keys: Key[Array, " B"]
     ) -> tuple[Array, ...]:
-        """What is kept of normalised distributions; jittable.
+        """Selects entries of normalized distributions. Can be jitted.
 
         Args:
-          log_probs: log p, the temperature in it.
-          targets: the output tokens, which are always among the entries: so a loss that reads
-            them, such as cross-entropy beside a divergence, is exact.
-          keys: one a token, used for nothing else.
+          log_probs: log p, with the temperature already applied.
+          targets: output tokens. They are always among the entries, so that a loss term that reads
+            them, such as a cross-entropy beside a divergence, is exact.
+          keys: one random key per token, used for nothing else.
 
         Returns:
-          Arrays [B, ...] for `pack`.
+          Arrays [B, ...], the arguments of `packing(...).pack`.
         """
 
     @abc.abstractmethod
     def packing(self, vocab_size: int) -> Any:
-        """How it is packed: `pack(*arrays)` takes what `choose` gives, of n tokens."""
+        """Returns the packing, whose `pack(*arrays)` takes the arrays of `choose` for n tokens."""
 
 
 def _check_dtype(owner: object, dtype: object) -> None:
@@ -57,11 +58,11 @@ def _check_count(setting: str, value: object, most: int | None = None) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Full(Support):
-    """The whole distribution: every divergence is what it is with the teacher itself.
+class Full(Sparsification):
+    """Stores the whole distribution. Every divergence equals that of the teacher itself.
 
     Attributes:
-      dtype: of the log-probabilities: 'float32' (4 V bytes a token) or 'float16'.
+      dtype: dtype of the log-probabilities: 'float32' (4 V bytes per token) or 'float16'.
     """
 
     dtype: str = "float32"
@@ -72,25 +73,24 @@ class Full(Support):
     def choose(
         self, log_probs: Float[Array, "B V"], targets: Int[Array, " B"], keys: Key[Array, " B"]
     ) -> tuple[Array, ...]:
-        """All."""
         del targets, keys
         return (log_probs.astype(self.dtype),)
 
     def packing(self, vocab_size: int) -> Whole:
-        """V values."""
         return Whole(vocab_size, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class TopK(Support):
-    """The likeliest tokens, the output token, and the probability of all others together.
+class TopK(Sparsification):
+    """Stores the k most likely tokens, the output token, and the total probability of the others.
 
-    A divergence to it is that of the two distributions in these buckets: at most the full one,
-    to which it rises with k. A top-k without its tail would be no distribution.
+    A divergence is computed between the distributions over these k + 2 buckets. It is at most the
+    divergence of the full distributions, which it approaches as k grows. The total of the others,
+    the tail, is needed because a top-k alone is not a distribution.
 
     Attributes:
-      k: entries besides the output token.
-      dtype: of the log-probabilities: 'float16' or 'float32'.
+      k: number of entries besides the output token.
+      dtype: dtype of the log-probabilities: 'float16' or 'float32'.
     """
 
     k: int = 64
@@ -103,7 +103,7 @@ class TopK(Support):
     def choose(
         self, log_probs: Float[Array, "B V"], targets: Int[Array, " B"], keys: Key[Array, " B"]
     ) -> tuple[Array, ...]:
-        """Ids, log p of each, log p of the tail."""
+        """Returns ids, log p of each, and log p of the tail."""
         del keys
         vocab_size = log_probs.shape[-1]
         is_target = targets[:, None] == lax.broadcasted_iota(targets.dtype, log_probs.shape, 1)
@@ -113,7 +113,6 @@ class TopK(Support):
         return ids, kept[:, :-1], kept[:, -1]
 
     def packing(self, vocab_size: int) -> Entries:
-        """An id and a value for each, and the tail's value."""
         return Entries(vocab_size, self._num_entries(vocab_size), self.dtype)
 
     def _num_entries(self, vocab_size: int) -> int:
@@ -121,16 +120,19 @@ class TopK(Support):
 
 
 @dataclasses.dataclass(frozen=True)
-class Draws(Support):
-    """N tokens drawn from the distribution, and how often each was: random sampling KD.
+class Draws(Sparsification):
+    """Stores N tokens drawn from the distribution, with their counts (random sampling KD).
 
-    counts / N is an unbiased estimate of P, so the gradient of the forward KL to it, or of the
-    cross-entropy, is unbiased (arXiv 2503.16870). Divergences that are not linear in P are not,
-    and are refused. The value of the forward KL to it is too high: the entropy of the counts is
-    below that of P.
+    counts / N is an unbiased estimate of the distribution P, so gradients of the forward KL and of
+    the cross-entropy are unbiased. Divergences that are not linear in P would be biased and are
+    refused. The value of the forward KL is too high, since the entropy of the counts is below that
+    of P.
+
+    Reference: "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", arXiv
+    2503.16870.
 
     Attributes:
-      num_draws: N. Few of them are different where the teacher is sure.
+      num_draws: number of draws, N. If the teacher is confident, few of the drawn tokens differ.
     """
 
     num_draws: int = 50
@@ -141,8 +143,6 @@ class Draws(Support):
     def choose(
         self, log_probs: Float[Array, "B V"], targets: Int[Array, " B"], keys: Key[Array, " B"]
     ) -> tuple[Array, ...]:
-        """The drawn tokens, and the output token."""
-
         def draw(number: Array) -> Array:
             own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
             return Sample().choose(log_probs, keys=own)[0]
@@ -150,14 +150,18 @@ class Draws(Support):
         return jax.vmap(draw, out_axes=1)(jnp.arange(self.num_draws)), targets
 
     def packing(self, vocab_size: int) -> Counts:
-        """An id and a count for each token that was drawn."""
         return Counts(vocab_size, self.num_draws)
 
 
 def token_keys(key: Key[Array, ""], example_id: Int[Array, " B"], position: Any) -> Any:
-    """The key of each output token: of the example and its place in it, not of the row."""
+    """Returns a key per output token, which depends on example and position but not on the row."""
     positions = jnp.full_like(example_id, position)
     return row_keys(key, example_id=example_id, sample_index=positions)
 
 
-__all__ = ["Draws", "Full", "Support", "TopK", "token_keys"]
+def __getattr__(name: str) -> Any:
+    """Returns a name that this module defined in earlier versions."""
+    return load_moved(__name__, name)
+
+
+__all__ = ["Draws", "Full", "Sparsification", "TopK", "token_keys"]

@@ -6,7 +6,7 @@ import typing
 from typing import Any
 
 from gkd_jax.data.pipeline import DatasetConfig
-from gkd_jax.distillation.stored_distributions import Support, TopK
+from gkd_jax.distillation.stored_distributions import Sparsification, TopK
 from gkd_jax.models.base import LanguageModel
 from gkd_jax.models.t5_config import DTYPES
 from gkd_jax.sampling.decode import DecodingMethod
@@ -213,20 +213,20 @@ class Storing:
     Attributes:
       data: examples, such as those of training. Their order does not matter.
       output: folder to write.
-      support: the part of each distribution that is kept: the whole vocabulary, the likeliest
-        tokens, or draws.
+      sparsification: entries of each distribution that are stored: the whole vocabulary, the most
+        likely tokens, or draws.
     """
 
     data: DatasetConfig
     output: str
-    support: Support = dataclasses.field(default_factory=TopK)
+    sparsification: Sparsification = dataclasses.field(default_factory=TopK)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.support, Support):
+        if not isinstance(self.sparsification, Sparsification):
             raise ValueError(
-                f"Storing.support must be a support; got {self.support!r}. Use Full(), TopK() or "
-                "Draws() of gkd_jax.distillation.stored_distributions; in gin, "
-                "@stored_distributions.TopK() with brackets."
+                f"Storing.sparsification must be a Sparsification; got {self.sparsification!r}. "
+                "Use Full(), TopK() or Draws() of gkd_jax.distillation.stored_distributions; in "
+                "gin, @stored_distributions.TopK() with brackets."
             )
 
 

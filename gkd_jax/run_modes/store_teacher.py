@@ -19,7 +19,7 @@ from gkd_jax.data import vocabularies
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.teacher_store import Block, StoreWriter
 from gkd_jax.devices.processes import process_zero_decides
-from gkd_jax.distillation.stored_distributions import Support, token_keys
+from gkd_jax.distillation.stored_distributions import Sparsification, token_keys
 from gkd_jax.experiment import prepare
 from gkd_jax.experiment.experiment import Experiment
 from gkd_jax.experiment.settings import Storing
@@ -59,7 +59,7 @@ def store_teacher(experiment: Experiment) -> str:
     logging.info("store_teacher: %d of %d examples are done", num_done, dataset.num_examples)
     choose = jax.jit(
         experiment.partitioner.annotate(
-            make_choose(model, storing.support, experiment.objective.teacher_temperature)
+            make_choose(model, storing.sparsification, experiment.objective.teacher_temperature)
         ),
         out_shardings=experiment.partitioner.batch_sharding,
     )
@@ -75,7 +75,7 @@ def store_teacher(experiment: Experiment) -> str:
         chosen = choose(teacher.params, batch, key)
         rows, chosen = experiment.partitioner.fetch_to_host((batch, chosen))
         if writer is not None:
-            packing = storing.support.packing(model.vocab_size)
+            packing = storing.sparsification.packing(model.vocab_size)
             writer.append(list(_blocks(packing, rows, chosen, first=num_done)))
         logging.log_every_n_seconds(
             logging.INFO, "store_teacher: %d of %d examples are done", 10, end,
@@ -96,9 +96,9 @@ def _report(storing: Storing, writer: StoreWriter | None, vocab_size: int) -> st
 
 
 def make_choose(
-    model: LanguageModel, support: Support, temperature: float
+    model: LanguageModel, sparsification: Sparsification, temperature: float
 ) -> Callable[[Params, Batch, Key[Array, ""]], tuple[Array, ...]]:
-    """Makes `(params, batch, key)` to what the support keeps, arrays [B, T, ...].
+    """Makes `(params, batch, key)` to what the sparsification keeps, arrays [B, T, ...].
 
     One position of all rows at a time: logits of [B, V] are all that there is of them.
     """
@@ -110,7 +110,8 @@ def make_choose(
         def at_position(part: tuple[Array, Array, Array]) -> tuple[Array, ...]:
             hidden, targets, position = part
             log_probs = tempered_log_probs(model.unembed(head, hidden), temperature)
-            return support.choose(log_probs, targets, token_keys(key, batch.example_id, position))
+            keys = token_keys(key, batch.example_id, position)
+            return sparsification.choose(log_probs, targets, keys)
 
         positions = jnp.arange(batch.targets.shape[1])
         parts = (jnp.swapaxes(hidden, 0, 1), batch.targets.T, positions)
@@ -149,8 +150,9 @@ def _describe(
         "vocabulary": vocabularies.describe_vocabulary(storing.data.vocabulary),
         "vocab_size": model.vocab_size,
         "temperature": float(experiment.objective.teacher_temperature),
-        "support": str(storing.support),
-        "packing": storing.support.packing(model.vocab_size).describe(),
+        # Named so in stores since their first version.
+        "support": str(storing.sparsification),
+        "packing": storing.sparsification.packing(model.vocab_size).describe(),
         "seed": experiment.seed,
         "data": dataset.content,
     }

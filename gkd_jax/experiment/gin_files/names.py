@@ -217,7 +217,8 @@ def _present_names(target: Target) -> set[str]:
 
 def _former_names(target: Target) -> list[str]:
     home = getattr(target.function, "__module__", None) or target.module
-    return moved.former_names(home, target.name)
+    modules = moved.former_modules(target.module)
+    return moved.former_names(home, target.name) + [f"{module}.{target.name}" for module in modules]
 
 
 def present_macro(name: str) -> str:

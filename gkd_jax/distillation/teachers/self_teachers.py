@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from gkd_jax.distillation.network_teachers import AbstractTeacher
 from gkd_jax.distillation.parameter_sources import Average, FrozenBase, Initial, Live, Sources
+from gkd_jax.distillation.teachers.networks import AbstractTeacher
 from gkd_jax.models import lora
 from gkd_jax.models.base import LanguageModel
 
