@@ -122,16 +122,16 @@ def test_draws_are_functions_of_seed_and_step():
 
 
 def test_share_of_new_samples():
-    tossed = [Replay(8, refresh=0.3).samples_anew(step, seed=0) for step in range(4000)]
+    tossed = [Replay(8, refresh=0.3).is_refreshed(step, seed=0) for step in range(4000)]
     assert abs(np.mean(tossed) - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 4000)
     for refresh, expected in ((0.0, False), (1.0, True)):
-        assert {Replay(8, refresh=refresh).samples_anew(s, seed=0) for s in range(100)} == {
+        assert {Replay(8, refresh=refresh).is_refreshed(s, seed=0) for s in range(100)} == {
             expected
         }
     falling = FallingRefresh(num_steps=4)
     assert [falling(step) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-    assert Replay(8, refresh=falling).samples_anew(0, seed=0)
-    assert not Replay(8, refresh=falling).samples_anew(4, seed=0)
+    assert Replay(8, refresh=falling).is_refreshed(0, seed=0)
+    assert not Replay(8, refresh=falling).is_refreshed(4, seed=0)
 
 
 def gkd(model_dir, teacher, **changes):
@@ -186,7 +186,7 @@ def test_steps_sample_until_the_buffer_is_full_and_by_the_coin_then(replay_run):
     rows = small_runs.metrics(model_dir)
     for step, row in enumerate(rows):
         assert row["step"] == step + 1
-        new = step < 2 or settings.samples_anew(step, seed=0)
+        new = step < 2 or settings.is_refreshed(step, seed=0)
         kinds.append(new)
         assert ("train/on_policy/loss" in row, "train/replay/loss" in row) == (new, not new)
         assert ("train/rollout/output_length" in row) == new
@@ -285,7 +285,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 def test_a_schedule_that_leaves_its_range_is_refused():
     with pytest.raises(ValueError, match=r"Replay.refresh must be a probability .* got 2"):
-        Replay(8, refresh=lambda step: 2.0).samples_anew(0, seed=0)
+        Replay(8, refresh=lambda step: 2.0).is_refreshed(0, seed=0)
     with pytest.raises(ValueError, match=r"FallingRefresh.num_steps must be a whole number"):
         FallingRefresh(0)
 

@@ -1,5 +1,5 @@
-"""The method: teachers, rollouts, rewards, replay, the optimizer, the training step.
+"""The distillation method: teachers, rollouts, rewards, replay, optimizers, the training step.
 
-Pure functions that the training room jits, and the frozen dataclasses that gin binds; no files, no
-loop. Start with `train_step`, then `rollout` and `teachers`.
+Contains pure functions, which `training` jits, and frozen dataclasses, which gin binds. It reads no
+files and has no loop. Start with `train_step`, then `rollout` and `teachers`.
 """

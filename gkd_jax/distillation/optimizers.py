@@ -1,9 +1,9 @@
 """Learning-rate schedules and optimizers as frozen dataclasses.
 
-Steps count from 0: `schedule(0)` is the rate of the first update, and with a warm-up of W steps
-it is `learning_rate / W`, never 0. T5X's `linear_warmup` is `step / W` and so wastes its first
-update on a rate of 0; ours is `(step + 1) / W`, one step ahead of it while warming up and equal
-to it afterwards.
+Steps are counted from 0, so `schedule(0)` is the learning rate of the first update. With a warm-up
+of W steps it is `learning_rate / W`, never 0. T5X's `linear_warmup` is `step / W`, whose first
+update has a learning rate of 0; here it is `(step + 1) / W`, one step ahead of T5X during the
+warm-up and equal to it afterwards.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ from gkd_jax.common.array_types import Array, Float, Int, Params, PyTree
 from gkd_jax.models import stacking
 
 Schedule: TypeAlias = Callable[[Int[Array, ""] | int], Float[Array, ""]]
-"""Step (from 0) to learning rate, float32; jit-able."""
+"""Function from the step, counted from 0, to the learning rate, float32. Can be jitted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """`learning_rate`, reached by a linear warm-up; GKD fine-tunes with this.
+    """A constant learning rate after a linear warm-up, as GKD uses for fine-tuning.
 
     rate(step) = learning_rate * min(1, (step + 1) / warmup_steps)
 
     Attributes:
       learning_rate: rate after the warm-up.
-      warmup_steps: updates until the rate is reached; 0 for none.
+      warmup_steps: number of updates until the rate is reached; 0 for no warm-up.
     """
 
     learning_rate: float
@@ -45,15 +45,18 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class InverseSquareRoot:
-    """Warm-up, then decay with the inverse square root of the step; T5's pretraining schedule.
+    """Warm-up, then decay with the inverse square root of the step: T5's pretraining schedule.
 
-    rate(step) = learning_rate * min(1, (step + 1) / W) * sqrt(W / max(step, W)), W = warmup_steps.
-    This is T5X's `constant * linear_warmup * rsqrt_normalized_decay`: `learning_rate` is the
-    peak. (T5X's `rsqrt_decay` has the peak at `learning_rate / sqrt(W)`.)
+    With W = warmup_steps,
+
+    rate(step) = learning_rate * min(1, (step + 1) / W) * sqrt(W / max(step, W)).
+
+    This is T5X's `constant * linear_warmup * rsqrt_normalized_decay`, in which `learning_rate` is
+    the peak. (With T5X's `rsqrt_decay` the peak is `learning_rate / sqrt(W)`.)
 
     Attributes:
-      learning_rate: the peak, at the end of the warm-up.
-      warmup_steps: length of the warm-up, at least 1; also sets the pace of the decay.
+      learning_rate: peak learning rate, at the end of the warm-up.
+      warmup_steps: length of the warm-up, at least 1. It also sets the time scale of the decay.
     """
 
     learning_rate: float
@@ -75,18 +78,19 @@ class InverseSquareRoot:
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """Warm-up to `learning_rate`, then a straight line to `end` at step `decay_steps`.
+    """Warm-up to `learning_rate`, then linear decay to `end` at step `decay_steps`.
 
-    rate(step) = end + (learning_rate - end) * (1 - p), p = (step - warmup_steps) /
-    (decay_steps - warmup_steps) clipped to [0, 1]; while warming up, learning_rate *
-    (step + 1) / warmup_steps.
+    rate(step) = end + (learning_rate - end) * (1 - p)
+
+    with p = (step - warmup_steps) / (decay_steps - warmup_steps) clipped to [0, 1]. During the
+    warm-up it is learning_rate * (step + 1) / warmup_steps.
 
     Attributes:
-      learning_rate: the peak, at the end of the warm-up.
-      decay_steps: the step at which `end` is reached, warm-up included: usually the number of
-        training steps. `end` then holds.
-      warmup_steps: updates until the peak is reached; 0 for none.
-      end: the last rate.
+      learning_rate: peak learning rate, at the end of the warm-up.
+      decay_steps: step at which `end` is reached, warm-up included; usually the number of training
+        steps. Later steps use `end`.
+      warmup_steps: number of updates until the peak is reached; 0 for no warm-up.
+      end: final learning rate.
     """
 
     learning_rate: float
@@ -104,16 +108,16 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Cosine:
-    """Warm-up to `learning_rate`, then half a cosine to `end` at step `decay_steps`.
+    """Warm-up to `learning_rate`, then cosine decay to `end` at step `decay_steps`.
 
-    As `Linear`, with (1 + cos(pi p)) / 2 in place of 1 - p.
+    Equal to `Linear` with (1 + cos(pi p)) / 2 in place of 1 - p.
 
     Attributes:
-      learning_rate: the peak, at the end of the warm-up.
-      decay_steps: the step at which `end` is reached, warm-up included: usually the number of
-        training steps. `end` then holds.
-      warmup_steps: updates until the peak is reached; 0 for none.
-      end: the last rate.
+      learning_rate: peak learning rate, at the end of the warm-up.
+      decay_steps: step at which `end` is reached, warm-up included; usually the number of training
+        steps. Later steps use `end`.
+      warmup_steps: number of updates until the peak is reached; 0 for no warm-up.
+      end: final learning rate.
     """
 
     learning_rate: float
@@ -131,26 +135,28 @@ class Cosine:
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor:
-    """Adafactor as T5 fine-tunes with it (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235).
+    """Adafactor, with the settings that T5 uses for fine-tuning.
 
-    The defaults are those of T5X's `adafactor.Adafactor` in its T5 configurations: relative
-    step sizes, updates clipped at root mean square 1, the second moment decaying with
-    1 - t^-0.8 and factored over the two largest axes where both have at least 128 entries, no
-    momentum, no weight decay. It agrees with T5X's on parameters of up to two axes, which are
-    all that T5 has; on stacked or fused parameters T5X factors by rules of its own.
+    The defaults are those of T5X's `adafactor.Adafactor` in its T5 configurations: relative step
+    sizes, updates clipped at a root mean square of 1, a second moment that decays with 1 - t^-0.8
+    and is factored over the two largest axes if both have at least 128 entries, no momentum, no
+    weight decay. It agrees with T5X's on parameters of at most two axes, which are the only ones in
+    T5; T5X has its own rules for factoring stacked or fused parameters.
+
+    Reference: "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", arXiv 1804.04235.
 
     Attributes:
-      schedule: step to learning rate, e.g. `Constant(1e-3)`; multiplied by the size of each
-        parameter where `multiply_by_parameter_scale`.
+      schedule: learning rate as a function of the step, e.g. `Constant(1e-3)`. It is multiplied by
+        the scale of each parameter if `multiply_by_parameter_scale` is True.
       decay_rate: exponent of the second moment's decay, between 0 and 1.
-      clipping_threshold: largest root mean square of one parameter's update before the learning
-        rate, at least 1; None for no clipping.
-      multiply_by_parameter_scale: scale each update by its parameter's root mean square (at
-        least 1e-3).
-      min_dim_size_to_factor: smallest axis that is factored.
-      epsilon: added to squared gradients.
-      momentum: decay of a running mean of updates; None for none, which saves its memory.
-      max_grad_norm: clip the gradient's global norm first; None for no clipping.
+      clipping_threshold: maximum root mean square of one parameter's update before multiplication
+        with the learning rate, at least 1; None for no clipping.
+      multiply_by_parameter_scale: whether each update is scaled by the root mean square of its
+        parameter (at least 1e-3).
+      min_dim_size_to_factor: size of the smallest axis that is factored.
+      epsilon: constant added to squared gradients.
+      momentum: decay of a moving average of updates; None for no momentum, which saves its memory.
+      max_grad_norm: maximum global norm of the gradient, applied first; None for no clipping.
     """
 
     schedule: Schedule
@@ -182,7 +188,7 @@ class Adafactor:
             _check_range("Adafactor.max_grad_norm", self.max_grad_norm, above=0.0)
 
     def build(self) -> optax.GradientTransformation:
-        """Makes the optax transformation; its state is float32 whatever the parameters are."""
+        """Builds the optax transformation. Its state is float32 for parameters of any dtype."""
         adafactor = optax.adafactor(
             learning_rate=self.schedule,
             min_dim_size_to_factor=self.min_dim_size_to_factor,
@@ -197,18 +203,20 @@ class Adafactor:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101).
+    """Adam with decoupled weight decay.
 
-    As is usual, the decay is multiplied by the learning rate, and norms, biases and all
-    parameters of fewer than two axes are not decayed: see `decay_mask`.
+    As is common, the decay is multiplied by the learning rate and is not applied to norms, biases
+    and other parameters of fewer than two axes (see `decay_mask`).
+
+    Reference: "Decoupled Weight Decay Regularization", arXiv 1711.05101.
 
     Attributes:
-      schedule: step to learning rate, e.g. `Cosine(3e-4, decay_steps=10_000)`.
-      b1: decay of the mean of gradients.
-      b2: decay of the mean of squared gradients.
-      eps: added to the root of the second moment.
-      weight_decay: decay a step, as a multiple of the learning rate.
-      max_grad_norm: clip the gradient's global norm first; None for no clipping.
+      schedule: learning rate as a function of the step, e.g. `Cosine(3e-4, decay_steps=10_000)`.
+      b1: decay of the first moment of the gradients.
+      b2: decay of the second moment of the gradients.
+      eps: constant added to the square root of the second moment.
+      weight_decay: decay per step, as a multiple of the learning rate.
+      max_grad_norm: maximum global norm of the gradient, applied first; None for no clipping.
     """
 
     schedule: Schedule
@@ -228,7 +236,7 @@ class AdamW:
             _check_range("AdamW.max_grad_norm", self.max_grad_norm, above=0.0)
 
     def build(self) -> optax.GradientTransformation:
-        """Makes the optax transformation; its state is float32 whatever the parameters are."""
+        """Builds the optax transformation. Its state is float32 for parameters of any dtype."""
         adamw = optax.adamw(
             self.schedule,
             b1=self.b1,
@@ -244,16 +252,16 @@ Optimizer: TypeAlias = Adafactor | AdamW
 
 
 def decay_mask(params: Params) -> PyTree[bool]:
-    """Says which parameters weight decay applies to.
+    """Returns which parameters weight decay applies to.
 
-    Not to those of fewer than two axes, nor to those whose path names a norm, a scale or a bias
-    (T5's relative position biases and norms stacked over layers have two axes).
+    It does not apply to parameters of fewer than two axes, nor to those whose path contains a norm,
+    a scale or a bias (T5's relative position biases and norms stacked over layers have two axes).
 
     Args:
       params: parameters, or their shapes.
 
     Returns:
-      The same tree of booleans.
+      A tree of booleans with the same structure.
     """
 
     def decays(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -267,16 +275,16 @@ def decay_mask(params: Params) -> PyTree[bool]:
 def _finish(
     optimizer: optax.GradientTransformation, max_grad_norm: float | None
 ) -> optax.GradientTransformation:
-    """Puts global-norm clipping before the optimizer, and float32 around both."""
+    """Adds global-norm clipping before the optimizer, and runs both in float32."""
     clip = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
     return _in_float32(optax.chain(*clip, _layer_by_layer(optimizer)))
 
 
 def _layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Updates stacked layers as if each were on its own.
+    """Updates each of several stacked layers separately.
 
-    What Adafactor scales and clips by is the root mean square of one layer's parameter, not that of
-    all layers'. Where nothing is stacked, the state is that of `inner`.
+    Adafactor then scales and clips by the root mean square of one layer's parameter instead of all
+    layers'. If nothing is stacked, the state is that of `inner`.
     """
 
     def init(params: Params) -> Any:
@@ -302,10 +310,10 @@ def _layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs a transformation on float32 copies, so that its state never is of lower precision.
+    """Runs a transformation on float32 copies, so that its state never has a lower precision.
 
-    optax takes the state's dtype from the parameters: a second moment in bfloat16 stops
-    moving, because its decay is smaller than half a unit in the last place.
+    optax takes the dtype of the state from the parameters. A second moment in bfloat16 would stop
+    changing, since its decay is smaller than half a unit in the last place.
     """
 
     def cast(tree: Any) -> Any:
@@ -331,7 +339,7 @@ def _decay(
     step: Int[Array, ""] | int,
     shape: Callable[[Float[Array, ""]], Float[Array, ""]],
 ) -> Float[Array, ""]:
-    """Warm-up, then `shape` of the progress from 0 (peak) to 1 (`end`)."""
+    """Warm-up, then decay by `shape`, a function of the progress from 0 (peak) to 1 (`end`)."""
     warmup_steps, peak = schedule.warmup_steps, jnp.float32(schedule.learning_rate)
     progress = (jnp.asarray(step, jnp.float32) - warmup_steps) / (
         schedule.decay_steps - warmup_steps
@@ -382,7 +390,7 @@ def _check_range(
     at_least: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raises unless `value` is finite and within the bounds that are given."""
+    """Raises ValueError unless `value` is finite and within the given bounds."""
     ok = math.isfinite(value)
     wanted: list[str] = []
     if above is not None:

@@ -1,12 +1,13 @@
-"""Replay: outputs that the student sampled at earlier steps are trained on again.
+"""Replay: training again on outputs that the student sampled at earlier steps.
 
-Sampling is most of the time of an on-policy step. DistiLLM (arXiv 2402.03898) keeps sampled
-outputs and draws from them, and samples anew the more seldom the longer it trains.
+Sampling takes most of the time of an on-policy step. "DistiLLM: Towards Streamlined Distillation
+for Large Language Models", arXiv 2402.03898, keeps sampled outputs in a buffer, trains on draws
+from it, and samples new outputs less often as training proceeds.
 
-The buffer holds the outputs of the last K rollouts as arrays [B, K, ...], row b of a rollout in
-row b. A drawn batch takes in row b one of the K outputs that row b has had, each row another at
-random. So the rows of a device or of a process never leave it, nothing is copied to the host, and
-what is drawn does not depend on the number of either.
+The buffer stores the outputs of the last K rollouts as arrays [B, K, ...], with row b of every
+rollout in row b. Row b of a drawn batch is one of the K outputs of row b, chosen at random for each
+row. Rows therefore stay on their device and in their process, nothing is copied to the host, and
+the draws do not depend on the number of devices or processes.
 """
 
 import dataclasses
@@ -23,19 +24,19 @@ from gkd_jax.common.batch import Batch
 from gkd_jax.devices.partitioning import Partitioner
 from gkd_jax.objectives.mixing import FractionSchedule, host_generator
 
-# Keeps these draws apart from other uses of the same seed.
+# Separates these draws from other uses of the same seed.
 _REPLAY_STREAM = 0x6B64726570
 
 
 @dataclasses.dataclass(frozen=True)
 class FallingRefresh:
-    """1 - step / num_steps: DistiLLM's schedule, from sampling always to sampling never.
+    """DistiLLM's schedule of the probability of sampling new outputs: 1 - step / num_steps.
 
     Attributes:
-      num_steps: length of the training.
+      num_steps: number of training steps.
 
     Raises:
-      ValueError: the length is not a whole number from 1.
+      ValueError: `num_steps` is not a positive integer.
     """
 
     num_steps: int
@@ -48,28 +49,29 @@ class FallingRefresh:
             )
 
     def __call__(self, step: int) -> float:
-        """1 - step / num_steps, and 0 after the end."""
+        """Returns 1 - step / num_steps, and 0 after the last step."""
         return max(0.0, 1.0 - step / self.num_steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """How sampled outputs are kept and used again.
+    """Settings of the replay buffer.
 
-    At an on-policy step (`OutputMix` decides) the student samples with probability `refresh`, and
-    always until the buffer is full; the outputs are trained on and take the place of the oldest.
-    Otherwise the step trains on kept outputs with their own prompts, and the prompts that the data
-    gave are left out.
+    In an on-policy step (chosen by `OutputMix`) the student samples new outputs with probability
+    `refresh`, and always until the buffer is full. The step trains on them, and they replace the
+    oldest outputs in the buffer. Otherwise the step trains on outputs from the buffer with their
+    own prompts, and the prompts of the data's batch are skipped.
 
     Attributes:
-      capacity: outputs that are kept, over all devices; whole rollouts, so it is rounded down to
-        a multiple of a rollout's rows. A kept output takes 5 bytes a token of the longest prompt,
-        8 a token of the longest output and 4, on the devices and in every checkpoint.
-      refresh: a number in [0, 1], or a schedule of the step such as `FallingRefresh`. 1 never
-        uses an output again, 0 only fills the buffer.
+      capacity: number of outputs in the buffer, over all devices. Whole rollouts are stored, so it
+        is rounded down to a multiple of a rollout's rows. An output takes 5 bytes per token of the
+        longest prompt, 8 bytes per token of the longest output, and 4 bytes, in device memory and
+        in every checkpoint.
+      refresh: probability of sampling new outputs, in [0, 1], or a schedule of the step such as
+        `FallingRefresh`. With 1 no output is used again; with 0 the buffer is filled once.
 
     Raises:
-      ValueError: a setting is outside its range.
+      ValueError: a setting is out of range.
     """
 
     capacity: int = 1000
@@ -85,10 +87,10 @@ class Replay:
             _check_probability(self.refresh)
 
     def num_slots(self, num_rows: int) -> int:
-        """How many rollouts of `num_rows` outputs are kept.
+        """Returns how many rollouts of `num_rows` outputs the buffer holds.
 
         Raises:
-          ValueError: not even one.
+          ValueError: the capacity is smaller than one rollout.
         """
         if self.capacity < num_rows:
             raise ValueError(
@@ -98,14 +100,14 @@ class Replay:
             )
         return self.capacity // num_rows
 
-    def samples_anew(self, step: int, *, seed: int) -> bool:
-        """Tosses the coin of a step, a function of (seed, step): the same on all hosts.
+    def is_refreshed(self, step: int, *, seed: int) -> bool:
+        """Decides whether a step samples new outputs: a function of (seed, step), for all hosts.
 
         Raises:
-          ValueError: a schedule gave a value outside [0, 1].
+          ValueError: the schedule returned a value outside [0, 1].
         """
         refresh = self.refresh(step) if callable(self.refresh) else self.refresh
-        # In (0, 1]: a probability of 0 is never hit, one of 1 always.
+        # In (0, 1], so that a probability of 0 never samples and a probability of 1 always does.
         coin = 1.0 - host_generator(_REPLAY_STREAM, seed=seed, step=step).random()
         return bool(coin <= _check_probability(refresh))
 
@@ -121,10 +123,10 @@ def _check_probability(value: object) -> float:
 
 
 class ReplayBuffer:
-    """The outputs of the last rollouts, on the devices; which is where, on the host.
+    """The outputs of the last rollouts: arrays on the devices, bookkeeping on the host.
 
-    Saved with the training state: `attach` gives the arrays, `host_part` the rest. Both are the
-    same for any mesh and any number of processes.
+    The buffer is saved with the training state: `attach` returns the arrays and `host_part` the
+    bookkeeping. Both are the same for any mesh and any number of processes.
     """
 
     def __init__(
@@ -135,12 +137,12 @@ class ReplayBuffer:
         *,
         seed: int,
     ):
-        """Makes an empty buffer.
+        """Creates an empty buffer.
 
         Args:
-          settings: how many outputs it holds and when they are drawn.
-          rollout: shapes of the batches that are to be kept.
-          partitioner: rows lie on the devices as those of a batch do.
+          settings: capacity, and how often new outputs are sampled.
+          rollout: shapes and dtypes of the batches to store.
+          partitioner: shards the buffer over devices like a batch.
           seed: the run's seed.
 
         Raises:
@@ -163,7 +165,7 @@ class ReplayBuffer:
 
     @property
     def arrays(self) -> Batch:
-        """What is kept, [B, K, ...]; zeros where nothing was written yet."""
+        """The stored outputs, [B, K, ...]; zeros where nothing has been written yet."""
         if self._arrays is None:
             shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(self.abstract)]
             zeros = _jit_zeros(tuple(shapes), self._partitioner)()
@@ -171,28 +173,28 @@ class ReplayBuffer:
         return self._arrays
 
     def add(self, outputs: Batch, step: int) -> None:
-        """Keeps the outputs that the student sampled at a step, in the place of the oldest."""
+        """Stores the outputs that the student sampled in a step, in place of the oldest ones."""
         slot = self.num_written % self.num_slots
         self._arrays = _jit_write(self._partitioner)(self.arrays, outputs, np.int32(slot))
         self.steps[slot : slot + 1] = [step]
         self.num_written += 1
 
     def is_used(self, step: int) -> bool:
-        """Whether an on-policy step trains on kept outputs."""
+        """Returns whether an on-policy step trains on stored outputs."""
         is_full = self.num_written >= self.num_slots
-        return is_full and not self.settings.samples_anew(step, seed=self._seed)
+        return is_full and not self.settings.is_refreshed(step, seed=self._seed)
 
     def draw_slots(self, step: int) -> Int[np.ndarray, " B"]:
-        """Which of the kept rollouts each row of the step's batch is taken from."""
+        """Returns, for each row of the step's batch, the slot of the rollout it is taken from."""
         generator = host_generator(_REPLAY_STREAM, seed=self._seed, step=step, use=1)
         return generator.integers(self.num_slots, size=self.num_rows, dtype=np.int32)
 
     def draw(self, step: int) -> tuple[Batch, tuple[np.float32, np.float32]]:
-        """Draws a batch of kept outputs.
+        """Draws a batch of stored outputs.
 
         Returns:
-          The batch, and its staleness, steps between sampling and use, as (sum, weight) over its
-          rows.
+          The batch, and its staleness as (sum, weight) over its rows: the number of steps between
+          sampling and use.
         """
         slots = self.draw_slots(step)
         batch = _jit_draw(self._partitioner)(self.arrays, slots)
@@ -200,15 +202,15 @@ class ReplayBuffer:
         return batch, (np.float32(age.sum()), np.float32(len(age)))
 
     def attach(self, state: Any) -> dict[str, PyTree[Any]]:
-        """The fields of a training state, and beside them `replay`, for a checkpoint."""
+        """Returns the fields of a training state together with `replay`, for a checkpoint."""
         return _fields(state) | {"replay": _to_saved(self.arrays)}
 
     def attach_abstract(self, abstract_state: Any) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
-        """As `attach`, of shapes with their shardings."""
+        """Returns the same tree as `attach`, of shapes with their shardings."""
         return _fields(abstract_state) | {"replay": _to_saved(self.abstract)}
 
     def host_part(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides the arrays, as JSON."""
+        """Returns the bookkeeping that a checkpoint stores as JSON beside the arrays."""
         return {"steps": list(self.steps), "num_written": self.num_written}
 
     def restore(self, arrays: Mapping[str, Any], host: Mapping[str, Any]) -> None:
@@ -249,16 +251,16 @@ def _jit_zeros(
 
 @functools.cache
 def _jit_write(partitioner: Partitioner) -> Callable[[Batch, Batch, Any], Batch]:
-    def write(kept: Batch, outputs: Batch, slot: Array) -> Batch:
-        return jax.tree.map(lambda old, new: old.at[:, slot].set(new), kept, outputs)
+    def write(stored: Batch, outputs: Batch, slot: Array) -> Batch:
+        return jax.tree.map(lambda old, new: old.at[:, slot].set(new), stored, outputs)
 
     return jax.jit(write, donate_argnums=0, out_shardings=partitioner.batch_sharding)
 
 
 @functools.cache
 def _jit_draw(partitioner: Partitioner) -> Callable[[Batch, Any], Batch]:
-    def draw(kept: Batch, slots: Array) -> Batch:
+    def draw(stored: Batch, slots: Array) -> Batch:
         take = jax.vmap(lambda row, slot: row[slot])
-        return jax.tree.map(lambda leaf: take(leaf, slots), kept)
+        return jax.tree.map(lambda leaf: take(leaf, slots), stored)
 
     return jax.jit(draw, out_shardings=partitioner.batch_sharding)

@@ -1,7 +1,7 @@
-"""Rewards of sampled outputs, and how they join the divergence: RL with GKD.
+"""Rewards of sampled outputs, and their combination with the divergence: RL with GKD.
 
-A reward is a function of whole outputs. It is written in Python, of texts, and runs on the host
-(`HostReward`), or in JAX, of token ids, and runs where the outputs lie (`JittedReward`).
+A reward is a function of whole outputs. It is either a Python function of texts that runs on the
+host (`HostReward`), or a JAX function of token ids that runs on the devices (`JittedReward`).
 """
 
 import collections
@@ -18,34 +18,35 @@ from gkd_jax.common.batch import Batch
 from gkd_jax.data.metrics.gsm8k import apply_calculator, parse_answer
 
 Baseline: TypeAlias = Literal["leave_one_out", "group_mean", "none"]
-"""What is subtracted from a reward. 'leave_one_out': the mean of the prompt's other samples, which
-leaves the gradient unbiased; 'group_mean': the mean of all its N samples, which makes it (N-1)/N
-times as large; 'none'."""
+"""Baseline subtracted from a reward. 'leave_one_out': the mean over the prompt's other samples,
+which leaves the gradient unbiased. 'group_mean': the mean over all N samples of the prompt, which
+scales the gradient by (N - 1) / N. 'none': no baseline."""
 
 TextReward: TypeAlias = Callable[
     [Sequence[str], Sequence[tuple[str, ...]], Sequence[str]], Sequence[float]
 ]
-"""(prompts, references, samples), an entry of each for every sample -> a reward for each."""
+"""`(prompts, references, samples)`, each with one entry per sample, to one reward per sample."""
 
 BatchReward: TypeAlias = Callable[[Batch, Batch], Float[Array, " B"]]
-"""(samples, the data's batch with its rows repeated for each sample) -> a reward for each row."""
+"""`(sampled, data)` to one reward per row; rows of `data` are repeated for each sample."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class HostReward:
-    """A reward by a Python function of texts, called once a step with all samples at hand.
+    """A reward computed by a Python function of texts, called once per step with all local samples.
 
-    Several processes call it with rows of their own; where a model spans processes, they call it
-    with the same rows and it must give all of them the same.
+    With several processes, each calls the function with its own rows. If a model spans processes,
+    they call it with the same rows, and it must return the same rewards in each of them.
 
     Attributes:
-      function: `(prompts, references, samples)` to numbers: three lists with an entry for each
-        sample, and a list (or array) of as many rewards. Prompts are whole, whatever the model
-        was shown of them; references are tuples of texts as the task's metrics get them; samples
-        have not gone through the task's `output_parser`. In gin: `@my_module.my_reward`.
+      function: function of `(prompts, references, samples)`, three lists with one entry per sample,
+        that returns a list or array with one reward per sample. Prompts are complete, even if the
+        model saw a truncated one. References are tuples of texts, as the task's metrics get them.
+        Samples have not been passed through the task's `output_parser`. In gin:
+        `@my_module.my_reward`.
 
     Raises:
-      ValueError: it cannot be called.
+      ValueError: `function` is not callable.
     """
 
     function: TextReward
@@ -62,10 +63,10 @@ class HostReward:
         references: Sequence[tuple[str, ...]],
         samples: Sequence[str],
     ) -> Float[np.ndarray, " B"]:
-        """Calls the function and checks what it gives.
+        """Calls the function and checks its result.
 
         Raises:
-          ValueError: not one finite number a sample; names the function.
+          ValueError: the function did not return one finite number per sample.
         """
         name = _name_of(self.function)
         try:
@@ -98,14 +99,15 @@ class HostReward:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class JittedReward:
-    """A reward by a function of arrays, jitted: it takes no trip to the host.
+    """A reward computed by a jitted function of arrays, without a transfer to the host.
 
     Attributes:
-      function: `(sampled, data)` to a float array with one reward for each row of `sampled`. The
-        rows of `data`, prompts with the data's own outputs, are those of `sampled`.
+      function: function of `(sampled, data)` that returns a float array with one reward per row of
+        `sampled`. The rows of `data`, prompts with the data's own targets, correspond to the rows
+        of `sampled`.
 
     Raises:
-      ValueError: it cannot be called.
+      ValueError: `function` is not callable.
     """
 
     function: BatchReward
@@ -119,21 +121,27 @@ class JittedReward:
 
 @dataclasses.dataclass(frozen=True)
 class RewardMix:
-    """The objective of RL with GKD (arXiv 2306.13649): reward and divergence together.
+    """The objective of RL with GKD: a weighted sum of reward and divergence.
 
-    Maximises E_x[(1 - alpha) E_{y~Q}[r(y)] - alpha E_{y~Q}[D(P || Q)(y|x)]] by REINFORCE, on the
-    steps that train on the student's own outputs. Steps on the data's outputs, if
-    `OutputMix.student_data_fraction` leaves any, are those of distillation.
+    Steps on the student's own outputs maximize
+
+      E_x[(1 - alpha) E_{y~Q}[r(y)] - alpha E_{y~Q}[D(P || Q)(y|x)]]
+
+    by REINFORCE. Steps on the data's targets, if `OutputMix.student_data_fraction` is below 1, are
+    plain distillation steps.
+
+    Reference: "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+    arXiv 2306.13649.
 
     Attributes:
-      reward: of each sampled output.
+      reward: reward of each sampled output.
       alpha: weight of the divergence, from 0 (REINFORCE alone) to 1 (distillation alone; rewards
-        are measured and change nothing). The paper studies 0.05 to 0.5.
-      baseline: 'leave_one_out', 'group_mean' or 'none'; those of a group need
-        `Rollout.num_samples` of 2 or more.
+        are only reported). The paper studies 0.05 to 0.5.
+      baseline: 'leave_one_out', 'group_mean' or 'none'. The first two need `Rollout.num_samples`
+        of at least 2.
 
     Raises:
-      ValueError: a setting is outside its range.
+      ValueError: a setting is out of range.
     """
 
     reward: HostReward | JittedReward
@@ -160,17 +168,19 @@ class RewardMix:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceReverseKL:
-    """MiniLLM (arXiv 2306.08543): the reverse KL of whole outputs, by policy gradient.
+    """The reverse KL of whole outputs, minimized by policy gradient, as in MiniLLM.
 
-    A token's reward is log p - log q. Its own, which the divergence `ReverseKL` differentiates over
-    the whole vocabulary, and what follows it, which reaches it as its advantage, make up the
-    gradient. Outputs that a `TeacherMixed` policy helped to write are weighed by importance. The
-    paper's language modelling on another corpus, and its repeated updates on one batch with PPO's
-    clipping, are left out.
+    The reward of a token is log p - log q. The gradient has two parts: the divergence `ReverseKL`
+    of the token itself, differentiated over the whole vocabulary, and the rewards of the tokens
+    that follow it, which are its advantage. Outputs sampled with `TeacherMixed` are weighted by
+    importance. Two parts of the paper are not implemented: language modelling on another corpus,
+    and repeated updates on one batch with PPO's clipping.
+
+    Reference: "MiniLLM: Knowledge Distillation of Large Language Models", arXiv 2306.08543.
 
     Attributes:
-      length_normalized: an advantage is the mean of what follows and not the sum, which favours
-        short outputs.
+      length_normalized: whether an advantage is the mean of the rewards that follow instead of
+        their sum, which favours short outputs.
     """
 
     length_normalized: bool = True
@@ -179,19 +189,19 @@ class SequenceReverseKL:
 def subtract_baseline(
     rewards: Float[Array, " B"], *, num_samples: int, baseline: Baseline
 ) -> Float[Array, " B"]:
-    """Rewards less their baseline.
+    """Subtracts the baseline from rewards.
 
     Args:
-      rewards: the samples of a prompt are next to each other.
-      num_samples: N samples a prompt; 2 or more for a baseline of the group.
-      baseline: which.
+      rewards: rewards, with the samples of a prompt adjacent.
+      num_samples: number of samples per prompt, N; at least 2 unless `baseline` is 'none'.
+      baseline: kind of baseline.
     """
     if baseline == "none":
         return rewards
     groups = rewards.reshape(-1, num_samples)
     rest = groups - jnp.mean(groups, axis=1, keepdims=True)
     if baseline == "leave_one_out":
-        # r_i - (sum of the others) / (N - 1) is N / (N - 1) times what the group's mean leaves.
+        # r_i - (sum of the others) / (N - 1) equals N / (N - 1) * (r_i - mean of the group).
         rest = rest * (num_samples / (num_samples - 1))
     return rest.reshape(-1)
 
@@ -199,25 +209,25 @@ def subtract_baseline(
 def reward_metrics(
     rewards: Float[Array, " B"], is_real: Bool[Array, " B"], *, num_samples: int
 ) -> Metrics:
-    """The mean reward, and its standard deviation among the samples of a prompt.
+    """Computes the mean reward, and its standard deviation over the samples of a prompt.
 
-    Where that is 0 a baseline of the group leaves nothing to learn.
+    If that deviation is 0, advantages relative to the group are 0 and give no gradient.
 
     Args:
-      rewards: the samples of a prompt are next to each other.
-      is_real: False on rows that count nowhere.
-      num_samples: N samples a prompt.
+      rewards: rewards, with the samples of a prompt adjacent.
+      is_real: False for filler rows, which do not count.
+      num_samples: number of samples per prompt.
 
     Returns:
       'mean' and, for several samples, 'group_std', as (sum, weight) over samples and prompts.
     """
-    counts = is_real.astype(jnp.float32)
-    metrics: Metrics = {"mean": (jnp.sum(rewards * counts), jnp.sum(counts))}
+    weights = is_real.astype(jnp.float32)
+    metrics: Metrics = {"mean": (jnp.sum(rewards * weights), jnp.sum(weights))}
     if num_samples > 1:
-        # The rows of a prompt are all real or none.
-        of_prompt = counts.reshape(-1, num_samples)[:, 0]
+        # Either all rows of a prompt are real or none.
+        prompt_weights = weights.reshape(-1, num_samples)[:, 0]
         std = jnp.std(rewards.reshape(-1, num_samples), axis=1)
-        metrics["group_std"] = (jnp.sum(std * of_prompt), jnp.sum(of_prompt))
+        metrics["group_std"] = (jnp.sum(std * prompt_weights), jnp.sum(prompt_weights))
     return metrics
 
 
@@ -228,15 +238,17 @@ def final_answer(
     *,
     use_calculator: bool = False,
 ) -> list[float]:
-    """1 for a worked solution whose final answer is right as a number, else 0; a `TextReward`.
+    """Rewards a worked solution with 1 if its final answer is numerically correct, else with 0.
 
-    For arithmetic word problems and GSM8K: what `gsm8k_accuracy` counts.
+    A `TextReward` for arithmetic word problems and GSM8K. The metric `gsm8k_accuracy` uses the same
+    test.
 
     Args:
-      prompts: not read.
+      prompts: not used.
       references: worked solutions, or plain answers.
       samples: sampled solutions.
-      use_calculator: corrects the samples' equations first, as `gsm8k_accuracy` may.
+      use_calculator: whether equations in the samples are corrected first, as an option of
+        `gsm8k_accuracy` does.
 
     Raises:
       ValueError: a reference has no number.
@@ -257,16 +269,21 @@ def final_answer(
 def unigram_f1(
     prompts: Sequence[str], references: Sequence[tuple[str, ...]], samples: Sequence[str]
 ) -> list[float]:
-    """How many words a sample shares with a reference: F1 of the two bags; a `TextReward`.
+    """Rewards a sample with the unigram F1 score between it and the best of its references.
 
-    F1 = 2 m / (s + r) of m words in common, counted as often as both have them, s of the sample and
-    r of the reference; of several references the best. Words are what stands between spaces, in
-    lower case, without punctuation around them: much like ROUGE-1 without stemming (Lin 2004,
-    https://aclanthology.org/W04-1013). For translations and summaries; blind to the order of words.
+    For a sample of s words and a reference of r words with m words in common (a multiset
+    intersection),
+
+      F1 = 2 m / (s + r).
+
+    Words are separated by whitespace, lowercased, and stripped of surrounding punctuation. This
+    `TextReward` is close to ROUGE-1 without stemming ("ROUGE: A Package for Automatic Evaluation of
+    Summaries", https://aclanthology.org/W04-1013). It suits translations and summaries and ignores
+    the order of words.
 
     Args:
-      prompts: not read.
-      references: texts that are right.
+      prompts: not used.
+      references: reference texts of each sample.
       samples: sampled texts.
     """
     del prompts
@@ -287,7 +304,7 @@ def _overlap(one: collections.Counter[str], other: collections.Counter[str]) -> 
 
 
 def _name_of(function: Callable[..., object]) -> str:
-    # repr of a function has its address, which no two runs share.
+    # The repr of a function contains its address, which differs between runs.
     return getattr(function, "__qualname__", repr(function))
 
 

@@ -1,4 +1,4 @@
-"""A run while it runs: its parameters, jitted functions, keys, metrics, and what watches over it.
+"""A run in progress: parameters, jitted functions, random keys, metrics and supervision.
 
 Start with `trainer`, which makes one step: coin, rollout, reward, update.
 """
