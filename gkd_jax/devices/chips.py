@@ -1,4 +1,4 @@
-"""What TPU chips can do, and how many of them a slice has."""
+"""Peak rates of TPU chips, and the available slice topologies."""
 
 import dataclasses
 
@@ -7,15 +7,17 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak rates of one chip. Source: Cloud TPU's pages on system architecture.
+    """Peak rates of one chip, from the system architecture pages of the Cloud TPU documentation.
 
     Attributes:
-      flops: bfloat16, a second.
-      memory: bytes of HBM.
-      bandwidth: of that memory, bytes a second.
-      interconnect: bytes a second that all its links together send to other chips of the slice.
-      network: bytes a second that it sends to other slices, over the data center's network.
-      slices: sizes that there are, in the words of a topology, smallest first.
+      flops: bfloat16 FLOPs per second.
+      memory: size of the HBM in bytes.
+      bandwidth: bandwidth of the HBM in bytes per second.
+      interconnect: bytes per second that the chip can send to other chips of its slice over all of
+        its links.
+      network: bytes per second that the chip can send to other slices over the data center
+        network.
+      slices: available slice topologies, smallest first.
     """
 
     flops: float
@@ -29,8 +31,8 @@ class Chip:
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
-# The network's rate: v5p has 50 Gbit/s a chip; v5e and v6e have 6.4 and 25.6 Tbit/s a pod of 256
-# chips. The page on v4 has none: that of v5p is taken.
+# Network bandwidth: 50 Gbit/s per chip for v5p; 6.4 and 25.6 Tbit/s per pod of 256 chips for v5e
+# and v6e. The page on v4 states none; that of v5p is used.
 CHIPS = {
     "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 6.25e9, _CUBES),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 3.125e9, _FLAT),
@@ -39,7 +41,7 @@ CHIPS = {
 }
 
 
-# As JAX calls the chips (`Device.device_kind`).
+# Names of chips by JAX's `Device.device_kind`.
 _KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -52,18 +54,18 @@ _KINDS = {
 
 
 def of_device(kind: str) -> Chip | None:
-    """The chip that JAX calls so; None if it is none of those known here."""
+    """Returns the chip of a JAX device kind; None if it is unknown."""
     return CHIPS[_KINDS[kind]] if kind in _KINDS else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of TPUs, such as 'v5e:4x4', or 'v5e:4x4*2' for two of them.
+    """One or several TPU slices, such as 'v5e:4x4', or 'v5e:4x4*2' for two slices.
 
     Attributes:
-      generation: of the chips.
-      size: of each slice.
-      num_slices: how many there are, joined by the data center's network.
+      generation: generation of the chips.
+      size: topology of each slice.
+      num_slices: number of slices, connected by the data center network.
     """
 
     generation: str
@@ -76,20 +78,20 @@ class Topology:
 
     @property
     def of_one_slice(self) -> str:
-        """One of the slices, as libtpu calls it."""
+        """Name of one slice in libtpu."""
         return f"{self.generation}:{self.size}"
 
     @property
     def chip(self) -> Chip:
-        """What each of the chips can do."""
+        """Peak rates of each chip."""
         return CHIPS[self.generation]
 
 
 def parse_topology(topology: str) -> Topology:
-    """Generation, size and number of slices, of 'v5e:4x4' or 'v5e:4x4*2'.
+    """Parses a topology such as 'v5e:4x4' or 'v5e:4x4*2'.
 
     Raises:
-      ValueError: there is no such chip or size.
+      ValueError: the chip or the size is unknown.
     """
     generation, _, rest = topology.partition(":")
     size, times, number = rest.partition("*")
@@ -105,7 +107,7 @@ def parse_topology(topology: str) -> Topology:
 
 
 def larger(topology: str) -> list[str]:
-    """As many larger slices of the same chips, smallest first."""
+    """Returns the larger topologies with the same chips and number of slices, smallest first."""
     given = parse_topology(topology)
     sizes = given.chip.slices
     others = sizes[sizes.index(given.size) + 1 :]

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program: who takes part, and what each device sends."""
+"""Collectives of a compiled program: participating devices, and bytes sent per device."""
 
 import math
 import re
@@ -11,16 +11,16 @@ _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 
 def sent(kind: str, read: float, size: int, slices: int) -> tuple[float, float]:
-    """Bytes that each device of a group sends within its slice, and to other slices.
+    """Returns the bytes that each device of a group sends within its slice and to other slices.
 
-    A group over several slices works in two stages, so that each byte crosses once: what the
-    devices of a slice share is added up, or gathered, within it.
+    A collective over several slices has two stages: values are first reduced or gathered within
+    each slice, so that each byte crosses the network between slices once.
 
     Args:
-      kind: of collective.
-      read: bytes of a device's operands.
-      size: devices of a group.
-      slices: how many slices they are of, alike many of each.
+      kind: kind of collective.
+      read: bytes of the operands of one device.
+      size: number of devices of the group.
+      slices: number of slices that the group spans, with equally many devices in each.
     """
     here = size / slices
     if kind == "all-gather":
@@ -33,9 +33,10 @@ def sent(kind: str, read: float, size: int, slices: int) -> tuple[float, float]:
 
 
 def permuted(rest: str, read: float, slice_size: int) -> tuple[float, float]:
-    """As `sent`, of a collective-permute: each device sends to one other.
+    """Returns the same as `sent` for a collective-permute, in which each device sends to one other.
 
-    Where some send within a slice and some to others, both are counted: each may be waited for.
+    If some devices send within a slice and some to other slices, both are counted, since the
+    program waits for the slower of the two.
     """
     pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", rest)
     ends = re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pairs else []
@@ -45,9 +46,9 @@ def permuted(rest: str, read: float, slice_size: int) -> tuple[float, float]:
 
 
 def transferred(rest: str, read: float) -> dict[str, float]:
-    """Bytes that a host transfer sends to other slices, by kind of collective.
+    """Returns the bytes that a host transfer sends to other slices, by kind of collective.
 
-    libtpu makes the second stage of a collective over several slices so.
+    libtpu compiles the second stage of a collective over several slices to host transfers.
 
     Args:
       rest: attributes of the instruction `send`.
@@ -58,16 +59,16 @@ def transferred(rest: str, read: float) -> dict[str, float]:
     if kind not in KINDS:
         return {kind: read}
     target = re.search(r'_xla_megascale_target="\{([^}]*)\}', rest)
-    ranges = [part.split(":") for part in target[1].split(",")] if target else []
+    ranges = [ids.split(":") for ids in target[1].split(",")] if target else []
     slices = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges) or 1
     return {kind: sent(kind, read, slices, slices)[1]}
 
 
 def group(rest: str) -> list[int]:
-    """The first group of devices that a collective is among; empty for all of them.
+    """Returns the first group of devices of a collective; empty if it includes all devices.
 
     Args:
-      rest: the instruction's attributes.
+      rest: attributes of the instruction.
     """
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
@@ -94,7 +95,7 @@ def group(rest: str) -> list[int]:
 
 
 def _iota(sizes: str, axes: str | None) -> np.ndarray:
-    """Device numbers in the order of '[2,4]T(1,0)': counted up in an array that is then turned."""
+    """Returns device ids for '[2,4]T(1,0)': a range, reshaped and then transposed."""
     shape = _numbers(sizes)
     devices = np.arange(math.prod(shape)).reshape(shape)
     return devices.transpose(_numbers(axes)) if axes else devices

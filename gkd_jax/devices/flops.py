@@ -1,6 +1,7 @@
-"""FLOPs of a function as it is written, loops counted as often as they run.
+"""FLOPs of a traced function, with loops counted once per iteration.
 
-An account of the program before the compiler: what it shards, fuses or recomputes is not in it.
+Counts the program before compilation: sharding, fusion and the compiler's recomputation are not
+included.
 """
 
 import math
@@ -12,12 +13,12 @@ from jax.extend.core import Literal
 
 
 def traced(function: Callable[..., Any], *arguments: Any, unknown_trips: int = 1) -> float:
-    """FLOPs of the matrix products and convolutions of a call, over all devices.
+    """Returns the FLOPs of the matrix products and convolutions of a call, over all devices.
 
     Args:
-      function: to be traced.
-      arguments: arrays, or their shapes.
-      unknown_trips: how often loops run whose number of runs depends on data.
+      function: function to trace.
+      *arguments: arrays or their shapes.
+      unknown_trips: trip count of loops whose number of iterations depends on the data.
     """
     return _of(jax.make_jaxpr(function)(*arguments).jaxpr, unknown_trips)
 
@@ -40,13 +41,13 @@ def _of(jaxpr: Any, unknown_trips: int) -> float:
         elif kind == "shard_map":
             sizes = settings["mesh"].shape
             times = math.prod(sizes[axis] for axis in settings["newly_manual_axes"])
-        # Of branches one is taken.
+        # Only one branch of a conditional is executed.
         total += times * (max(costs, default=0.0) if kind == "cond" else sum(costs))
     return total
 
 
 def _trips(condition: Any) -> int | None:
-    """The whole number that a loop's condition compares its counter with."""
+    """Returns the constant integer that the condition of a loop compares its counter with."""
     for equation in condition.eqns:
         if equation.primitive.name == "lt" and isinstance(equation.invars[1], Literal):
             return int(equation.invars[1].val)
@@ -54,7 +55,7 @@ def _trips(condition: Any) -> int | None:
 
 
 def _inner(settings: dict[str, Any]) -> Iterator[Any]:
-    """The programs within an operation."""
+    """Yields the jaxprs nested in an operation."""
     for name, value in settings.items():
         if name in ("fwd_jaxpr_thunk", "bwd"):
             continue

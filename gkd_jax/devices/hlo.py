@@ -1,6 +1,6 @@
-"""What a compiled program costs, read from its text: products, memory traffic, collectives.
+"""Cost of a compiled program, from its text: FLOPs, memory traffic, and collectives.
 
-XLA's own analysis counts the body of a loop once. Here a loop counts as often as it runs.
+Loops are counted once per iteration, whereas XLA's own analysis counts the body of a loop once.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from gkd_jax.devices import collectives
 from gkd_jax.devices.hlo_loops import trip_count
 from gkd_jax.devices.hlo_text import Instruction, Program, parse
 
-# What moves or names buffers without reading them.
+# Instructions that move or name buffers without reading them.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "async-done",
@@ -23,15 +23,15 @@ _FREE = (
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one run of a program does on one device.
+    """Cost of one execution of a program on one device.
 
     Attributes:
-      flops: of matrix products and convolutions, two for a multiplication and an addition.
-      bytes: read from and written to the device's memory, at most: what stays on the chip between
-        two instructions is counted where the compiler says nothing of it.
+      flops: FLOPs of matrix products and convolutions; a multiply-add counts as two.
+      bytes: upper bound on the bytes read from and written to device memory. Values that stay on
+        the chip between two instructions are counted unless the compiler's text shows it.
       collectives: bytes that the device sends within its slice, by kind of collective.
-      between_slices: bytes that it sends to other slices, likewise.
-      unknown_loops: loops whose number of runs is not in the program.
+      between_slices: bytes that the device sends to other slices, by kind of collective.
+      unknown_loops: number of loops whose trip count is not in the program.
     """
 
     flops: float = 0.0
@@ -50,7 +50,7 @@ class Cost:
         )
 
     def times(self, number: float) -> "Cost":
-        """The cost of that many runs."""
+        """Returns the cost of `number` executions."""
         within, between = (
             {kind: number * sent for kind, sent in kinds.items()}
             for kinds in (self.collectives, self.between_slices)
@@ -59,12 +59,12 @@ class Cost:
 
     @property
     def sent(self) -> float:
-        """Bytes that the device sends within its slice."""
+        """Bytes that the device sends within its slice, over all collectives."""
         return sum(self.collectives.values())
 
     @property
     def sent_between_slices(self) -> float:
-        """Bytes that the device sends to other slices."""
+        """Bytes that the device sends to other slices, over all collectives."""
         return sum(self.between_slices.values())
 
 
@@ -73,20 +73,21 @@ def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, floa
 
 
 def cost(text: str, *, unknown_trips: int = 1, slice_size: int | None = None) -> Cost:
-    """Counts what a compiled program does.
+    """Computes the cost of a compiled program.
 
     Args:
-      text: `compiled.as_text()`.
-      unknown_trips: how often loops run whose number of runs depends on data.
-      slice_size: of its devices, in their order so many are a slice; None where all are one. A
-        program that libtpu made for several is that of one, and says what it sends to others.
+      text: text of the program, from `compiled.as_text()`.
+      unknown_trips: trip count of loops whose number of iterations depends on the data.
+      slice_size: number of consecutive devices that form a slice; None if all devices form one. A
+        program that libtpu compiled for several slices is that of one slice, and contains the
+        transfers to other slices explicitly.
     """
     program = parse(text)
     return _Counter(program, unknown_trips, slice_size or program.num_devices).of_entry()
 
 
 class _Counter:
-    """Walks through a program, each computation once."""
+    """Sums the costs of the instructions of a program, visiting each computation once."""
 
     def __init__(self, program: Program, unknown_trips: int, slice_size: int):
         self._program = program
@@ -153,7 +154,7 @@ class _Counter:
         return read + written - self._updated_in_place(one)
 
     def _sliced_parameters(self, one: Instruction) -> dict[int, float]:
-        """Operands of a fusion of which it reads a slice only; bytes of that."""
+        """Returns the bytes read of each operand of which a fusion reads only a slice, by index."""
         inside = self._program.computations.get(one.called("calls"), {})
         if one.opcode != "fusion":
             return {}
@@ -167,27 +168,27 @@ class _Counter:
         return found
 
     def _read(self, name: str, inside: Mapping[str, Instruction]) -> float | None:
-        """Bytes that a fusion reads of one of its values; None for all of it."""
+        """Returns the bytes that a fusion reads of one of its values; None for all of it."""
         total = 0.0
         readers = [x for x in inside.values() if name in x.operands]
         for reader in readers:
-            part: float | None = None
-            is_first = reader.operands[0] == name  # The others say where.
+            read: float | None = None
+            is_first = reader.operands[0] == name  # The other operands are indices.
             if reader.opcode in ("dynamic-slice", "gather", "slice") and is_first:
-                part = sum(array.bytes for array in reader.arrays)
+                read = sum(array.bytes for array in reader.arrays)
             elif reader.opcode == "dynamic-update-slice" and is_first:
-                part = 0.0
+                read = 0.0
             elif reader.opcode == "bitcast":
-                part = self._read(reader.name, inside)
+                read = self._read(reader.name, inside)
             elif reader.opcode == "fusion":
-                part = self._sliced_parameters(reader).get(reader.operands.index(name))
-            if part is None:
+                read = self._sliced_parameters(reader).get(reader.operands.index(name))
+            if read is None:
                 return None
-            total += part
+            total += read
         return total if readers else None
 
     def _updated_in_place(self, one: Instruction) -> float:
-        """Of a fusion's result, what an update in place leaves untouched."""
+        """Returns the bytes of a fusion's result that an in-place update does not write."""
         inner = one.called("calls")
         if one.opcode != "fusion" or inner not in self._program.computations:
             return 0.0
@@ -207,7 +208,7 @@ class _Counter:
         *,
         is_fused: bool,
     ) -> Cost:
-        # A collective that overlaps with products appears in several pieces of one channel.
+        # A collective that overlaps with matrix products is split into several of one channel.
         channel = re.search(r"channel_id=(\d+)", one.rest)
         if channel:
             if channel[1] in self._channels:
@@ -223,7 +224,7 @@ class _Counter:
             readers = [other for other in others.values() if one.name in other.operands]
             is_cut = any(reader.opcode == "dynamic-slice" for reader in readers)
             if is_fused and is_cut and kind == "all-reduce":
-                kind = "reduce-scatter"  # As the chip makes it of the two.
+                kind = "reduce-scatter"  # The TPU executes the two as a reduce-scatter.
             within, between = collectives.sent(kind, read, len(group), slices)
         return Cost(
             collectives={kind: within} if within else {},
@@ -232,7 +233,7 @@ class _Counter:
 
 
 def _product(one: Instruction, others: Mapping[str, Instruction]) -> float:
-    """FLOPs of a product: two for each entry of the result and each term of its sum."""
+    """Returns the FLOPs of a matrix product or convolution: two per term of each result entry."""
     if any(name not in others for name in one.operands[:2]):
         return 0.0
     left, right = (others[name].arrays[0].shape for name in one.operands[:2])
@@ -248,7 +249,7 @@ def _product(one: Instruction, others: Mapping[str, Instruction]) -> float:
 
 
 def _windows(one: Instruction) -> Iterator[dict[str, int]]:
-    """By spatial axis of a convolution: its number, and the window's settings."""
+    """Yields, for each spatial axis of a convolution, its index and the window attributes."""
     window = re.search(r"window=\{([^}]*)\}", one.rest)
     settings = dict(re.findall(r"(\w+)=([\w\-]+)", window[1])) if window else {}
     for number, size in enumerate(filter(None, settings.get("size", "").split("x"))):
@@ -265,13 +266,13 @@ def _windows(one: Instruction) -> Iterator[dict[str, int]]:
 def _terms(
     one: Instruction, left: tuple[int, ...], labels: "re.Match[str]", axis: dict[str, int]
 ) -> float:
-    """How many entries of the window lie on entries of the input, for each of the result's."""
+    """Returns the mean number of window entries that overlap the input, over the result."""
     name = str(axis["number"])
     size_in = (left[labels[1].index(name)] - 1) * axis["lhs_dilate"] + 1
     size_out = one.arrays[0].shape[labels[3].index(name)]
     valid = 0
     for out in range(size_out):
         for entry in range(axis["size"]):
-            place = out * axis["stride"] - axis["low"] + entry * axis["rhs_dilate"]
-            valid += 0 <= place < size_in and place % axis["lhs_dilate"] == 0
+            position = out * axis["stride"] - axis["low"] + entry * axis["rhs_dilate"]
+            valid += 0 <= position < size_in and position % axis["lhs_dilate"] == 0
     return valid / max(size_out, 1)

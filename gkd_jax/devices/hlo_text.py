@@ -1,4 +1,4 @@
-"""A compiled program's text as data: computations, instructions, arrays."""
+"""Parser of the text of compiled programs: computations, instructions, and arrays."""
 
 import dataclasses
 import math
@@ -16,7 +16,13 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Kind, sizes, and whether it lies in the chip's own memory."""
+    """An array in the text of a program.
+
+    Attributes:
+      kind: dtype in HLO, such as 'f32'.
+      shape: its shape.
+      is_on_chip: whether it is stored in on-chip memory rather than in device memory.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -24,7 +30,7 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """How large it is."""
+        """Size in bytes."""
         return math.prod(self.shape) * _BITS.get(self.kind, 0) / 8
 
 
@@ -33,12 +39,12 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: unique in the program.
-      arrays: of its result, which may be a tuple.
-      opcode: such as 'fusion'.
-      operands: names of other instructions of the computation.
-      rest: what follows the opcode: operands and attributes; of a constant, its value.
-      is_root: whether it is the computation's result.
+      name: name, unique in the program.
+      arrays: arrays of the result, which may be a tuple.
+      opcode: operation, such as 'fusion'.
+      operands: names of the operands, instructions of the same computation.
+      rest: text after the opcode: operands and attributes; for a constant, its value.
+      is_root: whether it is the result of the computation.
     """
 
     name: str
@@ -50,23 +56,23 @@ class Instruction:
 
     @property
     def bytes(self) -> float:
-        """Of the result, what lies in the device's memory."""
+        """Bytes of the result that are stored in device memory."""
         return sum(array.bytes for array in self.arrays if not array.is_on_chip)
 
     def called(self, name: str) -> str:
-        """The computation in an attribute; an empty name where there is none."""
+        """Returns the name of the computation in an attribute; empty if there is none."""
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return match[1] if match else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The computations of a program, by name, each with its instructions.
+    """A compiled program.
 
     Attributes:
-      computations: all of them.
-      entry: the name of the one that is called.
-      num_devices: how many run the program.
+      computations: instructions by name, for each computation by name.
+      entry: name of the entry computation.
+      num_devices: number of devices that run the program.
     """
 
     computations: Mapping[str, Mapping[str, Instruction]]
@@ -74,7 +80,7 @@ class Program:
     num_devices: int
 
     def with_called(self, name: str) -> dict[str, Instruction]:
-        """A computation's instructions, and those of the computations that it calls."""
+        """Returns the instructions of a computation and of the computations that it calls."""
         found = dict(self.computations[name])
         for instruction in self.computations[name].values():
             inner = instruction.called("calls")
@@ -84,7 +90,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Reads a program's text, as `compiled.as_text()` gives it."""
+    """Parses the text of a program, from `compiled.as_text()`."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -113,13 +119,13 @@ def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
 
 
 def _split_shape(text: str) -> tuple[str, str]:
-    """The shape, which may be a tuple of shapes in parentheses, and what follows."""
+    """Splits text into the shape, which may be a tuple in parentheses, and the rest."""
     if not text.startswith("("):
         shape, _, rest = text.partition(" ")
         return shape, rest
     depth = 0
-    for place, letter in enumerate(text):
+    for index, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
         if depth == 0:
-            return text[: place + 1], text[place + 2 :]
+            return text[: index + 1], text[index + 2 :]
     return text, ""
