@@ -16,7 +16,7 @@ from gkd_jax.experiment.prepare import ConfigurationError
 from gkd_jax.run_modes import generate, train
 from gkd_jax.run_modes.evaluate import Evaluator
 from gkd_jax.sampling.methods import Greedy, Sample
-from gkd_jax.training import parameters
+from gkd_jax.training import jitted_functions, parameters
 
 
 def experiment_of(folder, teacher, *, task=None, model="student", student=None, **changes):
