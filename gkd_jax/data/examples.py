@@ -67,6 +67,18 @@ class Examples:
             error.add_note(f"In task {self.task.name!r}, split {self.split!r}, example {index}.")
             raise
 
+    def check_metrics(self) -> None:
+        """Scores two references as predictions, so that a metric that cannot be computed fails now.
+
+        Raises:
+          ValueError: the package of a metric is not installed.
+        """
+        examples = [self[index] for index in range(min(2, len(self)))]
+        references = [list(example.references) for example in examples]
+        outputs = [self.task.output_parser(example.targets) for example in examples]
+        for metric in self.task.metrics:
+            metric(references, outputs)
+
     @property
     def source_fingerprint(self) -> str:
         """Digest of the content of the source."""

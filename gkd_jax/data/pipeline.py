@@ -22,6 +22,7 @@ from gkd_jax.data.content import check_unchanged, content_of
 from gkd_jax.data.encoding import Encoder, RowReader
 from gkd_jax.data.examples import Examples
 from gkd_jax.data.iterators import BatchIterators, TrainIterator
+from gkd_jax.data.lengths import check_prompts_differ, report_lengths
 from gkd_jax.data.registry import get_task
 from gkd_jax.data.task import Task, TextExample
 from gkd_jax.data.teacher_store import StoreReader
@@ -29,8 +30,6 @@ from gkd_jax.data.vocabularies import Vocabulary
 
 _FEATURES = ("inputs", "targets")
 _TEACHER = "teacher_inputs"
-_DESCRIBED_EXAMPLES = 1000
-_CHECKED_EXAMPLES = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +203,7 @@ class Dataset:
             pack=config.pack,
             threads=config.read_threads,
         )
-        self._check_prompts_differ()
+        check_prompts_differ(self._examples, self._rows, config.vocabulary)
 
     def _reader(
         self, encoder: Encoder, chat: ChatTemplate | None, *, as_text: bool = False
@@ -308,20 +307,6 @@ class Dataset:
                 "pieces. For a seqio task take gkd_jax.data.seqio_adapter.seqio_vocabulary."
             )
 
-    def _check_prompts_differ(self) -> None:
-        """Raises if the prompts are cut so short that all of them are the same."""
-        sample = self._examples.sample(_CHECKED_EXAMPLES)
-        rows = self._rows.read(sample)
-        all_same = bool((rows.inputs == rows.inputs[0]).all())
-        all_cut = bool((rows.full_lengths[:, 0] > self._encoder.inputs_length).all())
-        if all_same and all_cut and len({self.raw(int(example)).inputs for example in sample}) > 1:
-            text = self.config.vocabulary.decode(rows.inputs[0].tolist())
-            raise ValueError(
-                f"DatasetConfig.feature_lengths['inputs'] = {self._encoder.inputs_length} cuts "
-                f"every prompt of task {self.task.name!r} to the same text, {text!r}: the "
-                f"shortest of a sample has {rows.full_lengths[:, 0].min()} tokens. Set it higher."
-            )
-
     def raw(self, index: int) -> TextExample:
         """Returns the text of an example by its number in the source.
 
@@ -331,16 +316,8 @@ class Dataset:
         return self._examples[index]
 
     def check_metrics(self) -> None:
-        """Scores a few of the references, so that a metric that cannot be computed fails now.
-
-        Raises:
-          ValueError: a metric's package is not installed.
-        """
-        examples = [self.raw(index) for index in range(min(2, self.num_examples))]
-        references = [list(example.references) for example in examples]
-        outputs = [self.task.output_parser(example.targets) for example in examples]
-        for metric in self.task.metrics:
-            metric(references, outputs)
+        """Checks that the task's metrics can be computed; see `Examples.check_metrics`."""
+        self._examples.check_metrics()
 
     def source_index(self, position: int) -> int:
         """Returns the number in the source of the example at a position of the training order."""
@@ -429,26 +406,19 @@ class Dataset:
 
     def describe(self) -> str:
         """Reports lengths and truncation over a sample of the examples, and shows one example."""
-        sample = self._examples.sample(_DESCRIBED_EXAMPLES)
-        rows = self._rows.read(sample)
+        first = np.zeros(1, np.int64)
+        rows = self._rows.read(first)
         lines = [
             f"task {self.task.name!r}, split {self.config.split!r}: {self.num_examples} examples, "
-            f"batches of {self.config.batch}, {self.config.vocabulary.name}"
+            f"batches of {self.config.batch}, {self.config.vocabulary.name}",
+            *report_lengths(self._examples, self._rows),
         ]
-        for column, feature in enumerate(_FEATURES):
-            full = rows.full_lengths[:, column]
-            length = self.config.feature_lengths[feature]
-            half, most, longest = np.percentile(full, (50, 95, 100)).astype(int)
-            lines.append(
-                f"  {feature}: {half} tokens (median), {most} (95%), {longest} (longest of "
-                f"{len(sample)}); {np.mean(full > length):.1%} are cut to {length}"
-            )
         if self.config.pack:
             lines.append(f"  packed: {self.packing}")
         for feature, ids in (("inputs", rows.inputs[0]), ("targets", rows.targets[0])):
             lines.append(f"  {feature}[0]: {self.config.vocabulary.decode(ids.tolist())!r}")
         if self._maker.teacher_rows is not None:
-            ids = self._maker.teacher_rows.read(sample[:1]).inputs[0]
+            ids = self._maker.teacher_rows.read(first).inputs[0]
             decoded = self._teacher_vocabulary.decode(ids.tolist())
             lines.append(f"  teacher_inputs[0]: {decoded!r}")
         return "\n".join(lines)
