@@ -49,7 +49,7 @@ def test_mentioned_files_and_names_exist(name):
             file = next((base / path for base in (ROOT, PACKAGE) if (base / path).exists()), None)
             assert file is not None, code
             assert attribute in file.read_text(), code
-        elif re.fullmatch(r"\w*_\w+|[A-Z]\w+\.\w+", code):
+        elif re.fullmatch(r"\w*_\w+|\w+\.\w+", code):
             assert code.rpartition(".")[2] in sources, code
 
 
