@@ -1,4 +1,4 @@
-"""Runs what gin files describe.
+"""The command: runs the experiment or study that gin files describe.
 
     python -m gkd_jax.main --gin_file=gin_configs/wmt_ende.gin --gin.MODEL_DIR='"runs/wmt"'
 
@@ -15,8 +15,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-# TensorFlow and gRPC, where a task needs them, tell much that nobody reads. They look at these
-# only when they are first imported.
+# TensorFlow and gRPC, which some tasks need, log a lot. They read these variables when they are
+# first imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
@@ -54,20 +54,20 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check everything, print the plan
 _ALLOW_CHANGED_CONFIG = flags.DEFINE_bool(
     "allow_changed_config",
     False,
-    "Go on in a MODEL_DIR whose saved configuration differs; the old one is kept beside it.",
+    "Resume in a MODEL_DIR whose saved configuration differs; the old file is kept.",
 )
-_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error was found.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Print the traceback of an error.")
 _MULTIPROCESS = flags.DEFINE_bool(
     "multiprocess", False, "Join the other processes of a TPU pod or cluster, found by JAX."
 )
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of process 0, where JAX cannot find it by itself."
+    "coordinator_address", None, "host:port of process 0, if JAX cannot find it by itself."
 )
 _PROCESS_COUNT = flags.DEFINE_integer(
-    "process_count", None, "How many processes there are, with --coordinator_address."
+    "process_count", None, "Number of processes, with --coordinator_address."
 )
 _PROCESS_INDEX = flags.DEFINE_integer(
-    "process_index", None, "Which one this is, from 0, with --coordinator_address."
+    "process_index", None, "Index of this process, from 0, with --coordinator_address."
 )
 _HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
     "heartbeat_timeout_s",
@@ -79,7 +79,7 @@ _HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
 
 
 def rewrite_gin_flags(argv: Sequence[str]) -> list[str]:
-    """Turns `--gin.NAME=value` into `--gin_bindings=NAME = value`, as T5X does.
+    """Rewrites `--gin.NAME=value` as `--gin_bindings=NAME = value`, as T5X does.
 
     Raises:
       ValueError: a flag has no '='.
@@ -110,7 +110,7 @@ def _run(command: str) -> None:
         search_paths=_GIN_SEARCH_PATHS.value,
     )
     run_mode = _choose_run_mode(binds_study=config.root is Study)
-    # Before anything asks for devices.
+    # Before any code uses devices.
     _join_processes()
     experiment = config.build()
     if run_mode in ("train", "study") and not _ALLOW_CHANGED_CONFIG.value:
@@ -166,10 +166,10 @@ def _join_processes() -> None:
 
 
 def _call(run_mode: str, experiment: Any, *, before_start: Callable[[], None]) -> str:
-    """Runs the mode; returns what to print at the end.
+    """Runs the mode and returns the text to print at the end.
 
-    Training calls `before_start` when all was checked: a configuration that cannot run is not
-    one that a corrected one would differ from.
+    Training calls `before_start` after all checks, so that a configuration that cannot run is not
+    saved, and a corrected one is not refused as a changed configuration.
     """
     if run_mode == "study":
         from gkd_jax.run_modes import study
@@ -216,9 +216,9 @@ def _report(text: str) -> None:
 
 
 def _is_users_error(error: BaseException) -> bool:
-    """Whether this package noticed it in what the user gave: a message says more than a traceback.
+    """Returns whether this package raised the error because of the user's input.
 
-    A ValueError from deep within JAX is not one.
+    Its message then helps more than a traceback. A ValueError that JAX raises is not such an error.
     """
     if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError):
         return True
@@ -229,7 +229,7 @@ def _is_users_error(error: BaseException) -> bool:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs; exits with status 2 and a message where the user can mend it, and 1 for the rest."""
+    """Runs the command; exits with status 2 for an error in the user's input and 1 for others."""
     _set_up_logging()
     if len(argv) > 1:
         _exit_with(f"unexpected argument {argv[1]!r}. Gin files are given by --gin_file=...")
@@ -249,10 +249,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _fail(error: Exception, *, status: int | None) -> NoReturn:
-    """Ends with the error's message and this status, or with a traceback where that is None.
+    """Exits with the error's message and this status, or with a traceback if the status is None.
 
-    Among several processes at once: at Python's end JAX waits for the others, which wait for this
-    one, and after minutes aborts all of them with a status that tells nothing.
+    One of several processes exits without Python's shutdown. There JAX would wait for the other
+    processes, which wait for this one, and would abort all of them minutes later with an
+    uninformative status.
     """
     import jax
 
@@ -267,13 +268,13 @@ def _fail(error: Exception, *, status: int | None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:
-        # Its end takes the others along: first they tell what they have found.
+        # The exit of process 0 ends the others: they print their own errors first.
         time.sleep(_SECONDS_TO_TELL)
     os._exit(1 if status is None else status)
 
 
 def _message(error: Exception) -> str:
-    """What an error says, with what was added to it on its way."""
+    """Returns the text of an error with its notes."""
     return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
@@ -283,7 +284,7 @@ def _exit_with(message: str, *, status: int = 2) -> NoReturn:
 
 
 def _set_up_logging() -> None:
-    """Log lines with the time of day; of other packages only warnings and errors."""
+    """Formats log lines with the time of day, and drops those of other packages below warnings."""
     if flags.FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.INFO)
     handler = logging.get_absl_handler()
@@ -296,7 +297,7 @@ def _set_up_logging() -> None:
 
 
 def run() -> None:
-    """The `gkd_jax` command."""
+    """Runs the `gkd_jax` command."""
 
     from gkd_jax.common.growing_files import prefer_gcsfs
 

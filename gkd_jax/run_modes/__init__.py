@@ -1,4 +1,4 @@
-"""What the command can do, a module a run mode: train, evaluate, generate, export and others.
+"""Run modes of the command, one module each: train, evaluate, generate, export and others.
 
-Start with `train`, the loop.
+Start with `train`, the training loop. A run mode may use every other room.
 """

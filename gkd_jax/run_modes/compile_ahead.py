@@ -1,8 +1,7 @@
-"""Run mode `compile_ahead`: what a run needs of a TPU slice, on a machine without one.
+"""Run mode `compile_ahead`: reports what a run needs of a TPU slice, without having the slice.
 
-The functions that training jits, its rollouts and the functions of evaluations are compiled for the
-chips that are named, by the compiler that will run there (libtpu). Nothing is run, and no
-checkpoint is read.
+The training step, the rollout and the functions of the evaluation are compiled for the given
+topology by the TPU's own compiler (libtpu). Nothing is executed and no checkpoint is read.
 """
 
 import dataclasses
@@ -28,15 +27,16 @@ _TRIED_SLICES = 4
 
 
 class DoesNotFitError(ValueError):
-    """A part of the run needs more memory than a chip has."""
+    """A function of the run needs more memory than a chip has."""
 
 
 def compile_ahead(experiment: Experiment) -> str:
-    """Compiles a run for `Experiment.topology`; returns what it needs there, as a table.
+    """Compiles a run for `Experiment.topology` and returns a table of what it needs.
 
     Raises:
-      DoesNotFitError: it needs more memory than there is; says what would fit.
-      ValueError: no such topology, no libtpu, or the mesh does not suit the model.
+      DoesNotFitError: it needs more memory than the chips have. The message has remedies.
+      ValueError: the topology does not exist, libtpu is not installed, or the mesh does not fit the
+        model.
     """
     topology = experiment.topology
     if topology is None:
@@ -61,13 +61,13 @@ def compile_for(
     stop_where_it_does_not_fit: bool = False,
     names: Collection[str] | None = None,
 ) -> Report:
-    """Compiles the parts of a run for a slice.
+    """Compiles the functions of a run for a slice.
 
     Args:
       experiment: the run.
-      topology: the slice.
-      stop_where_it_does_not_fit: whether to leave the parts out that follow one which does not.
-      names: of the parts, such as 'train step'; None for all.
+      topology: the slice, such as 'v5e:4x4'.
+      stop_where_it_does_not_fit: whether to stop after the first function that does not fit.
+      names: names of the functions to compile, such as 'train step'; None for all.
     """
     experiment = on_topology(experiment, topology)
     partitioner = experiment.partitioner
@@ -93,12 +93,12 @@ def compile_for(
 
 
 def on_topology(experiment: Experiment, topology: str) -> Experiment:
-    """The experiment on the devices of a slice that is not there.
+    """Returns the experiment with the devices of a slice, which need not be attached.
 
     Raises:
       ValueError: libtpu is not installed.
     """
-    # libtpu would ask the machine's metadata, and keep other processes out.
+    # Otherwise libtpu queries the machine's metadata server and locks out other processes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
@@ -146,16 +146,16 @@ def _compile(one: Function, *, unknown_trips: int, slice_size: int) -> Part:
 
 
 def _compiled(one: Function) -> tuple[Any, str]:
-    """The compiled function, and its program as the compiler itself writes it.
+    """Returns the compiled function, and its program as text.
 
-    What jaxlib would write it reads from the compiler first, whose words it may not know: on a v5p
-    gathers that start on the sparse cores were refused.
+    The text is that of the compiler's dump if there is one. jaxlib's `as_text` parses the program
+    first and may fail: for v5p it did not know asynchronous gathers on the sparse cores.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         lowered = one.function.lower(*one.arguments)  # type: ignore[attr-defined]
         with warnings.catch_warnings():
-            # What JAX's cache has of it, it cannot read without the chips.
+            # JAX cannot read programs from its cache without the chips.
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
             compiled = lowered.compile(compiler_options=options)
         files = list(pathlib.Path(folder).glob("*.after_optimizations.txt"))
@@ -165,7 +165,7 @@ def _compiled(one: Function) -> tuple[Any, str]:
 
 
 def _out_of_memory(error: Exception) -> str | None:
-    """What the compiler says of memory; None where the error is another."""
+    """Returns the memory that the compiler's error message names; None for other errors."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
         return None
@@ -176,7 +176,7 @@ def _out_of_memory(error: Exception) -> str | None:
 
 
 def _remedies(experiment: Experiment, report: Report) -> Iterator[str]:
-    """What would fit, seen by compiling it."""
+    """Yields changes with which the run fits, each of which was compiled."""
     shards = report.mesh["data"] * report.mesh.get("slice", 1)
     per_device = experiment.train_data.batch_size // shards
     step = next(part for part in report.parts if part.name == "train step")

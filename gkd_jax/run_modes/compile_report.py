@@ -1,4 +1,4 @@
-"""What compiling ahead found: what a run needs of a slice, as numbers and as a table."""
+"""The report of `compile_ahead`: memory, FLOPs, traffic and time of a run, and their table."""
 
 import dataclasses
 import math
@@ -21,12 +21,12 @@ class Part:
 
     Attributes:
       name: 'train step', 'rollout', 'evaluation' or 'divergence'.
-      temporaries: bytes a chip beside what lies there all the time; None where it does not fit.
-      needed: the same as the compiler's message has it, where it does not fit.
-      seconds_to_compile: by this machine.
-      cost: of one run on one chip.
-      traced: FLOPs of one run on all chips, as the function is written.
-      recomputed: those of them that rematerialisation makes a second time.
+      temporaries: bytes per chip in addition to the resident arrays; None if it does not fit.
+      needed: memory that it needs, in the words of the compiler's message, if it does not fit.
+      seconds_to_compile: compilation time on this machine.
+      cost: cost of one call on one chip.
+      traced: FLOPs of one call on all chips, counted in the traced function.
+      recomputed: FLOPs among these that rematerialisation repeats.
     """
 
     name: str
@@ -39,19 +39,19 @@ class Part:
 
     @property
     def least(self) -> float:
-        """FLOPs of one run on all chips that there is no way around."""
+        """FLOPs of one call on all chips without those that rematerialisation repeats."""
         return self.traced - self.recomputed
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a run needs of a slice.
+    """Requirements of a run on a slice.
 
     Attributes:
-      topology: such as 'v5e:4x4'.
-      mesh: axes and their sizes.
-      residents: bytes a chip of what lies there all the time, by what it is.
-      parts: what was compiled.
+      topology: the slice, such as 'v5e:4x4'.
+      mesh: sizes of the mesh axes by name.
+      residents: bytes per chip of the arrays that persist across steps, by what they are.
+      parts: the compiled functions.
     """
 
     topology: str
@@ -61,53 +61,53 @@ class Report:
 
     @property
     def chip(self) -> chips.Chip:
-        """What each of the chips can do."""
+        """The kind of chip of the slice."""
         return chips.parse_topology(self.topology).chip
 
     @property
     def num_chips(self) -> int:
-        """How many there are."""
+        """Number of chips of the mesh."""
         return math.prod(self.mesh.values())
 
     @property
     def resident(self) -> int:
-        """Bytes a chip of all that lies there all the time."""
+        """Bytes per chip of all arrays that persist across steps."""
         return sum(self.residents.values())
 
     def share(self, part: Part) -> float:
-        """What one takes of a chip's memory, with what lies there all the time.
+        """Returns the share of a chip's memory that a function needs with the resident arrays.
 
-        Infinite where the compiler found no room.
+        It is infinite if the compiler reported that the function does not fit.
         """
         if part.temporaries is None:
             return math.inf
         return (self.resident + part.temporaries) / self.chip.memory
 
     def of_least(self, part: Part) -> float:
-        """FLOPs of all chips, without those recomputed, over those that are needed.
+        """Returns the FLOPs of all chips, without recomputation, divided by those that are needed.
 
-        Above 1 several chips do the same work, or work on padding.
+        Above 1, several chips do the same work, or work on padding.
         """
         done = part.cost.flops * self.num_chips - part.recomputed
         return done / part.least if part.least else math.nan
 
     def fits_part(self, part: Part) -> bool:
-        """Whether one does, beside what lies there all the time."""
+        """Returns whether a function fits on a chip together with the resident arrays."""
         return self.share(part) <= 1
 
     @property
     def fits(self) -> bool:
-        """Whether every part does."""
+        """Whether every function fits."""
         return all(map(self.fits_part, self.parts))
 
     def table(self) -> str:
-        """The report as text."""
+        """Returns the report as Markdown tables."""
         chip = self.chip
         lines = [
             f"{self.topology}: {self.num_chips} chips of {chip.memory / GIB:.0f} GiB, mesh "
             + " x ".join(f"{name} {size}" for name, size in self.mesh.items()),
             "",
-            "| lies on each chip | MiB |",
+            "| resident on each chip | MiB |",
             "|---|---|",
             *(f"| {what} | {size / _MIB:,.1f} |" for what, size in self.residents.items()),
             "",
@@ -159,12 +159,12 @@ class Report:
 
 
 def describe_sent(kinds: Mapping[str, float]) -> str:
-    """Bytes by kind of collective, as text; nothing where none is sent."""
+    """Formats bytes by kind of collective; returns '' if none are sent."""
     return ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in sorted(kinds.items()) if size)
 
 
 def roofline(cost: hlo.Cost, chip: chips.Chip) -> tuple[float, str]:
-    """The least time that a chip can take, and what it then waits for."""
+    """Returns the minimum time in seconds on a chip, and the resource that bounds it."""
     times = {
         "compute": cost.flops / chip.flops,
         "memory": cost.bytes / chip.bandwidth,

@@ -1,4 +1,4 @@
-"""`--dry_run`: everything that can be checked without training, in seconds."""
+"""`--dry_run`: checks everything that can be checked without training, in seconds."""
 
 from gkd_jax.experiment import prepare
 from gkd_jax.experiment.experiment import Experiment
@@ -11,13 +11,13 @@ def dry_run(experiment: Experiment | Study, *, run_mode: str = "train") -> str:
 
     Args:
       experiment: an experiment, or a study whose cells are all checked.
-      run_mode: of an experiment: 'train', 'eval' or 'generate'.
+      run_mode: run mode whose data and checks are prepared, for an experiment.
 
     Returns:
       The plan as text: parameter counts, objective, data, mesh.
 
     Raises:
-      ConfigurationError: something is wrong; the message lists all of it.
+      ConfigurationError: lists everything that is wrong.
     """
     if isinstance(experiment, Study):
         return check_study(experiment)

@@ -1,4 +1,4 @@
-"""Run mode `eval`, and the evaluation inside training: task metrics and divergences."""
+"""Run mode `eval`, and the evaluation during training: task metrics and divergences."""
 
 import dataclasses
 import json
@@ -25,18 +25,18 @@ from gkd_jax.training.teacher_tokens import make_retokenizer
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """Scores of one evaluation and the outputs that they come from.
+    """Scores of an evaluation and the outputs that they were computed from.
 
     Attributes:
-      scores: by metric name, with standard errors where they exist.
-      predictions: decoded text by position in the data set; empty on all processes but the first.
+      scores: scores by metric name, some with a standard error.
+      predictions: decoded texts in the order of the data set; empty on all processes but the first.
     """
 
     scores: dict[str, Score]
     predictions: list[str]
 
     def values(self) -> dict[str, float]:
-        """Plain numbers: each score, and its standard error as 'name_se'."""
+        """Returns each score as a number, and its standard error as 'name_se'."""
         values = {name: float(score.value) for name, score in self.scores.items()}
         for name, score in self.scores.items():
             if score.standard_error is not None:
@@ -45,15 +45,15 @@ class EvalResult:
 
 
 class Evaluator:
-    """Evaluates parameters of the student on held-out examples, with functions jitted once."""
+    """Evaluates student parameters on held-out examples, with functions that are jitted once."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset, *, folder: str = "eval"):
-        """Makes the functions.
+        """Makes the jitted functions.
 
         Args:
-          experiment: its student, objective, `evaluation` and so on.
-          dataset: the examples of its `evaluation`, opened.
-          folder: where in `model_dir` predictions and scores are written.
+          experiment: the experiment, which must have an `evaluation`.
+          dataset: the opened data set of that evaluation.
+          folder: name of the folder in `model_dir` for predictions and scores.
         """
         if experiment.evaluation is None:
             raise ValueError("Evaluator needs Experiment.evaluation; got None. Set it.")
@@ -66,7 +66,7 @@ class Evaluator:
         ids = {"eos_ids": vocabulary.eos_ids, "pad_id": vocabulary.pad_id}
         decoding = Rollout(method=self.config.method)
         self._decode = jitted_functions.jit_rollout(decoding, model, partitioner, **ids)
-        # What the teacher is to read has no token that it does not know.
+        # Samples that the teacher reads have only tokens that it knows.
         student = experiment.student_model
         self._rollout = jitted_functions.jit_rollout(
             experiment.rollout, student, partitioner, **ids
@@ -89,9 +89,9 @@ class Evaluator:
         """Decodes and scores every example once, over all processes.
 
         Args:
-          params: the student's parameters.
-          teaching_params: the teacher's; None leaves divergences to it out.
-          step: names the file of predictions; also part of the random keys.
+          params: student's parameters.
+          teaching_params: teacher's parameters; None skips divergences to it.
+          step: training step; part of the random keys and of the names of the written files.
         """
         sums = metric_sums.MetricSums()
         texts: dict[int, str] = {}
@@ -121,9 +121,9 @@ class Evaluator:
         batch: Batch,
         step: int,
     ) -> None:
-        """Adds the objective on the data's outputs, and with a teacher on the student's own.
+        """Adds the objective on the data's outputs and, with a teacher, on the student's samples.
 
-        A stored teacher knows the data's outputs alone.
+        A stored teacher has distributions for the data's outputs alone.
         """
         can_score = teaching_params is not None or batch.stored_teacher is not None
         if self._objective is None or (self._needs_teacher and not can_score):
@@ -139,7 +139,7 @@ class Evaluator:
             )
 
     def _retokenized(self, batch: Batch) -> Batch:
-        """Adds the tokens of a teacher with another tokenizer."""
+        """Adds the tokens of a teacher with its own tokenizer, if it has one."""
         return batch if self._retokenizer is None else self._retokenizer(batch)[0]
 
     def _batches(self) -> Iterator[Batch]:
@@ -151,7 +151,7 @@ class Evaluator:
             yield partitioner.shard_batch(batch)
 
     def _texts(self, decoded: Batch) -> dict[int, str]:
-        """Decodes token ids to text, keyed by the example's position in the data set."""
+        """Decodes token ids to texts, by the example's position in the data set."""
         host = self.experiment.partitioner.fetch_to_host(
             (decoded.example_id, decoded.targets, decoded.loss_weights)
         )
@@ -184,7 +184,7 @@ class Evaluator:
 
 
 def task_scores(dataset: Dataset, predictions: Sequence[str]) -> dict[str, Score]:
-    """The task's own metrics of predictions for the first so many examples of a data set."""
+    """Computes the task's metrics of predictions for the first examples of a data set."""
     task = dataset.task
     references = [list(dataset.raw(index).references) for index in range(len(predictions))]
     parsed = [task.output_parser(prediction) for prediction in predictions]
@@ -195,7 +195,7 @@ def task_scores(dataset: Dataset, predictions: Sequence[str]) -> dict[str, Score
 
 
 def score_names(dataset: Dataset) -> list[str]:
-    """Names of the scores that the task's metrics give, found by scoring a few outputs."""
+    """Lists the names of the task's scores, by scoring a few outputs."""
     examples = range(min(2, dataset.num_examples))
     return sorted(task_scores(dataset, [dataset.raw(index).targets for index in examples]))
 
@@ -204,7 +204,7 @@ def evaluate(experiment: Experiment) -> EvalResult:
     """Evaluates the newest checkpoint in `model_dir`, or the student's initial checkpoint.
 
     Raises:
-      ConfigurationError: something is wrong with the experiment; lists all.
+      ConfigurationError: lists everything that is wrong with the experiment.
     """
     prepared = prepare.prepare(experiment, run_mode="eval")
     assert prepared.eval_data is not None

@@ -1,4 +1,4 @@
-"""Run mode `export`: the student as a directory that `transformers`, servers or T5X load."""
+"""Run mode `export`: writes the student as a directory that `transformers`, servers or T5X load."""
 
 import json
 from typing import Any
@@ -45,18 +45,18 @@ A student distilled with gkd_jax ({source}, {num_params:,} parameters, {written}
 
 
 def export(experiment: Experiment) -> str:
-    """Writes the student's newest parameters as `Experiment.export` says.
+    """Writes the student's newest parameters with the settings of `Experiment.export`.
 
-    The directory appears when it is complete: weights in safetensors, config.json,
-    generation_config.json, the tokenizer's files, and a model card that records the run. Of
-    adapters alone it has those and adapter_config.json in the place of the first three; for T5X it
-    has `checkpoint_<step>` there.
+    The directory has weights in safetensors, config.json, generation_config.json, the tokenizer's
+    files, and a model card that describes the run. Instead of the first three it has
+    `checkpoint_<step>` for T5X, or the weights of the adapters and adapter_config.json if only the
+    adapters are written. It gets its name when it is complete.
 
     Returns:
       The path of the directory.
 
     Raises:
-      ConfigurationError: something is wrong with the experiment; lists all.
+      ConfigurationError: lists everything that is wrong with the experiment.
     """
     prepare.prepare(experiment, run_mode="export")
     settings = experiment.export
@@ -92,7 +92,7 @@ def export(experiment: Experiment) -> str:
 
 
 def _write_model(experiment: Experiment, params: Params, folder: epath.Path) -> list[str]:
-    """The whole student; adapters are merged into the base."""
+    """Writes the whole student, with adapters merged into the base."""
     settings, student = experiment.export, experiment.student
     assert settings is not None
     start, config = student.initial_checkpoint, None
@@ -108,7 +108,7 @@ def _write_model(experiment: Experiment, params: Params, folder: epath.Path) -> 
 def _write_t5x(
     experiment: Experiment, student: parameters.LoadedParams, folder: epath.Path
 ) -> None:
-    """The whole student, its adapters merged, as T5X keeps a step of a run."""
+    """Writes the whole student, with adapters merged, as T5X's checkpoint of a step."""
     assert experiment.export is not None
     _, params = _merged(experiment.student.model, student.params)
     t5x.write_t5x_checkpoint(
@@ -124,7 +124,7 @@ def _merged(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params
 
 
 def _write_adapters(experiment: Experiment, params: Params, folder: epath.Path) -> list[str]:
-    """The adapters alone, for PEFT."""
+    """Writes the adapters alone, for PEFT."""
     model = experiment.student.model
     assert isinstance(model, lora.LoRA)
     adapters, _ = lora.split(model, params)
@@ -180,7 +180,7 @@ def _written(experiment: Experiment) -> str:
 
 
 def _metrics(experiment: Experiment, step: int) -> str:
-    """The newest evaluation up to this step, as a table."""
+    """Returns the newest evaluation up to this step as a Markdown table."""
     path = epath.Path(experiment.model_dir) / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     measured = [

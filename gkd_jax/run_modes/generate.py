@@ -1,7 +1,7 @@
-"""Run mode `generate`: writes a model's outputs for a file of prompts, and goes on if stopped.
+"""Run mode `generate`: writes a model's outputs for a set of prompts; resumes if it was stopped.
 
-The file is JSON lines, one output a line, so a `JsonLines` source reads it back: training on the
-teacher's outputs is sequence-level distillation (SeqKD).
+The file has one output per line as JSON, so that a `JsonLines` source can read it as training data.
+Training on the teacher's outputs is sequence-level distillation (SeqKD).
 """
 
 import contextlib
@@ -29,16 +29,16 @@ from gkd_jax.training.keys import Purpose, make_key
 
 
 def generate(experiment: Experiment) -> str:
-    """Decodes every prompt of `Experiment.generation` and writes the outputs.
+    """Writes the model's outputs for every prompt of `Experiment.generation`.
 
-    Outputs that an earlier run of the same generation wrote are kept and not made again.
+    Outputs that an earlier run of the same generation wrote are kept.
 
     Returns:
       The path of the file.
 
     Raises:
-      ConfigurationError: something is wrong with the experiment; lists all.
-      ValueError: the file was begun by another generation.
+      ConfigurationError: lists everything that is wrong with the experiment.
+      ValueError: the file has outputs of another generation.
     """
     prepared = prepare.prepare(experiment, run_mode="generate")
     generation, dataset = experiment.generation, prepared.generation_data
@@ -80,7 +80,7 @@ def generate(experiment: Experiment) -> str:
 def model_to_use(
     experiment: Experiment, generation: Generation
 ) -> tuple[LanguageModel, Params, str]:
-    """The model that writes, its parameters, and where they come from."""
+    """Returns the model that generates, its parameters, and a description of their source."""
     if generation.model == "student":
         student = parameters.student_to_use(experiment)
         return experiment.student.model, student.params, student.source
@@ -91,18 +91,18 @@ def model_to_use(
 
 
 def _identity(generation: Generation, dataset: Dataset, source: str, seed: int) -> str:
-    """Digest of what decides the file's content."""
+    """Returns a digest of everything that determines the file's content."""
     parts = (dataset.fingerprint, source, generation.method, generation.num_samples, seed)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _lines(rows: Batch, dataset: Dataset, *, first: int) -> Iterator[str]:
-    """One JSON line for each real row of a batch whose example is `first` or later."""
+    """Yields a JSON line for each row of a batch whose example is `first` or later."""
     weights = np.asarray(rows.loss_weights)
     assert rows.sample_log_probs is not None
     log_probs = np.sum(np.asarray(rows.sample_log_probs) * weights, axis=1)
     for row, index in enumerate(np.asarray(rows.example_id).tolist()):
-        if index < first:  # Done before, or a filler row (-1).
+        if index < first:  # Written before, or a padding row (-1).
             continue
         example = dataset.raw(index)
         tokens = np.asarray(rows.targets)[row][weights[row] > 0].tolist()
@@ -119,7 +119,7 @@ def _lines(rows: Batch, dataset: Dataset, *, first: int) -> Iterator[str]:
 
 
 class _OutputFile:
-    """JSON lines that grow by whole batches; beside them, the identity of what they are."""
+    """A JSON lines file to which whole batches are appended, with its identity in a second file."""
 
     def __init__(self, generation: Generation, identity: str):
         self._path = epath.Path(generation.output)
@@ -139,7 +139,7 @@ class _OutputFile:
             self._path.write_text("")
 
     def num_done(self) -> int:
-        """Counts prompts whose outputs are all there; what a crash left of others is removed."""
+        """Counts prompts with all their outputs; removes the incomplete outputs of a crash."""
         if not self._path.exists():
             return 0
         # Bytes, since the last line may end within a character.

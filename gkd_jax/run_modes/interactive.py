@@ -1,4 +1,4 @@
-"""Run mode `interactive`: one prompt at a time, answered at once."""
+"""Run mode `interactive`: answers prompts from standard input, one at a time."""
 
 import dataclasses
 import sys
@@ -21,13 +21,13 @@ _HELP = "One prompt a line (\\n within it is a line's end); an end of input ends
 
 
 def interactive(experiment: Experiment) -> None:
-    """Answers each line of standard input as `Experiment.generation` says.
+    """Answers each line of standard input with the settings of `Experiment.generation`.
 
-    Prints each output and its log-probability. The n-th prompt of two runs of one seed gets the
-    same samples.
+    Prints each output and its log-probability. The n-th prompt gets the same samples in every run
+    with the same seed.
 
     Raises:
-      ConfigurationError: something is wrong with the experiment; lists all.
+      ConfigurationError: lists everything that is wrong with the experiment.
     """
     prepare.prepare(experiment, run_mode="interactive")
     generation = experiment.generation
@@ -51,7 +51,7 @@ def interactive(experiment: Experiment) -> None:
 
 
 def _prompts() -> Iterator[str]:
-    """Lines of standard input, after a sign to a person that it is their turn."""
+    """Yields the lines of standard input; prints a prompt sign first if it is a terminal."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -62,7 +62,7 @@ def _prompts() -> Iterator[str]:
 
 
 def _one_prompt(experiment: Experiment, prompt: str, number: int) -> Batch:
-    """A batch of as few rows as the mesh allows, all but the first of which are fillers."""
+    """Returns a batch with the prompt, padded to the smallest number of rows of the mesh."""
     generation, layout = experiment.generation, experiment.partitioner.data_layout
     assert generation is not None
     config = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Learning curves as a picture, from the metrics that runs wrote."""
+"""Plots of learning curves, from the metrics files of runs."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from etils import epath
 
 
 def read_curve(model_dir: str, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric in a run's `metrics.jsonl`; empty if it has none."""
+    """Returns the steps and values of a metric in a run's `metrics.jsonl`; empty if it has none."""
     path = epath.Path(model_dir) / "metrics.jsonl"
     if not path.exists():
         return [], []
@@ -18,9 +18,14 @@ def read_curve(model_dir: str, metric: str) -> tuple[list[int], list[float]]:
 
 
 def plot_curves(runs: Mapping[str, str], *, metric: str, path: str) -> None:
-    """Draws a metric's curve of several runs (name to `model_dir`), and their training loss.
+    """Plots a metric and the training loss of several runs.
 
-    Without Matplotlib a line in the log says how to get the picture.
+    Without Matplotlib it logs how to install it instead.
+
+    Args:
+      runs: `model_dir` of each run by its name in the legend.
+      metric: name of the metric in metrics.jsonl.
+      path: PNG file to write.
     """
     try:
         from matplotlib.figure import Figure

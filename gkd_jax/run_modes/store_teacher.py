@@ -1,6 +1,7 @@
-"""Run mode `store_teacher`: writes the teacher's distributions for a data set's outputs, once.
+"""Run mode `store_teacher`: writes the teacher's distributions for a data set's outputs.
 
-Training from them runs no teacher (`teachers.StoredTeacher`). Goes on if it was stopped.
+Training from a store (`teachers.StoredTeacher`) does not run the teacher. A run that was stopped
+resumes.
 """
 
 import hashlib
@@ -30,14 +31,16 @@ from gkd_jax.training.keys import Purpose, make_key
 
 
 def store_teacher(experiment: Experiment) -> str:
-    """Writes what `Experiment.storing` says; what an earlier run of the same wrote is kept.
+    """Writes a store with the settings of `Experiment.storing`.
+
+    Examples that an earlier run with the same settings wrote are kept.
 
     Returns:
-      The folder, and what a token takes, as text.
+      A line with the folder and its size per token.
 
     Raises:
-      ConfigurationError: something is wrong with the experiment; lists all.
-      ValueError: the folder holds something else.
+      ConfigurationError: lists everything that is wrong with the experiment.
+      ValueError: the folder has another store.
     """
     prepared = prepare.prepare(experiment, run_mode="store_teacher")
     storing, dataset = experiment.storing, prepared.storing_data
@@ -54,7 +57,7 @@ def store_teacher(experiment: Experiment) -> str:
         writer = StoreWriter(storing.output, description)
         return writer.num_done
 
-    # Only process 0 looks at the files and writes them.
+    # Only process 0 reads and writes the files.
     num_done = process_zero_decides(begin)
     logging.info("store_teacher: %d of %d examples are done", num_done, dataset.num_examples)
     choose = jax.jit(
@@ -98,24 +101,24 @@ def _report(storing: Storing, writer: StoreWriter | None, vocab_size: int) -> st
 def make_choose(
     model: LanguageModel, sparsification: Sparsification, temperature: float
 ) -> Callable[[Params, Batch, Key[Array, ""]], tuple[Array, ...]]:
-    """Makes `(params, batch, key)` to what the sparsification keeps, arrays [B, T, ...].
+    """Returns a function from `(params, batch, key)` to the kept entries, arrays [B, T, ...].
 
-    One position of all rows at a time: logits of [B, V] are all that there is of them.
+    It processes one position of all rows at a time, so that it holds logits of [B, V] only.
     """
 
     def choose(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Array, ...]:
         hidden = model.hidden_states(params, batch.as_teacher_reads())
         head = model.head(params)
 
-        def at_position(part: tuple[Array, Array, Array]) -> tuple[Array, ...]:
-            hidden, targets, position = part
+        def at_position(arrays: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+            hidden, targets, position = arrays
             log_probs = tempered_log_probs(model.unembed(head, hidden), temperature)
             keys = token_keys(key, batch.example_id, position)
             return sparsification.choose(log_probs, targets, keys)
 
         positions = jnp.arange(batch.targets.shape[1])
-        parts = (jnp.swapaxes(hidden, 0, 1), batch.targets.T, positions)
-        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), lax.map(at_position, parts))
+        arrays = (jnp.swapaxes(hidden, 0, 1), batch.targets.T, positions)
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), lax.map(at_position, arrays))
 
     return choose
 
@@ -123,24 +126,27 @@ def make_choose(
 def _blocks(
     packing: Any, rows: Batch, chosen: tuple[np.ndarray, ...], *, first: int
 ) -> Iterator[Block]:
-    """Each real row whose example is `first` or later, packed; only tokens that count."""
+    """Yields a packed block for each row whose example is `first` or later.
+
+    Only tokens with a loss weight are packed.
+    """
     for row, example in enumerate(np.asarray(rows.example_id).tolist()):
-        if example < first:  # Done before, or a filler row (-1).
+        if example < first:  # Written before, or a padding row (-1).
             continue
-        counts = np.asarray(rows.loss_weights)[row] > 0
-        content, num_entries = packing.pack(*(array[row][counts] for array in chosen))
+        mask = np.asarray(rows.loss_weights)[row] > 0
+        content, num_entries = packing.pack(*(array[row][mask] for array in chosen))
         yield Block(
             content,
             num_entries,
             inputs=np.asarray(rows.inputs)[row][np.asarray(rows.inputs_mask)[row]],
-            targets=np.asarray(rows.targets)[row][counts],
+            targets=np.asarray(rows.targets)[row][mask],
         )
 
 
 def _describe(
     experiment: Experiment, storing: Storing, dataset: Dataset, source: str, params: Params
 ) -> dict[str, Any]:
-    """All that decides the content of the store, and what its reader must know of it."""
+    """Returns everything that determines the content of the store or is needed to read it."""
     model = experiment.teacher_model
     assert model is not None
     return {
@@ -159,29 +165,29 @@ def _describe(
 
 
 def fingerprint_of_params(params: Params) -> str:
-    """Hex digest of parameters by their bits and names; the same on every mesh."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    sums = jax.device_get(_bit_sums([leaf for _, leaf in leaves]))
+    """Returns a hex digest of the bits and names of parameters; it is the same on every mesh."""
+    arrays = jax.tree_util.tree_leaves_with_path(params)
+    sums = jax.device_get(_bit_sums([array for _, array in arrays]))
     named = [
-        (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), int(total))
-        for (path, leaf), total in zip(leaves, sums, strict=True)
+        (jax.tree_util.keystr(path), array.shape, str(array.dtype), int(total))
+        for (path, array), total in zip(arrays, sums, strict=True)
     ]
     return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
 
 
 @jax.jit
-def _bit_sums(leaves: list[Array]) -> list[Array]:
-    """The bits of each array as integers, summed with a factor of each place, modulo 2**32."""
+def _bit_sums(arrays: list[Array]) -> list[Array]:
+    """Sums the bits of each array as integers, weighted by position, modulo 2**32."""
 
-    def total(leaf: Array) -> Array:
-        bits = lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
-        place = jnp.zeros(leaf.shape, jnp.uint32)
-        for axis in range(leaf.ndim):
-            place = place * jnp.uint32(leaf.shape[axis]) + lax.broadcasted_iota(
-                jnp.uint32, leaf.shape, axis
+    def total(array: Array) -> Array:
+        bits = lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
+        place = jnp.zeros(array.shape, jnp.uint32)
+        for axis in range(array.ndim):
+            place = place * jnp.uint32(array.shape[axis]) + lax.broadcasted_iota(
+                jnp.uint32, array.shape, axis
             )
-        # Odd factors that are all over the range: moved or exchanged numbers change the sum.
+        # Odd factors spread over the whole range, so that exchanged numbers change the sum.
         factor = (place * jnp.uint32(2654435761)) ^ (place >> 7)
         return jnp.sum(bits * (2 * factor + 1))
 
-    return [total(leaf) for leaf in leaves]
+    return [total(array) for array in arrays]

@@ -1,4 +1,4 @@
-"""Run mode `study`: a few runs that build on each other, and one table that compares them."""
+"""Run mode `study`: several runs that may build on each other, and a table that compares them."""
 
 import dataclasses
 import json
@@ -28,13 +28,13 @@ class Cell:
     """One run of a study.
 
     Attributes:
-      name: its folder's name, and its row in the table.
-      experiment: what runs; the study sets its `model_dir`, and its seeds (also that of the
-        order of examples).
-      student_from: an earlier cell, whose trained student this one starts from; None keeps the
-        experiment's own `initial_checkpoint`.
-      teacher_from: an earlier cell, whose trained student teaches; None keeps the experiment's
-        own teacher.
+      name: name of its folder and of its row in the table.
+      experiment: the experiment. The study sets its `model_dir` and its seeds, also that of the
+        order of examples.
+      student_from: name of an earlier cell whose trained student is the initial student; None keeps
+        the experiment's own `initial_checkpoint`.
+      teacher_from: name of an earlier cell whose trained student is the teacher; None keeps the
+        experiment's own teacher.
     """
 
     name: str
@@ -52,14 +52,15 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Runs in order, and their comparison on one test set.
+    """Several runs in order, and their comparison on one test set.
 
     Attributes:
-      cells: the runs; a cell may build on those before it.
-      model_dir: the study's folder; each cell has a folder in it.
-      test: the examples and the decoding method that compare the trained students.
-      metric: the score that the table is about.
-      seeds: each cell runs once for each seed. A cell builds on the same seed of another.
+      cells: the runs. A cell may build on earlier ones.
+      model_dir: folder of the study, with a folder for each cell.
+      test: test examples and decoding method with which the trained students are compared.
+      metric: score in the table.
+      seeds: seeds with each of which every cell runs. A cell builds on the run of another cell with
+        the same seed.
     """
 
     cells: tuple[Cell, ...]
@@ -92,16 +93,16 @@ class Study:
             raise ValueError("Study.seeds is empty. Give at least one seed, e.g. (0,).")
 
     def cell_dir(self, name: str, seed: int) -> str:
-        """The folder of one cell for one seed."""
+        """Returns the folder of one cell and seed."""
         suffix = "" if len(self.seeds) == 1 else f"_seed{seed}"
         return str(epath.Path(self.model_dir) / f"{name}{suffix}")
 
     def cell(self, name: str) -> Cell:
-        """The cell of this name."""
+        """Returns the cell of this name."""
         return next(cell for cell in self.cells if cell.name == name)
 
     def experiment_of(self, cell: Cell, *, seed: int) -> Experiment:
-        """The cell's experiment with its folder, its seed and what it builds on filled in."""
+        """Returns the cell's experiment with its folder, its seed, and its student and teacher."""
         experiment = dataclasses.replace(
             cell.experiment,
             model_dir=self.cell_dir(cell.name, seed),
@@ -121,15 +122,14 @@ class Study:
         return experiment
 
 
-# The rows of what no cell has trained: the teacher's checkpoint, or several, and the one that
-# students start from.
+# Names of the rows of models that no cell trains: the teacher's networks and the initial student.
 _TEACHER, _STUDENT = "teacher", "student"
 _GIVEN = rf"{_TEACHER}(_\d+)?|{_STUDENT}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a study's table; `seconds` is what its training took, None where it is given."""
+    """One row of a study's table; `seconds` of training are None for an untrained model."""
 
     name: str
     seed: int
@@ -139,13 +139,13 @@ class Row:
 
 
 def check_study(study: Study) -> str:
-    """Checks every cell and the test set as far as can be before anything has run.
+    """Checks every cell and the test set as far as possible before the first run.
 
     Returns:
       The plan of each cell as text.
 
     Raises:
-      ConfigurationError: something is wrong; the message lists all of it.
+      ConfigurationError: lists everything that is wrong.
     """
     problems = Problems()
     plans: list[str] = []
@@ -180,21 +180,21 @@ def check_study(study: Study) -> str:
 
 
 def run_study(study: Study, *, before_start: Callable[[], None] | None = None) -> list[Row]:
-    """Runs every cell, compares them on the test set and writes the table and the curves.
+    """Runs every cell, compares the students on the test set, and writes a table and a plot.
 
-    Cells that an earlier run finished are not trained again.
+    Cells that an earlier call finished are not trained again.
 
     Args:
-      study: what runs.
-      before_start: called when everything was checked and before anything is written.
+      study: the study.
+      before_start: called after all checks and before anything is written.
 
     Returns:
-      The table's rows; the table is also in `model_dir` as results.md and results.json, and the
-      learning curves as curves.png.
+      The rows of the table. The table is also written to `model_dir` as results.md and
+      results.json, and the learning curves as curves.png.
 
     Raises:
-      ConfigurationError: something is wrong; the message lists all of it.
-      InterruptedRunError: SIGTERM came; what was made is saved.
+      ConfigurationError: lists everything that is wrong.
+      InterruptedRunError: the process got SIGTERM; the state of the running cell is saved.
     """
     check_study(study)
     if before_start is not None:
@@ -218,9 +218,10 @@ def run_study(study: Study, *, before_start: Callable[[], None] | None = None) -
 
 
 def _given_networks(study: Study) -> list[tuple[str, Experiment]]:
-    """The first teacher and the first student that come from a checkpoint, as a run's student.
+    """Returns the first teacher and the first initial student that are not trained by the study.
 
-    A teacher of several networks gives a row for each.
+    Each is the student of an experiment, by its name in the table. A teacher with several networks
+    has a row for each.
     """
     found: dict[str, Experiment] = {}
     seed = study.seeds[0]
@@ -231,7 +232,7 @@ def _given_networks(study: Study) -> list[tuple[str, Experiment]]:
             networks = _networks(cell.experiment.teacher)
             names = [_TEACHER, *(f"{_TEACHER}_{i}" for i in range(2, len(networks) + 1))]
             given = dict(zip(names, networks, strict=False))
-        # What the study itself trains has a row of its own.
+        # A student that the study trains has its own row.
         if cell.student_from is None and student.initial_checkpoint is not None:
             given.setdefault(_STUDENT, student)
         for name, network in given.items():
@@ -244,7 +245,7 @@ def _given_networks(study: Study) -> list[tuple[str, Experiment]]:
 
 
 def _networks(teacher: AbstractTeacher | None) -> list[Student]:
-    """The networks that a teacher consists of, each as a run's student."""
+    """Returns the networks of a teacher, each as the student of an experiment."""
     # The test is in the student's tokens.
     if teacher is None or teacher.own_tokens is not None:
         return []
@@ -252,7 +253,7 @@ def _networks(teacher: AbstractTeacher | None) -> list[Student]:
 
 
 def _for_test(study: Study, experiment: Experiment) -> Experiment:
-    """The experiment with the study's test as its evaluation, by itself."""
+    """Returns the experiment with the study's test as its evaluation, without a teacher."""
     return dataclasses.replace(
         experiment,
         evaluation=dataclasses.replace(study.test, num_divergence_examples=0),
@@ -269,14 +270,14 @@ def _measure(study: Study, name: str, experiment: Experiment, *, seconds: float 
     student = parameters.student_to_use(experiment)
     evaluator = evaluate.Evaluator(experiment, prepared.eval_data, folder="test")
     result = evaluator(student.params, None, step=student.step)
-    # The scores of a task are known on the first process alone, which writes the table.
+    # Only process 0, which writes the table, has the scores of the task.
     score = result.scores.get(study.metric, Score(float("nan")))
     size = num_params(experiment.student.model)
     return Row(name, experiment.seed, size, score, seconds)
 
 
 def format_table(study: Study, rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Formats the rows as a Markdown table."""
     lines = [
         f"| run | seed | parameters | {study.metric} | standard error | seconds |",
         "|---|---|---|---|---|---|",

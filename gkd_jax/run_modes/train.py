@@ -1,7 +1,7 @@
-"""Run mode `train`: the loop. Every step in one order: evaluate, save, fetch, roll out, update.
+"""Run mode `train`: the training loop.
 
-Evaluating and saving come before the next batch is fetched, so that a saved iterator is never
-one batch ahead.
+Every step has the same order: evaluate, save, fetch a batch, roll out, update. Evaluation and
+saving come before the next batch is fetched, so that a saved iterator is never one batch ahead.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ from gkd_jax.training.trainer import Trainer
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a finished run gives to a Python user.
+    """Result of a finished run.
 
     Attributes:
       state: parameters and optimizer state after the last step.
-      scores: values of the last evaluation by name; empty without one.
-      seconds: time that the run took in all, over all its parts if it was stopped.
+      scores: values of the last evaluation by name; empty if there was none.
+      seconds: total time of the run, including the time before it was resumed.
     """
 
     state: TrainState
@@ -47,17 +47,17 @@ class TrainResult:
 
 
 def train(experiment: Experiment, *, before_start: Callable[[], None] | None = None) -> TrainResult:
-    """Trains, evaluates and saves until `num_steps`; goes on where an earlier run stopped.
+    """Trains, evaluates and saves until `num_steps`; resumes from the last checkpoint of the run.
 
     Args:
-      experiment: what runs.
-      before_start: called when everything was checked and before anything is written.
+      experiment: the experiment.
+      before_start: called after all checks and before anything is written.
 
     Raises:
-      ConfigurationError: something is wrong with the experiment; lists all.
+      ConfigurationError: lists everything that is wrong with the experiment.
       FloatingPointError: the loss became NaN or infinite.
-      InterruptedRunError: SIGTERM came; the run has saved.
-      Exception: data, a reward or a rollout failed; the run has saved if it is one process.
+      InterruptedRunError: the process got SIGTERM; the state is saved.
+      Exception: data, a reward or a rollout failed. A run of one process has saved its state.
     """
     prepared = prepare.prepare(experiment, run_mode="train")
     assert prepared.train_data is not None
@@ -89,7 +89,7 @@ def train(experiment: Experiment, *, before_start: Callable[[], None] | None = N
 
 
 class _Loop:
-    """The loop's own state: what is due, what was summed, where the data stands."""
+    """State of the loop: train state, data iterator, metric sums, checkpoints and the log."""
 
     def __init__(self, experiment: Experiment, trainer: Trainer, evaluator: Evaluator | None):
         self.experiment = experiment
@@ -122,7 +122,11 @@ class _Loop:
         self.start_time = time.monotonic()
 
     def _start(self) -> tuple[TrainState, int, int]:
-        """Resumes this run, or loads given weights, or starts from scratch."""
+        """Resumes this run, or else starts from given or random parameters.
+
+        Returns:
+          The train state, its step, and the position of the data iterator.
+        """
         # The step of a saved state is never 0.
         if process_zero_decides(lambda: self.checkpoint_manager.latest_step() or 0) == 0:
             return self.trainer.init_state(), 0, 0
@@ -144,15 +148,16 @@ class _Loop:
         return state, step, host["position"]
 
     def run(self, signals: interruption.Interruption) -> TrainResult:
+        """Runs the remaining steps."""
         num_steps = self.experiment.num_steps
         for step in range(self.start_step, num_steps + 1):
             if signals.is_due():
-                # There is little time: an evaluation is made when the run goes on.
+                # There is little time: a due evaluation is made after the run is resumed.
                 owes = self._is_evaluation_due(step) and step > self.start_step
                 self._save(step, owes_evaluation=owes)
                 self.checkpoint_manager.wait()
                 raise interruption.stopped(step, num_steps)
-            # What was done at the step of a restored checkpoint is not done again.
+            # A restored checkpoint was saved after the evaluation of its step.
             if step > self.start_step or step == 0 or self.owes_evaluation:
                 self._evaluate_if_due(step)
                 self._save_if_due(step)
@@ -190,9 +195,10 @@ class _Loop:
     def _save_what_is_there(self, step: int, position: int, error: Exception) -> None:
         """Saves after a failure before the update, so that no step is lost.
 
-        Of several processes one alone may have failed, and saving needs them all.
+        A run of several processes does not save: only one of them may have failed, and saving needs
+        all.
         """
-        is_there = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+        is_there = not any(array.is_deleted() for array in jax.tree.leaves(self.state))
         if not is_there or jax.process_count() > 1 or step in (0, self.start_step):
             return
         logging.error("step %d failed (%s): saving what was there before it", step + 1, error)
@@ -220,7 +226,7 @@ class _Loop:
     def _evaluate_if_due(self, step: int) -> None:
         if self.evaluator is None or not self._is_evaluation_due(step):
             return
-        # Steps that are still under way are training's time, all that follows is not.
+        # Steps that are still running count as training time; the evaluation does not.
         jax.block_until_ready(self.state)
         start = time.monotonic()
         teaching_params = self.trainer.teaching_params(self.state)
@@ -233,13 +239,13 @@ class _Loop:
             self.owes_evaluation = False
             self.log.sync()
             if jax.process_index() == 0:
-                # Its checkpoint is there, and is not written twice.
+                # The checkpoint exists already, and is not written again.
                 layout.write_evaluated(self.checkpoint_manager.directory, step, self.scores)
         self._check_best_metric()
         self.log.leave_out(time.monotonic() - start)
 
     def _made_evaluation(self, step: int) -> dict[str, float] | None:
-        """The scores of an owed evaluation that has been made since its checkpoint was written."""
+        """Returns the scores of an owed evaluation that was made after its checkpoint was saved."""
         return layout.read_evaluated(self.checkpoint_manager.directory, step)
 
     def _check_best_metric(self) -> None:
@@ -253,7 +259,7 @@ class _Loop:
     def _save_if_due(self, step: int) -> None:
         checkpoints = self.experiment.checkpoints
         due = step > 0 and step % checkpoints.period == 0
-        # The best checkpoint can only be kept where it was saved.
+        # The best checkpoint can only be kept if it was saved.
         scored = checkpoints.best_metric is not None and step > 0 and self.scored_step == step
         if due or scored or step == self.experiment.num_steps:
             self._save(step)
@@ -262,11 +268,11 @@ class _Loop:
         self, step: int, *, owes_evaluation: bool = False, position: int | None = None
     ) -> None:
         if step == 0:
-            return  # A run starts so, without a checkpoint.
+            return  # The initial state needs no checkpoint.
         checkpoints = self.experiment.checkpoints
         self.steps.finish()
         sums = self.sums.to_host()
-        # What was summed before the last line of metrics was checked there.
+        # Earlier sums were checked when their line of metrics was written.
         non_finite.check_means(metric_sums.means(sums), step)
         if not non_finite.is_finite(self.state):
             what = "the parameters or the optimizer's state are"
@@ -297,8 +303,8 @@ class _Loop:
         )
 
     def close(self, *, alone: bool) -> None:
-        """Ends what was begun; `alone` where the other processes may not be ending."""
-        with contextlib.ExitStack() as stack:  # Each, whatever becomes of those before.
+        """Closes all resources; `alone` if the other processes may not be closing theirs."""
+        with contextlib.ExitStack() as stack:  # Closes each even if another one fails.
             stack.callback(self.profiler.close)
             stack.callback(self.checkpoint_manager.close, alone=alone)
             stack.callback(self.iterator.close)
