@@ -1,4 +1,4 @@
-"""SIGTERM, as clusters send it before they take a machine back: the run saves and ends."""
+"""SIGTERM, which clusters send before they reclaim a machine: the run saves and ends."""
 
 import itertools
 import signal
@@ -10,23 +10,25 @@ import jax
 from jax.experimental import multihost_utils
 
 EXIT_STATUS = 75
-"""Of a process that saved and ended so: the same command goes on. EX_TEMPFAIL of sysexits.h."""
+"""Exit status of an interrupted run that has saved and can be resumed by the same command;
+EX_TEMPFAIL of sysexits.h."""
 
 
 class InterruptedRunError(Exception):
-    """The run was told to stop, and has saved."""
+    """The run was interrupted by SIGTERM and has saved a checkpoint."""
 
 
-# Over several processes each call must have a greater number, in all runs of a process.
+# With several processes, each call must have a greater number than all before it in this process.
 _calls = itertools.count()
 
 
 class Interruption:
-    """Whether the run was told to stop; to be asked between steps.
+    """Context manager that turns SIGTERM into a request to stop, to be checked between steps.
 
-    While it is entered, SIGTERM does not end the process. Within another one it is the same as
-    that: what was told in a study's run, its next run would not know. Over several processes JAX
-    has them agree on when to stop, whichever of them was told; all must ask equally often.
+    Inside the context SIGTERM does not end the process. A nested context is the outermost one, so
+    that a signal during one run of a study also stops the study. With several processes, JAX makes
+    all of them stop after the same step, no matter which of them got the signal; all must call
+    `is_due` equally often.
     """
 
     _outermost: ClassVar["Interruption | None"] = None
@@ -39,8 +41,8 @@ class Interruption:
         if Interruption._outermost is not None:
             return Interruption._outermost
         Interruption._outermost = self
-        # Over several processes JAX's own notifier waits for the signal. Only the main thread may
-        # set a handler: elsewhere, as in a notebook's worker, the signal ends the process.
+        # With several processes JAX's own notifier handles the signal. Only the main thread may set
+        # a handler; in another thread, such as a notebook's worker, the signal ends the process.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._tell)
         return self
@@ -62,14 +64,14 @@ class Interruption:
         self._told.set()
 
     def is_due(self) -> bool:
-        """Whether to save and end now."""
+        """Returns whether the run should save and end now."""
         if jax.process_count() > 1:
             return bool(multihost_utils.reached_preemption_sync_point(next(_calls)))
         return self._told.is_set()
 
 
 def stopped(step: int, num_steps: int) -> InterruptedRunError:
-    """The error that ends the run, with the message for its log."""
+    """Returns the error that ends an interrupted run, with the message for its log."""
     kept = "which is saved" if step else "when there was nothing to save"
     return InterruptedRunError(
         f"stopped by SIGTERM after step {step} of {num_steps}, {kept}. Give the same command again "

@@ -18,8 +18,8 @@ from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.objective import Objective
 
 
-# The runs of a study share these functions, and with them what was compiled. Their arguments are
-# compared by value.
+# The runs of a study share these functions and their compiled programs. Arguments are compared by
+# value.
 @functools.cache
 def jit_rollout(
     rollout: Rollout,
@@ -29,7 +29,7 @@ def jit_rollout(
     eos_ids: tuple[int, ...],
     pad_id: int,
 ) -> Callable[[Params, Batch, Key[Array, ""]], Batch]:
-    """Jits a rollout as `(params, batch, key)` to the batch with its outputs replaced."""
+    """Jits `sample_outputs` as a function of `(params, batch, key)`."""
 
     def roll_out(params: Params, batch: Batch, key: Key[Array, ""]) -> Batch:
         params = partitioner.gather_over_data(model, params)
@@ -41,7 +41,10 @@ def jit_rollout(
 
 
 def abstract_rollout(experiment: Experiment) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes of the batches that training samples, without what no objective reads."""
+    """Returns the shapes of the batches that training samples.
+
+    Fields that no objective reads are left out (see `without_log_probs`).
+    """
     data, rollout = experiment.train_data, experiment.rollout
     inputs = (data.batch_size * rollout.num_samples, data.feature_lengths["inputs"])
     targets = (inputs[0], rollout.target_length or data.feature_lengths["targets"])
@@ -58,8 +61,8 @@ def abstract_rollout(experiment: Experiment) -> PyTree[jax.ShapeDtypeStruct]:
     if data.teacher_chat is not None or own is not None:
         length = data.teacher_inputs_length if own is None else own.inputs_length
         for name in ("inputs", "inputs_mask"):
-            wide = (inputs[0], length or data.teacher_inputs_length)
-            shapes[f"teacher_{name}"] = jax.ShapeDtypeStruct(wide, shapes[name].dtype)
+            shape = (inputs[0], length or data.teacher_inputs_length)
+            shapes[f"teacher_{name}"] = jax.ShapeDtypeStruct(shape, shapes[name].dtype)
     return Batch(**shapes)
 
 
@@ -93,8 +96,9 @@ def jit_eval_step(
 
 
 def without_log_probs(batch: Batch) -> Batch:
-    """Drops what no objective reads, so that data and samples are batches of one type.
+    """Drops `sample_log_probs`, which no objective reads.
 
-    A jitted function of both then compiles once.
+    Batches of data and of samples then have the same structure, so that a jitted function of both
+    is compiled once.
     """
     return dataclasses.replace(batch, sample_log_probs=None)

@@ -1,4 +1,4 @@
-"""Random keys of a run: one purpose each, derived from its seed."""
+"""Random keys of a run, derived from its seed; each purpose has keys of its own."""
 
 import enum
 
@@ -8,7 +8,7 @@ from gkd_jax.common.array_types import Array, Key
 
 
 class Purpose(enum.IntEnum):
-    """What a random key is for. Numbers are part of a run's identity: never reuse one."""
+    """Purpose of a random key. The numbers are part of a run's identity: never reuse one."""
 
     INIT = 0
     DROPOUT = 1

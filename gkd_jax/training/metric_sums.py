@@ -1,4 +1,4 @@
-"""Sums of metrics on the device, and their means."""
+"""Accumulation of metrics on the devices, and their means."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,20 +12,24 @@ from gkd_jax.common.array_types import Metrics
 
 @dataclasses.dataclass
 class MetricSums:
-    """Sums of (sum, weight) metrics on the device: adding does not wait for the step."""
+    """Accumulates (sum, weight) metrics on the devices, so that adding does not wait for a step.
+
+    Attributes:
+      sums: sum and weight of each metric, by group and name.
+    """
 
     sums: dict[str, Metrics] = dataclasses.field(default_factory=dict)
 
     def add(self, group: str, metrics: Metrics) -> None:
-        """Adds one step's metrics to those of its group."""
+        """Adds the metrics of one step to a group."""
         present = self.sums.get(group, {})
-        # Those of a run that was stopped may be of other settings.
+        # Sums restored from a stopped run may stem from other settings and have other names.
         common = sorted(present.keys() & metrics.keys())
         added = _add(*({name: of[name] for name in common} for of in (present, metrics)))
         self.sums[group] = {**present, **metrics, **added}
 
     def to_host(self) -> dict[str, dict[str, list[float]]]:
-        """The sums as plain numbers, for a checkpoint; `from_host` gives the very same back."""
+        """Returns the sums as plain numbers, which `from_host` restores exactly."""
         return {
             group: {
                 name: [float(total), float(weight)] for name, (total, weight) in metrics.items()
@@ -35,7 +39,7 @@ class MetricSums:
 
     @classmethod
     def from_host(cls, host: Mapping[str, Mapping[str, Sequence[float]]]) -> "MetricSums":
-        """Goes on with sums that `to_host` gave."""
+        """Returns an accumulator that continues from the sums that `to_host` returned."""
         return cls(
             {
                 group: {
@@ -47,12 +51,12 @@ class MetricSums:
         )
 
     def means(self) -> dict[str, float]:
-        """As the function `means`, of the sums until now."""
+        """Returns the `means` of the metrics that were added so far."""
         return means(self.to_host())
 
 
 def means(sums: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """Sum over weight of every metric as 'group/name'; metrics of weight 0 are left out."""
+    """Returns sum / weight of each metric, named 'group/name', without those of weight 0."""
     return {
         f"{group}/{name}": total / weight
         for group, metrics in sums.items()

@@ -1,4 +1,4 @@
-"""NaN and infinity in training: the run stops, or skips the step, and the batch is kept."""
+"""NaN and infinity in training: the run stops or skips the step, and the batch is written out."""
 
 import collections
 import dataclasses
@@ -18,10 +18,10 @@ from gkd_jax.common.batch import Batch
 from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.experiment.experiment import Experiment
 
-# Waiting for each step would leave the devices idle between two: a step is looked at when so many
-# others have been started. Fixed, so that all processes look at the same step.
+# Waiting for each step would leave the devices idle between steps, so a step is only checked after
+# this many later ones have been started. A constant, so that all processes check the same step.
 STEPS_UNDER_WAY = 2
-# Of a run that skips many, the first tell enough.
+# If a run skips many steps, the first batches are informative enough.
 _MOST_DUMPS = 10
 FOLDER = "non_finite"
 
@@ -34,7 +34,7 @@ class _Started:
 
 
 class NonFiniteSteps:
-    """Looks at each step soon after it was started, and acts on NaN or infinity by the policy."""
+    """Checks each step soon after it was started, and acts on NaN or infinity as configured."""
 
     def __init__(self, experiment: Experiment, vocabulary: Vocabulary):
         self._experiment = experiment
@@ -45,35 +45,35 @@ class NonFiniteSteps:
         self._num_dumps = 0
 
     def add(self, step: int, batch: Batch, non_finite: Array) -> None:
-        """Notes a step that was started, and looks at one that was started before.
+        """Records a step that was started, and checks an earlier one.
 
         Args:
-          step: its number, from 0.
-          batch: what it trained on.
-          non_finite: whether its loss or gradient is not finite, still on the devices.
+          step: number of the step, counted from 0.
+          batch: batch that it trained on.
+          non_finite: 1 if its loss or gradient is not finite; the array may not be ready yet.
 
         Raises:
-          FloatingPointError: a step was not finite, and the policy is to stop.
+          FloatingPointError: a step was not finite, and the run has to stop.
         """
-        # A store's distributions may be large, and are found again by the example's number.
+        # Stored distributions may be large, and can be found again by `example_id`.
         batch = dataclasses.replace(batch, stored_teacher=None, teacher_tokens=None)
         self._started.append(_Started(step, batch, non_finite))
         if len(self._started) > STEPS_UNDER_WAY:
-            self._look(self._started.popleft())
+            self._check(self._started.popleft())
 
     def finish(self) -> None:
-        """Looks at all steps that were started. Raises as `add` does."""
+        """Checks all steps that were started. Raises like `add`."""
         while self._started:
-            self._look(self._started.popleft())
+            self._check(self._started.popleft())
 
-    def _look(self, started: _Started) -> None:
+    def _check(self, started: _Started) -> None:
         if not bool(started.non_finite):
             self._in_a_row = 0
             return
         self._in_a_row += 1
         try:
             kept = self._dump(started)
-        except Exception as error:  # Each library that reaches buckets has its own.
+        except Exception as error:  # Libraries for buckets raise errors of their own.
             kept = f" Its batch could not be written: {error}."
         step = started.step + 1
         what = "the loss or its gradient is"
@@ -90,7 +90,7 @@ class NonFiniteSteps:
         logging.warning("step %d is skipped: %s not finite.%s", step, what, kept)
 
     def _dump(self, started: _Started) -> str:
-        """Writes this process's rows of the batch; says where."""
+        """Writes this process's rows of the batch; returns a sentence that names the files."""
         if self._num_dumps >= _MOST_DUMPS:
             return ""
         self._num_dumps += 1
@@ -99,7 +99,7 @@ class NonFiniteSteps:
         rows = self._experiment.partitioner.local_rows(started.batch)
         arrays = {name: value for name, value in vars(rows).items() if value is not None}
         folder.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()  # A bucket's object cannot be sought in.
+        content = io.BytesIO()  # Objects in a bucket are not seekable.
         np.savez(content, **arrays)
         (folder / f"{name}.npz").write_bytes(content.getvalue())
         (folder / f"{name}.jsonl").write_text("".join(self._lines(rows)))
@@ -119,16 +119,16 @@ class NonFiniteSteps:
 
 @jax.jit
 def is_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every entry of every array is finite."""
+    """Returns whether all entries of all arrays are finite."""
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(leaves))
 
 
 def check_means(means: Mapping[str, float], step: int) -> None:
-    """Checks the metrics up to a step.
+    """Checks the means of metrics up to a step.
 
     Raises:
-      FloatingPointError: one is NaN or infinite.
+      FloatingPointError: a mean is NaN or infinite.
     """
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     if bad:
@@ -136,7 +136,7 @@ def check_means(means: Mapping[str, float], step: int) -> None:
 
 
 def not_finite(what: str, step: int, *, kept: str = "") -> str:
-    """The message of a run that ends so."""
+    """Returns the message of the error that ends a run with values that are not finite."""
     return (
         f"training stopped at step {step}: {what} not finite. The checkpoints saved before are "
         "intact. Lower the learning rate, or set max_grad_norm; an infinite divergence means that "

@@ -1,4 +1,4 @@
-"""Parameters of student and teacher: restored or made, sharded."""
+"""Parameters of student and teacher: restored or initialized, sharded."""
 
 import dataclasses
 import functools
@@ -34,9 +34,13 @@ def sharded_abstract_params(
     dtype: Any = None,
     partitioner: Partitioner | None = None,
 ) -> Params:
-    """Shapes of a model's parameters with their shardings, in `dtype` if given.
+    """Returns the shapes of a model's parameters with their shardings.
 
-    They lie as the student's do, where no other partitioner is given.
+    Args:
+      experiment: the run.
+      model: model whose parameters they are.
+      dtype: dtype of all of them; None for the model's own.
+      partitioner: defines the shardings; None for the student's partitioner.
     """
     shardings = (partitioner or experiment.partitioner).param_shardings(model)
 
@@ -47,7 +51,7 @@ def sharded_abstract_params(
 
 
 def abstract_network(experiment: Experiment, teacher: Teacher) -> Params:
-    """Shapes of a network that teaches, as its checkpoint has it, lying as a teacher's do."""
+    """Returns the shapes of a teacher network as in its checkpoint, with a teacher's shardings."""
     return sharded_abstract_params(
         experiment,
         teacher.model,
@@ -57,10 +61,14 @@ def abstract_network(experiment: Experiment, teacher: Teacher) -> Params:
 
 
 def init_params(experiment: Experiment, *, dtype: Any = None) -> Params:
-    """The parameters that are trained, before training: given or random, sharded.
+    """Returns the student's trained parameters before training, sharded.
 
-    In `dtype` if given, else in float32. Those of a student with adapters are the adapters, which
-    start from the run's seed.
+    They are restored from `Student.initial_checkpoint`, or initialized from the run's seed. For a
+    student with adapters they are the adapters, which are always initialized from the seed.
+
+    Args:
+      experiment: the run.
+      dtype: dtype of the parameters; None for float32.
     """
     student, partitioner = experiment.student, experiment.partitioner
     shardings, frozen = lora.split(student.model, partitioner.param_shardings(student.model))
@@ -78,9 +86,9 @@ def init_params(experiment: Experiment, *, dtype: Any = None) -> Params:
 
 
 def load_frozen(experiment: Experiment) -> Params | None:
-    """The student's parameters that are not trained, sharded; None where all are trained.
+    """Restores the student's frozen parameters, sharded; returns None if all are trained.
 
-    Those of a student with adapters are its base, restored in the base's dtype at every start.
+    For a student with adapters they are its base, which is restored at every start, in its dtype.
 
     Raises:
       ValueError: there is no `Student.initial_checkpoint` to restore it from.

@@ -1,6 +1,6 @@
-"""The jitted functions of a run with the shapes of their arguments: what `compile_ahead` compiles.
+"""The jitted functions of a run with the shapes of their arguments, for `compile_ahead`.
 
-They are the very functions of training, of its rollouts and of evaluations. No file is read.
+They are the same functions that training, rollouts and evaluations call. No file is read.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from gkd_jax.models.wrapper import with_remat_policy
 from gkd_jax.objectives import fused
 from gkd_jax.training import jitted_functions, parameters, trainer
 
-# Which tokens end an output and fill it up changes no cost, and a vocabulary may be a file.
+# The values of these ids do not affect the cost, and reading a vocabulary may need a file.
 _TOKENS: dict[str, Any] = {"eos_ids": (1,), "pad_id": 0}
 
 
@@ -38,10 +38,11 @@ class Function:
 
     Attributes:
       name: 'train step', 'rollout', 'evaluation' or 'divergence' (of an evaluation).
-      function: jitted.
-      arguments: their shapes and shardings.
-      plain: the same without rematerialisation; None where it has none.
-      positions: output tokens that its loss has at a time, over all devices.
+      function: the jitted function.
+      arguments: shapes and shardings of its arguments.
+      plain: the same function without rematerialisation; None if `function` uses none.
+      positions: number of output tokens in one evaluation of the loss, over all devices; 0 for a
+        function without a loss.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Function:
 
 
 class Arguments:
-    """Shapes and shardings of what the run's functions are given."""
+    """Shapes and shardings of the arguments of a run's jitted functions."""
 
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
@@ -73,12 +74,12 @@ class Arguments:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             _batch(experiment),
         )
-        # Without a sharding, as a run's are: so the program is the same to the last letter, and
-        # what is compiled ahead is found in JAX's cache.
+        # Without a sharding, like the keys of a run. The program is then identical to that of the
+        # run, which finds it in JAX's compilation cache.
         self.key = jax.eval_shape(lambda: jax.random.key(0))
 
     def _network(self, teacher: Teacher) -> PyTree[jax.ShapeDtypeStruct]:
-        """As `parameters.load_teacher` makes them."""
+        """Returns the shapes of the parameters that `parameters.load_teacher` restores."""
         plain = parameters.abstract_network(self._experiment, teacher)
         model = teacher.network
         if not isinstance(model, Int8):
@@ -96,7 +97,7 @@ class Arguments:
         return parameters.sharded_abstract_params(self._experiment, model, dtype=dtype)
 
     def step_functions(self, student: LanguageModel) -> trainer.StepFunctions:
-        """Those of training, for the student or for one that differs in its rematerialisation."""
+        """Returns the functions of training, for the student with any remat policy."""
         return trainer.step_functions_of(
             self._experiment, _objective(self._experiment), student=student
         )
@@ -113,7 +114,10 @@ class Arguments:
         return parameter_sources.resolve(sources, self.state, self.teacher_params, self.frozen)
 
     def residents(self) -> dict[str, int]:
-        """Bytes a chip of what lies there from step to step."""
+        """Returns the per-chip memory, in bytes, of the arrays that persist across steps.
+
+        These are parameters, optimizer state, teacher and replay buffer, as far as there are any.
+        """
         found = {
             "student's parameters": self.state.params,
             "student's frozen parameters": self.frozen,
@@ -125,7 +129,7 @@ class Arguments:
         return {what: size for what, tree in found.items() if (size := _bytes_a_chip(tree))}
 
     def _replay_buffer(self) -> PyTree[jax.ShapeDtypeStruct] | None:
-        """As training keeps it, full."""
+        """Returns the shapes of the replay buffer that training allocates, or None."""
         experiment = self._experiment
         if experiment.replay is None:
             return None
@@ -142,10 +146,10 @@ def _objective(experiment: Experiment) -> Any:
 
 
 def check_known(experiment: Experiment) -> None:
-    """Refuses what is known from files only, which are not read.
+    """Raises if the functions depend on the contents of files, which are not read.
 
     Raises:
-      ValueError: naming the setting.
+      ValueError: names the setting.
     """
     what = _unknown(experiment)
     if what:
@@ -170,7 +174,7 @@ def _unknown(experiment: Experiment) -> str:
 
 
 def _batch(experiment: Experiment) -> Batch:
-    """Shapes of a training batch."""
+    """Returns the shapes of a training batch."""
     batch = jitted_functions.abstract_rollout(experiment)
     if not experiment.train_data.pack:
         return batch
@@ -185,7 +189,7 @@ def _batch(experiment: Experiment) -> Batch:
 
 
 def _evaluation_batch(experiment: Experiment, batch: Batch) -> Batch:
-    """Shapes of an evaluation's batches."""
+    """Returns the shapes of an evaluation batch."""
     assert experiment.evaluation is not None
     data, sharding = experiment.evaluation.data, batch.inputs.sharding
 
@@ -200,7 +204,7 @@ def _evaluation_batch(experiment: Experiment, batch: Batch) -> Batch:
         loss_weights=rows(jnp.float32, lengths[1]),
         example_id=rows(jnp.int32),
         source_id=None if batch.source_id is None else rows(jnp.int32),
-        # A teacher's own prompts are as long as in training.
+        # The teacher's own prompts have the same length as in training.
         teacher_inputs=_with_rows(batch.teacher_inputs, data.batch_size),
         teacher_inputs_mask=_with_rows(batch.teacher_inputs_mask, data.batch_size),
     )
@@ -214,12 +218,12 @@ def _bytes_a_chip(tree: PyTree[Any]) -> int:
 
 
 def functions_of(experiment: Experiment, arguments: Arguments) -> Iterator[Function]:
-    """Each jitted function of the run."""
+    """Yields each jitted function of the run."""
     yield _train_step(experiment, arguments)
     if experiment.outputs.student_data_fraction != 0:
         yield _rollout(experiment, arguments)
     if experiment.evaluation is not None:
-        yield from _of_evaluation(experiment, arguments)
+        yield from _evaluation_functions(experiment, arguments)
 
 
 def _train_step(experiment: Experiment, arguments: Arguments) -> Function:
@@ -239,9 +243,9 @@ def _train_step(experiment: Experiment, arguments: Arguments) -> Function:
 
 
 def flops_of_step(experiment: Experiment) -> float | None:
-    """FLOPs of a training step as it is written, over all devices, without rematerialisation.
+    """Returns the FLOPs of a training step as written, over all devices, without rematerialisation.
 
-    Every position of the outputs is taken to count. None where they depend on files.
+    All positions of the outputs are assumed to have weight. None if the FLOPs depend on files.
     """
     if _unknown(experiment):
         return None
@@ -251,7 +255,7 @@ def flops_of_step(experiment: Experiment) -> float | None:
 
 
 def num_chunks(experiment: Experiment, one: Function) -> int:
-    """How often the loss's loop over chunks of positions runs, if every position counts."""
+    """Returns the number of chunks of positions that the loss loops over, if all have weight."""
     partitioner = experiment.partitioner
     positions = max(1, one.positions // partitioner.smallest_batch)
     entries, parts = experiment.student_model.vocab_size, partitioner.mesh.shape["model"]
@@ -276,8 +280,8 @@ def _rollout(experiment: Experiment, arguments: Arguments) -> Function:
     )
 
 
-def _of_evaluation(experiment: Experiment, arguments: Arguments) -> Iterator[Function]:
-    """Decoding, and the objective's value on held-out examples."""
+def _evaluation_functions(experiment: Experiment, arguments: Arguments) -> Iterator[Function]:
+    """Yields decoding, and the objective on held-out examples if it is evaluated."""
     evaluation, partitioner = experiment.evaluation, experiment.partitioner
     assert evaluation is not None
     batch = _evaluation_batch(experiment, arguments.batch)
@@ -297,13 +301,13 @@ def _of_evaluation(experiment: Experiment, arguments: Arguments) -> Iterator[Fun
 
 
 def _prompts(experiment: Experiment, batch: Any) -> Any:
-    """A rollout's prompts: one for each group of samples."""
+    """Returns the shapes of a rollout's input: one row per prompt instead of one per sample."""
     rows = _with_rows(batch, experiment.train_data.batch_size)
     return dataclasses.replace(rows, advantages=None)
 
 
 def _with_rows(tree: Any, number: int) -> Any:
-    """Shapes with another number of rows."""
+    """Returns the same shapes with another number of rows."""
 
     def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((number, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)

@@ -1,4 +1,4 @@
-"""Scores sampled outputs, by a reward or by both models: advantages for the loss."""
+"""Scoring of sampled outputs by a reward or by both models, which gives the loss advantages."""
 
 import dataclasses
 import functools
@@ -31,16 +31,16 @@ from gkd_jax.sampling.outputs import repeat_rows
 from gkd_jax.sampling.teacher_assisted import TeacherMixed
 
 Scorer: TypeAlias = Callable[[Params, Params | None, Batch, Batch], tuple[Batch, Metrics]]
-"""(student's parameters, teacher's, the data's batch, the outputs sampled for its prompts) -> those
-outputs with what a step needs besides, and metrics."""
+"""Function of `(student_params, teaching_params, data, sampled)`, with `sampled` the outputs for
+the prompts of the batch `data`. Returns `sampled` with the fields a step needs, and metrics."""
 
 
 def make_scorer(experiment: Experiment, dataset: Dataset) -> Scorer | None:
-    """What scores the student's own outputs in training; None for distillation alone.
+    """Returns the scorer of the student's own outputs in training; None without a reward.
 
     Args:
-      experiment: checked.
-      dataset: its training data, opened.
+      experiment: the run, already checked.
+      dataset: its training data.
     """
     reward, rollout = experiment.reward, experiment.rollout
     if reward is None:
@@ -65,7 +65,7 @@ def make_scorer(experiment: Experiment, dataset: Dataset) -> Scorer | None:
 
 
 class RewardScorer:
-    """Gives sampled outputs the advantages that their rewards mean."""
+    """Adds advantages to sampled outputs, computed from a reward."""
 
     def __init__(
         self,
@@ -76,14 +76,14 @@ class RewardScorer:
         num_samples: int,
         reduction: Reduction,
     ):
-        """Makes the functions.
+        """Builds the jitted functions.
 
         Args:
-          mix: the reward, its baseline and alpha.
-          dataset: where the prompts come from; a host's reward is given their texts.
-          partitioner: rows lie on the devices as those of a batch do.
-          num_samples: samples a prompt.
-          reduction: that of the objective.
+          mix: reward, baseline and alpha.
+          dataset: source of the prompts; a `HostReward` gets their texts.
+          partitioner: shards rewards and advantages over devices like a batch.
+          num_samples: number of samples per prompt.
+          reduction: reduction of the objective.
         """
         self._reward = mix.reward
         self._dataset = dataset
@@ -91,7 +91,7 @@ class RewardScorer:
         self._num_samples = num_samples
         if isinstance(mix.reward, JittedReward):
             self._score_rows = _jit_reward(mix.reward, partitioner, num_samples)
-        # At an alpha of 1 the step is that of distillation, whose batches have no advantages.
+        # With an alpha of 1 the step is plain distillation, whose batches have no advantages.
         self._advantages = None
         if mix.alpha < 1.0:
             self._advantages = _jit_advantages(partitioner, num_samples, mix.baseline, reduction)
@@ -103,16 +103,16 @@ class RewardScorer:
         """Scores the outputs of a step.
 
         Args:
-          params: not read.
-          teaching_params: not read.
-          data: the training data's batch, with its own outputs.
-          sampled: outputs that were sampled for its prompts, the samples of one side by side.
+          params: not used.
+          teaching_params: not used.
+          data: batch of the training data, with its own targets.
+          sampled: outputs sampled for its prompts, with the samples of a prompt adjacent.
 
         Returns:
-          `sampled` with `advantages`, or as it is where alpha is 1; and the reward's metrics.
+          `sampled` with `advantages`, or unchanged if alpha is 1; and the metrics of the reward.
 
         Raises:
-          ValueError: a host's reward gave something else than one finite number a sample.
+          ValueError: a `HostReward` did not return one finite number per sample.
         """
         del params, teaching_params
         if isinstance(self._reward, HostReward):
@@ -128,25 +128,25 @@ class RewardScorer:
     def _score_texts(
         self, reward: HostReward, data: Batch, sampled: Batch
     ) -> Float[np.ndarray, " B"]:
-        """The rewards of this process's rows."""
+        """Returns the rewards of this process's rows."""
         positions, tokens, weights = self._partitioner.local_rows(
             (data.example_id, sampled.targets, sampled.loss_weights)
         )
         dataset, vocabulary = self._dataset, self._dataset.config.vocabulary
         examples = [dataset.raw(dataset.source_index(int(position))) for position in positions]
-        of_samples = [example for example in examples for _ in range(self._num_samples)]
+        repeated = [example for example in examples for _ in range(self._num_samples)]
         return reward(
-            [example.inputs for example in of_samples],
-            [example.references for example in of_samples],
+            [example.inputs for example in repeated],
+            [example.references for example in repeated],
             [
-                vocabulary.decode(row[kept > 0].tolist())
-                for row, kept in zip(tokens, weights, strict=True)
+                vocabulary.decode(row[row_weights > 0].tolist())
+                for row, row_weights in zip(tokens, weights, strict=True)
             ],
         )
 
 
 class ReturnScorer:
-    """Gives sampled outputs the advantages, and the importance, of MiniLLM."""
+    """Adds MiniLLM's advantages, and importance weights if needed, to sampled outputs."""
 
     def __init__(
         self,
@@ -157,14 +157,14 @@ class ReturnScorer:
         *,
         teacher_share: float,
     ):
-        """Makes the function.
+        """Builds the jitted function.
 
         Args:
-          settings: the return.
-          student: who learns.
-          teacher: who judges, and helps to write if the share is above 0.
-          partitioner: rows lie on the devices as those of a batch do.
-          teacher_share: of the mixture that wrote the outputs.
+          settings: definition of the returns.
+          student: model being trained.
+          teacher: model whose log-probabilities define the reward.
+          partitioner: shards the results over devices like a batch.
+          teacher_share: weight of the teacher in the mixture that outputs are sampled from.
         """
         returns = make_returns_fn(
             student, teacher, length_normalized=settings.length_normalized,
@@ -176,7 +176,7 @@ class ReturnScorer:
     def __call__(
         self, params: Params, teaching_params: Params | None, data: Batch, sampled: Batch
     ) -> tuple[Batch, Metrics]:
-        """Scores the outputs of a step by both models at their present parameters."""
+        """Scores the outputs of a step with the current parameters of both models."""
         del data
         advantages, importance, metrics = self._returns(params, teaching_params, sampled)
         sampled = dataclasses.replace(sampled, advantages=advantages, importance=importance)

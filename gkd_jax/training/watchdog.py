@@ -1,4 +1,4 @@
-"""A run that hangs says where: the stacks of all threads, on each process, and ends."""
+"""Watchdog: a run that hangs prints the stacks of all threads, on each process, and ends."""
 
 import faulthandler
 import os
@@ -14,7 +14,7 @@ import jax
 from gkd_jax.common.growing_files import is_in_bucket
 from gkd_jax.training import interruption
 
-# Whoever notices first waits: its end would take the others along before they told theirs.
+# The first process to notice waits, since its exit would end the others before they print theirs.
 _SECONDS_TO_TELL = 10.0
 
 
@@ -23,10 +23,10 @@ def _end() -> None:
 
 
 class Watchdog:
-    """Ends a process that has not called `beat` for some time.
+    """Ends the process if `beat` has not been called for some time.
 
-    Where one process of several hangs, all wait for it, and all tell. The exit status is that of an
-    interrupted run: the same command goes on from the last checkpoint.
+    If one of several processes hangs, all others wait for it, and all print their stacks. The exit
+    status is that of an interrupted run: the same command resumes from the last checkpoint.
     """
 
     _active: ClassVar["Watchdog | None"] = None
@@ -34,12 +34,12 @@ class Watchdog:
     def __init__(
         self, seconds: float | None, folder: str, *, end: Callable[[], None] = _end
     ) -> None:
-        """Makes one, which watches while it is entered.
+        """Creates a watchdog, which is active inside its context.
 
         Args:
-          seconds: the longest time between two beats; None watches nothing.
-          folder: where the stacks are written beside standard error, `stacks.process_<n>.txt`;
-            not in a bucket, which what hangs may be waiting for.
+          seconds: maximum time between two beats; None disables the watchdog.
+          folder: folder of `stacks.process_<n>.txt`, to which the stacks are written in addition to
+            standard error. Not used if it is in a bucket, since access to it may be what hangs.
           end: ends the process.
         """
         self._seconds = seconds
@@ -102,6 +102,6 @@ class Watchdog:
 
 
 def beat() -> None:
-    """Tells the watchdog that is entered, if one is, that the run goes on."""
+    """Tells the active watchdog, if there is one, that the run makes progress."""
     if Watchdog._active is not None:
         Watchdog._active._last_beat = time.monotonic()

@@ -1,4 +1,4 @@
-"""Where metrics go: JSON lines, TensorBoard (without TensorFlow) and a line in the terminal."""
+"""Writers of metrics: JSON lines, TensorBoard (without TensorFlow) and the terminal."""
 
 import json
 import logging
@@ -21,37 +21,37 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Writer(Protocol):
-    """Takes the numbers of a run."""
+    """Interface of the writers of a run's metrics."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes numbers after update number `step`."""
+        """Writes metrics after update number `step`."""
         ...
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        """Writes a text, e.g. the configuration."""
+        """Writes a text, such as the configuration."""
         ...
 
     def sync(self) -> None:
-        """Makes what was written durable, where it is to be gone on from."""
+        """Makes everything written so far durable, so that a run can resume from it."""
         ...
 
     def close(self) -> None:
-        """Writes what is still held back."""
+        """Writes buffered data and closes the files."""
         ...
 
 
 def default_writer(
     model_dir: str, *, start_step: int, num_steps: int, owes_evaluation: bool = False
 ) -> Writer:
-    """All writers on the first process, none on the others.
+    """Returns all writers on the first process, and none on the others.
 
     Args:
       model_dir: the run's folder, local or in a bucket.
-      start_step: the step that the run goes on from: what an earlier run wrote after it is
-        dropped, since those steps are made again; 0 drops all, as such a run starts anew.
-      num_steps: updates in all, for the time left.
-      owes_evaluation: whether the evaluation of `start_step` will be written, and what is there of
-        it is dropped.
+      start_step: step that the run resumes from. Entries of later steps, which an earlier run
+        wrote, are dropped, since those steps are made again; 0 drops all entries.
+      num_steps: total number of updates, for the estimate of the remaining time.
+      owes_evaluation: whether the evaluation of `start_step` is still to be written. Entries of it
+        are then dropped as well.
     """
     if jax.process_index() != 0:
         return MultiWriter(())
@@ -69,28 +69,25 @@ def default_writer(
 
 
 class MultiWriter:
-    """Writes to several writers."""
+    """Passes everything on to several writers."""
 
     def __init__(self, writers: Sequence[Writer]):
         self._writers = tuple(writers)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes numbers to all."""
         for writer in self._writers:
             writer.write(step, scalars)
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        """Writes a text to all."""
         for writer in self._writers:
             writer.write_text(step, name, text)
 
     def sync(self) -> None:
-        """Syncs all."""
         for writer in self._writers:
             writer.sync()
 
     def close(self) -> None:
-        """Closes all; what cannot be uploaded is said, since what matters was before."""
+        """Closes all writers; an upload that fails is only logged, since `sync` came before."""
         for writer in self._writers:
             try:
                 writer.close()
@@ -99,9 +96,9 @@ class MultiWriter:
 
 
 class JsonLinesWriter:
-    """One JSON object a line: `step`, `time` (seconds since 1970) and the metrics by name.
+    """Writes one JSON object per line: `step`, `time` (seconds since 1970) and metrics by name.
 
-    Numbers that are not finite are written as null, which every JSON reader takes.
+    NaN and infinity are written as null, which every JSON parser accepts.
     """
 
     def __init__(self, path: str, *, start_step: int = 0, owes_evaluation: bool = False):
@@ -111,9 +108,9 @@ class JsonLinesWriter:
         self._file = GrowingFile(path, kept.encode("utf-8"))
 
     def _up_to(self, start_step: int, text: str) -> str:
-        """The lines up to `start_step`; a last line that was cut short is dropped too."""
+        """Returns the lines up to `start_step`, without a last line that was cut short."""
         kept = []
-        # Not splitlines: a text may hold other characters that it takes for the end of a line.
+        # Not splitlines, which also splits at other characters that a text may contain.
         for line in text.split("\n")[:-1]:
             try:
                 row = json.loads(line)
@@ -125,12 +122,10 @@ class JsonLinesWriter:
         return "".join(kept)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends a line."""
         values = {name: float(value) for name, value in scalars.items()}
         self._append(step, {n: v if math.isfinite(v) else None for n, v in values.items()})
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        """Appends a line whose value is a text."""
         self._append(step, {name: text})
 
     def _append(self, step: int, values: Mapping[str, Any]) -> None:
@@ -139,11 +134,9 @@ class JsonLinesWriter:
         self._file.append(line.encode("utf-8"))
 
     def sync(self) -> None:
-        """Uploads what is held back."""
         self._file.sync()
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
 
@@ -152,10 +145,11 @@ def _is_evaluation(row: Mapping[str, Any]) -> bool:
 
 
 class TensorBoardWriter:
-    """Event files that TensorBoard reads, written without TensorFlow or TensorBoard.
+    """Writes event files for TensorBoard, without TensorFlow or TensorBoard.
 
-    A file is a sequence of records (length, its checksum, data, its checksum), the data an
-    `Event` protocol buffer (tensorflow/core/util/event.proto) of which few fields are needed.
+    A file is a sequence of records: length, checksum of the length, data, checksum of the data. The
+    data are an `Event` protocol buffer (tensorflow/core/util/event.proto), of which only a few
+    fields are needed.
     """
 
     def __init__(self, folder: str, *, start_step: int = 0):
@@ -163,12 +157,12 @@ class TensorBoardWriter:
         name = f"events.out.tfevents.{int(now * 1000)}.{socket.gethostname()}.{os.getpid()}"
         self._file = GrowingFile(f"{folder}/{name}")
         self._append(_text_field(3, "brain.Event:2"))
-        # Event.session_log with status START: readers drop what earlier files have from this step.
+        # Event.session_log with status START: readers drop earlier events from this step on.
         first_step = start_step + 1 if start_step else 0
         self._append(_varint_field(2, first_step) + _bytes_field(7, _varint_field(1, 1)))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one event with all numbers."""
+        """Appends one event with all metrics."""
         values = (
             # Summary.Value: tag, simple_value
             _bytes_field(1, _text_field(1, name) + b"\x15" + struct.pack("<f", _float32(value)))
@@ -177,9 +171,9 @@ class TensorBoardWriter:
         self._append(_varint_field(2, int(step)) + _bytes_field(5, b"".join(values)))
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        """Appends a text, shown in TensorBoard's Text tab as it is."""
+        """Appends a text, which TensorBoard's Text tab shows verbatim."""
         string_dtype = 7
-        # Markdown shows indented lines as they are.
+        # Markdown shows indented lines verbatim.
         verbatim = "".join(f"    {line}\n" for line in text.splitlines())
         tensor = _varint_field(1, string_dtype) + _text_field(8, verbatim)
         metadata = _bytes_field(1, _text_field(1, "text"))
@@ -192,16 +186,14 @@ class TensorBoardWriter:
         self._file.append(length + _masked_crc(length) + event + _masked_crc(event))
 
     def sync(self) -> None:
-        """Uploads what is held back."""
         self._file.sync()
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
 
 def _float32(value: float) -> float:
-    """The value within float32's range: struct refuses to round 1e39 to infinity."""
+    """Rounds values beyond float32's range to infinity, which `struct.pack` refuses to do."""
     limit = 3.4028234663852886e38
     value = float(value)
     return math.copysign(math.inf, value) if abs(value) > limit else value
@@ -229,7 +221,7 @@ def _text_field(number: int, value: str) -> bytes:
 
 
 def _make_crc_table() -> tuple[int, ...]:
-    """CRC-32C (Castagnoli, reflected polynomial 0x82F63B78), one byte at a time."""
+    """Returns the table for CRC-32C, byte by byte (Castagnoli, reflected polynomial 0x82F63B78)."""
     table = []
     for value in range(256):
         for _ in range(8):
@@ -242,7 +234,7 @@ _CRC_TABLE = _make_crc_table()
 
 
 def _masked_crc(data: bytes) -> bytes:
-    """The checksum as records hold it: rotated and offset, so that it differs from its data's."""
+    """Returns the CRC-32C in the masked form that records store: rotated, plus a constant."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = _CRC_TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
@@ -251,10 +243,10 @@ def _masked_crc(data: bytes) -> bytes:
 
 
 class ProgressWriter:
-    """One line on standard error: rewritten in place on a terminal, a line each elsewhere.
+    """Shows progress on standard error: one line rewritten in place on a terminal, else new lines.
 
-    The time left is what the run took until now for a step, evaluations and saves included,
-    times the steps to go.
+    The remaining time is the mean time per step so far, evaluations and checkpoints included, times
+    the number of remaining steps.
     """
 
     def __init__(self, *, start_step: int, num_steps: int, stream: TextIO | None = None):
@@ -273,7 +265,7 @@ class ProgressWriter:
         return True
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Shows training metrics as progress, others (an evaluation) on a line that stays."""
+        """Shows training metrics as progress, and others (an evaluation) on a permanent line."""
         is_training = any(name.startswith("train/") for name in scalars)
         if not is_training:
             self._end_line()
@@ -288,10 +280,10 @@ class ProgressWriter:
         self._stream.flush()
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        """Shows nothing: texts are for the files."""
+        """Does nothing; texts are only written to files."""
 
     def sync(self) -> None:
-        """Does nothing: lines are shown at once."""
+        """Does nothing; lines are shown immediately."""
 
     def _progress(self, step: int, scalars: Mapping[str, float]) -> str:
         parts = [f"step {step}/{self._num_steps}"]
@@ -318,7 +310,7 @@ class ProgressWriter:
             self._is_line_open = False
 
     def close(self) -> None:
-        """Ends the line."""
+        """Ends the progress line."""
         self._end_line()
         absl_logging.get_absl_logger().removeFilter(self._end_line_before_log)
         self._stream.flush()
