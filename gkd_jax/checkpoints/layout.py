@@ -173,9 +173,9 @@ def to_nested(tree: PyTree[Any]) -> dict[str, Any]:
       ValueError: the tree holds a random key, which has no stable representation on disk.
     """
     nested: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, array in jax.tree_util.tree_leaves_with_path(tree):
         *parents, last = _names(path)
-        if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if hasattr(array, "dtype") and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
             raise ValueError(
                 "a checkpoint's state must hold arrays; got a random key at "
                 f"{'/'.join(_names(path))}. Store the seed in the host's part, or "
@@ -184,15 +184,15 @@ def to_nested(tree: PyTree[Any]) -> dict[str, Any]:
         node = nested
         for name in parents:
             node = node.setdefault(name, {})
-        node[last] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        node[last] = array if hasattr(array, "dtype") else np.asarray(array)
     return nested
 
 
 def shapes_of(tree: PyTree[Any]) -> Shapes:
     """Returns the shape and dtype of each array (or `ShapeDtypeStruct`) of a tree, by name."""
     return {
-        "/".join(_names(path)): (tuple(np.shape(leaf)), str(_dtype(leaf)))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        "/".join(_names(path)): (tuple(np.shape(array)), str(_dtype(array)))
+        for path, array in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
@@ -254,12 +254,12 @@ def read_arrays(folder: epath.Path, nested_abstract: Mapping[str, Any]) -> dict[
         first local device.
     """
 
-    def restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
-        sharding = getattr(leaf, "sharding", None)
+    def restore_args(array: Any) -> ocp.ArrayRestoreArgs:
+        sharding = getattr(array, "sharding", None)
         if sharding is None:
             sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return ocp.ArrayRestoreArgs(
-            restore_type=jax.Array, dtype=leaf.dtype, sharding=sharding, global_shape=leaf.shape
+            restore_type=jax.Array, dtype=array.dtype, sharding=sharding, global_shape=array.shape
         )
 
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -285,8 +285,8 @@ def from_nested(nested: Mapping[str, Any], like: PyTree[Any]) -> PyTree[Any]:
     return jax.tree_util.tree_map_with_path(find, like)
 
 
-def _dtype(leaf: Any) -> np.dtype:
-    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+def _dtype(array: Any) -> np.dtype:
+    return array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
 
 
 def _names(path: Any) -> list[str]:

@@ -43,7 +43,7 @@ def load_params(
     abstract_params: PyTree[jax.ShapeDtypeStruct],
     *,
     step: int | None = None,
-    part: str = "params",
+    field: str = "params",
 ) -> Params:
     """Loads parameters, without the optimizer state. Verifies digests if the checkpoint has them.
 
@@ -53,7 +53,7 @@ def load_params(
         Face directory with safetensors files, or the name of a model on its hub.
       abstract_params: shapes, dtypes to convert to (bfloat16 for a teacher), and shardings.
       step: if `path` is the directory of a run, loads this step only.
-      part: field of a run's state to load: 'params', or 'average' if the run keeps an average.
+      field: field of a run's state to load: 'params', or 'average' if the run keeps an average.
 
     Returns:
       The parameters with the requested dtypes and shardings.
@@ -65,7 +65,7 @@ def load_params(
     """
     folder = _existing(path)
     form = _LayerForm.of(abstract_params, are_stacked=_are_stacked(folder))
-    return form.convert(_load(folder, form.stored, step=step, part=part))
+    return form.convert(_load(folder, form.stored, step=step, field=field))
 
 
 def _load(
@@ -73,16 +73,16 @@ def _load(
     abstract_params: PyTree[jax.ShapeDtypeStruct],
     *,
     step: int | None,
-    part: str,
+    field: str,
 ) -> Params:
     kind = _kind(folder)
     if kind.startswith("t5x"):
         from gkd_jax.checkpoints import t5x
 
-        _check_part({}, part, folder)
+        _check_field({}, field, folder)
         return t5x.read_t5x_params(folder, abstract_params)
     if kind == "hf":
-        _check_part({}, part, folder)
+        _check_field({}, field, folder)
         return hf.read_hf_params(folder, abstract_params)
     if kind == "run":
         manager = CheckpointManager(folder, read_only=True)
@@ -90,21 +90,21 @@ def _load(
     else:
         _verify(folder)
     header = layout.read_header(folder)
-    shapes = _part_only(header.shapes, part)
-    _check_part(shapes, part, folder)
+    shapes = _field_only(header.shapes, field)
+    _check_field(shapes, field, folder)
     layout.check_shapes(shapes, layout.shapes_of(abstract_params), folder=folder)
-    nested = layout.read_arrays(folder, {part: layout.to_nested(abstract_params)})
-    return layout.from_nested(nested[part], abstract_params)
+    nested = layout.read_arrays(folder, {field: layout.to_nested(abstract_params)})
+    return layout.from_nested(nested[field], abstract_params)
 
 
-def describe_checkpoint(path: epath.PathLike, *, part: str = "params") -> CheckpointInfo:
+def describe_checkpoint(path: epath.PathLike, *, field: str = "params") -> CheckpointInfo:
     """Describes a checkpoint without reading its arrays.
 
     Checks the sizes of files but not their digests.
 
     Args:
       path: as in `load_params`.
-      part: field of a run's state to describe. Checkpoints of other frameworks have 'params' only.
+      field: field of a run's state to describe. Checkpoints of other frameworks have 'params' only.
 
     Raises:
       As `load_params`.
@@ -127,12 +127,12 @@ def describe_checkpoint(path: epath.PathLike, *, part: str = "params") -> Checkp
     verify_manifest(folder, digests=False)
     header = layout.read_header(folder)
     kind = header.kind if kind != "run" else kind
-    shapes = _part_only(header.shapes, part)
+    shapes = _field_only(header.shapes, field)
     return CheckpointInfo(kind, str(folder), header.step, shapes, header.host)
 
 
 def check_compatible(
-    path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct], *, part: str = "params"
+    path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct], *, field: str = "params"
 ) -> CheckpointInfo:
     """Checks that a checkpoint has the requested parameters, without reading its arrays.
 
@@ -142,9 +142,9 @@ def check_compatible(
     Raises:
       As `load_params`; a ValueError about shapes names the first few parameters that differ.
     """
-    info = describe_checkpoint(path, part=part)
+    info = describe_checkpoint(path, field=field)
     is_foreign = info.kind.startswith("t5x") or info.kind == "hf"
-    _check_part({} if is_foreign else info.shapes, part, epath.Path(info.folder))
+    _check_field({} if is_foreign else info.shapes, field, epath.Path(info.folder))
     form = _LayerForm.of(abstract_params, are_stacked=stacking.are_stacked(info.shapes))
     wanted = layout.shapes_of(form.stored)
     layout.check_shapes(info.shapes, wanted, folder=epath.Path(info.folder))
@@ -244,8 +244,8 @@ def _verify(folder: epath.Path) -> None:
         ) from error
 
 
-def _part_only(shapes: layout.Shapes, part: str) -> layout.Shapes:
-    prefix = f"{part}/"
+def _field_only(shapes: layout.Shapes, field: str) -> layout.Shapes:
+    prefix = f"{field}/"
     return {
         name.removeprefix(prefix): entry
         for name, entry in shapes.items()
@@ -253,11 +253,11 @@ def _part_only(shapes: layout.Shapes, part: str) -> layout.Shapes:
     }
 
 
-def _check_part(shapes: layout.Shapes, part: str, folder: epath.Path) -> None:
-    """Checks that a checkpoint has the requested part; all checkpoints have 'params'."""
-    if part != "params" and not shapes:
+def _check_field(shapes: layout.Shapes, field: str, folder: epath.Path) -> None:
+    """Checks that a checkpoint has the requested field; all checkpoints have 'params'."""
+    if field != "params" and not shapes:
         raise ValueError(
-            f"the checkpoint {folder} holds no {part} of the student's parameters. Choose a run "
+            f"the checkpoint {folder} holds no {field} of the student's parameters. Choose a run "
             "that was trained with teachers.AverageStudent as its Experiment.teacher."
         )
 

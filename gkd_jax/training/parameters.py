@@ -223,7 +223,7 @@ def _newest_state(
     loaded = {}
     for field in fields:
         logging.info("student: %s from %s", "parameters" if field == "params" else field, source)
-        loaded[field] = load.load_params(source, trained, part=field)
+        loaded[field] = load.load_params(source, trained, field=field)
     frozen = load_frozen(experiment) if frozen is None else frozen
     check_frozen(experiment, describe_frozen(frozen), load.describe_checkpoint(source).host)
     return _SavedState(_state_of(loaded, step=step), frozen, step, source)

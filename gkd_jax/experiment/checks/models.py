@@ -91,7 +91,7 @@ class ModelChecks:
                 model = experiment.student.model
                 trained, _ = lora.split(model, model.abstract_params())
                 for field in fields:
-                    load.check_compatible(experiment.model_dir, trained, part=field)
+                    load.check_compatible(experiment.model_dir, trained, field=field)
 
     def _initial_checkpoint(self, vocabulary: Vocabulary) -> None:
         student = self._experiment.student
