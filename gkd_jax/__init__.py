@@ -1,17 +1,17 @@
 """Generalized knowledge distillation (arXiv 2306.13649) of language models in JAX, for TPUs.
 
-The rooms, from the bottom up; each knows only those below it:
+Its packages, from the bottom up; each imports only packages above it in this list:
 
     common         Batch, array types, growing files
     data           text to batches; metrics of texts
     models         networks as pure functions of their parameters
-    objectives     what the student minimises
-    sampling       how outputs are decoded
+    objectives     divergences and other terms of the loss
+    sampling       decoding of outputs
     devices        the mesh of devices, shardings, costs
     distillation   teachers, rollouts, rewards, the training step
-    checkpoints    parameters and training states, in and out
-    experiment     one run as data, checked before it starts
-    training       a run while it runs
+    checkpoints    saving and loading of parameters and training states
+    experiment     the configuration of a run and its checks
+    training       the state and the loop of a run in progress
     run_modes      train, eval, generate, export and the others
 
 `gkd_jax.main` is the command; `gkd_jax.t5x_trainer` is for T5X's own trainer.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxes:
-    """Names of mesh axes by role. An axis that is named nowhere splits nothing.
+    """Names of mesh axes by role. An axis without a role splits no array.
 
     Attributes:
       rows: axes that the rows of a batch are split over.
@@ -33,8 +33,8 @@ _CURRENT: contextvars.ContextVar[MeshAxes] = contextvars.ContextVar("mesh_axes")
 def use_mesh_axes(axes: MeshAxes) -> Iterator[None]:
     """Sets the roles of the axes of the mesh in use, for the functions called within.
 
-    Set the mesh together with it. Roles are no part of the key by which JAX keeps traced
-    functions: axes of the same names must always have the same roles.
+    Set the mesh together with it. Roles are not part of the key under which JAX caches traced
+    functions, so axes of the same name must always have the same roles.
     """
     token = _CURRENT.set(axes)
     try:
@@ -44,15 +44,15 @@ def use_mesh_axes(axes: MeshAxes) -> Iterator[None]:
 
 
 def current_mesh_axes() -> MeshAxes:
-    """Returns the roles in use; by default no axis has any."""
+    """Returns the roles in use; by default no axis has a role."""
     return _CURRENT.get(MeshAxes())
 
 
 def num_shards(shape: Mapping[str, int], axes: Iterable[str]) -> int:
-    """Returns the number of parts that an array is split into along some axes of a mesh.
+    """Returns the number of shards of an array that is split over some axes of a mesh.
 
     Args:
-      shape: size of each axis of the mesh; axes that it does not have count as 1.
+      shape: size of each axis of the mesh; axes that are not in it have size 1.
       axes: names of axes.
     """
     return math.prod(shape.get(axis, 1) for axis in axes)
