@@ -40,15 +40,16 @@ def test_links_resolve(name):
 
 @pytest.mark.parametrize("name", _names(OF_THE_CODE))
 def test_mentioned_files_and_names_exist(name):
-    """Paths are relative to the repository or the package; names occur in some module."""
-    files = [*PACKAGE.rglob("*.py"), ROOT / "tests" / "conftest.py"]
+    """Paths are relative to the repository, the package or the tests; names are in a module."""
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     sources = "".join(path.read_text() for path in files)
     for code in _CODE.findall((ROOT / name).read_text()):
         path, _, attribute = code.partition(":")
         if re.fullmatch(r"[\w/]+\.(py|gin|md|sh)", path) and "/" in path:
-            file = next((base / path for base in (ROOT, PACKAGE) if (base / path).exists()), None)
+            bases = (ROOT, PACKAGE, ROOT / "tests")
+            file = next((base / path for base in bases if (base / path).exists()), None)
             assert file is not None, code
-            assert attribute in file.read_text(), code
+            assert attribute.strip(":") in file.read_text(), code
         elif re.fullmatch(r"\w*_\w+|\w+\.\w+", code):
             assert code.rpartition(".")[2] in sources, code
 
