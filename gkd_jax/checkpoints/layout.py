@@ -34,7 +34,7 @@ UNFINISHED = "UNFINISHED"
 FORMAT_VERSION = 1
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
-"""Name of an array, such as 'params/decoder/norm/scale', to shape and dtype."""
+"""Maps the name of an array, such as 'params/decoder/norm/scale', to its shape and dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +131,14 @@ def delete(folder: epath.Path) -> None:
 
 
 def is_unfinished(folder: epath.Path) -> bool:
-    """Returns whether a checkpoint's save or deletion was interrupted (it is not damaged)."""
+    """Returns whether saving or deleting a checkpoint was interrupted.
+
+    If neither was interrupted, a folder without a manifest is a damaged checkpoint.
+    """
     if (folder / MANIFEST).exists():
         return False
-    # With only hidden files, it was interrupted before its mark existed or after it was deleted.
+    # A folder without files, or with hidden ones only, was left by a save that was interrupted
+    # before it wrote UNFINISHED, or by a deletion that was interrupted after it removed UNFINISHED.
     return (folder / UNFINISHED).exists() or all(
         child.name.startswith(".") for child in folder.iterdir()
     )
@@ -294,9 +298,9 @@ def _names(path: Any) -> list[str]:
 
 
 def write_evaluated(directory: epath.Path, step: int, scores: Mapping[str, float]) -> None:
-    """Writes the scores of an evaluation that was due when a checkpoint was saved.
+    """Writes the scores of an evaluation that was made after the checkpoint of its step was saved.
 
-    The checkpoint itself is not modified.
+    They go into a file next to the checkpoint, which is not modified.
     """
     path = directory / f"evaluated_{step}.json"
     unfinished = path.with_suffix(".unfinished")

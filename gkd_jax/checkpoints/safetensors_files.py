@@ -177,7 +177,10 @@ def write_file(
     shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     tensors: Iterator[tuple[str, np.ndarray]],
 ) -> None:
-    """Writes one file with the tensors named in `shapes`, which `tensors` yields next."""
+    """Writes one file with the tensors named in `shapes`, taken from `tensors` in that order.
+
+    `tensors` is not exhausted: it may continue with the tensors of the next file.
+    """
     # `transformers` reads the framework from this entry and rejects files without it.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -25,18 +25,21 @@ scales the gradient by (N - 1) / N. 'none': no baseline."""
 TextReward: TypeAlias = Callable[
     [Sequence[str], Sequence[tuple[str, ...]], Sequence[str]], Sequence[float]
 ]
-"""`(prompts, references, samples)`, each with one entry per sample, to one reward per sample."""
+"""Function of `(prompts, references, samples)`, each with one entry per sample, that returns one
+reward per sample."""
 
 BatchReward: TypeAlias = Callable[[Batch, Batch], Float[Array, " B"]]
-"""`(sampled, data)` to one reward per row; rows of `data` are repeated for each sample."""
+"""Function of `(sampled, data)` that returns one reward per row. Rows of `data` are repeated, so
+that both batches have the same prompt in the same row."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class HostReward:
     """A reward computed by a Python function of texts, called once per step with all local samples.
 
-    With several processes, each calls the function with its own rows. If a model spans processes,
-    they call it with the same rows, and it must return the same rewards in each of them.
+    With several processes, each calls the function with its own rows. Processes that share one
+    replica of the model have the same rows, and the function must return the same rewards in all
+    of these processes.
 
     Attributes:
       function: function of `(prompts, references, samples)`, three lists with one entry per sample,
@@ -103,8 +106,8 @@ class JittedReward:
 
     Attributes:
       function: function of `(sampled, data)` that returns a float array with one reward per row of
-        `sampled`. The rows of `data`, prompts with the data's own targets, correspond to the rows
-        of `sampled`.
+        `sampled`. Each row of `data` has the prompt of the same row of `sampled`, with the target
+        of the dataset.
 
     Raises:
       ValueError: `function` is not callable.
@@ -170,17 +173,17 @@ class RewardMix:
 class SequenceReverseKL:
     """The reverse KL of whole outputs, minimized by policy gradient, as in MiniLLM.
 
-    The reward of a token is log p - log q. The gradient has two parts: the divergence `ReverseKL`
-    of the token itself, differentiated over the whole vocabulary, and the rewards of the tokens
-    that follow it, which are its advantage. Outputs sampled with `TeacherMixed` are weighted by
-    importance. Two parts of the paper are not implemented: language modelling on another corpus,
-    and repeated updates on one batch with PPO's clipping.
+    The reward of a token is log p - log q. The gradient at a token has two parts: the gradient of
+    `ReverseKL`, exact over the whole vocabulary, and a policy gradient whose advantage is the mean
+    or the sum of the rewards of the tokens that follow. Outputs sampled with `TeacherMixed` get
+    importance weights. Two parts of the paper are not implemented: language modelling on another
+    corpus, and repeated updates on one batch with PPO's clipping.
 
     Reference: "MiniLLM: Knowledge Distillation of Large Language Models", arXiv 2306.08543.
 
     Attributes:
-      length_normalized: whether an advantage is the mean of the rewards that follow instead of
-        their sum, which favours short outputs.
+      length_normalized: whether an advantage is the mean of the rewards that follow, instead of
+        their sum. The sum favours short outputs.
     """
 
     length_normalized: bool = True
@@ -209,7 +212,7 @@ def subtract_baseline(
 def reward_metrics(
     rewards: Float[Array, " B"], is_real: Bool[Array, " B"], *, num_samples: int
 ) -> Metrics:
-    """Computes the mean reward, and its standard deviation over the samples of a prompt.
+    """Computes the mean reward, and the mean standard deviation among the samples of a prompt.
 
     If that deviation is 0, advantages relative to the group are 0 and give no gradient.
 
@@ -219,7 +222,8 @@ def reward_metrics(
       num_samples: number of samples per prompt.
 
     Returns:
-      'mean' and, for several samples, 'group_std', as (sum, weight) over samples and prompts.
+      'mean', as (sum, weight) over samples; and if `num_samples` is above 1, 'group_std', as
+      (sum, weight) over prompts.
     """
     weights = is_real.astype(jnp.float32)
     metrics: Metrics = {"mean": (jnp.sum(rewards * weights), jnp.sum(weights))}
@@ -247,8 +251,8 @@ def final_answer(
       prompts: not used.
       references: worked solutions, or plain answers.
       samples: sampled solutions.
-      use_calculator: whether equations in the samples are corrected first, as an option of
-        `gsm8k_accuracy` does.
+      use_calculator: whether to correct the equations in the samples first, like the option of
+        `gsm8k_accuracy` of the same name.
 
     Raises:
       ValueError: a reference has no number.

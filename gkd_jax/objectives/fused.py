@@ -28,14 +28,14 @@ CHUNK_ENTRIES = 1 << 22
 float32."""
 ACCELERATOR_CHUNK_ENTRIES = 1 << 25
 """The same on a TPU or GPU, per device: 128 MB. Each chunk reads the output layer and adds to its
-gradient. With fewer than some hundred positions the bandwidth of device memory is the limit, not
-the matrix units."""
+gradient. In chunks of fewer than a few hundred positions, this makes the bandwidth of device memory
+the limit rather than the matrix units."""
 MIN_CHUNK, MAX_CHUNK = 8, 1024
 
 GROUP_ENTRIES = 1 << 18
-"""Logits whose divergence a CPU computes at a time: 1 MB. Matrix products are best over all the
-positions of a chunk, but the dozen arrays between logits and gradient should stay in the cache of
-one core: otherwise XLA writes each of them to memory, which takes two to three times as long."""
+"""Number of logits from which a CPU computes divergences at a time: 1 MB. Matrix products are
+fastest over a whole chunk, but the dozen arrays between logits and gradient should stay in the
+cache of one core: otherwise XLA writes each to memory, which takes two to three times as long."""
 
 
 def chunk_positions(vocab_size: int, num_positions: int, *, platform: str) -> int:
@@ -54,8 +54,8 @@ def chunk_positions(vocab_size: int, num_positions: int, *, platform: str) -> in
 def group_positions(vocab_size: int, chunk: int, *, platform: str) -> int:
     """Returns how many positions of a chunk have their divergences computed at a time.
 
-    On a CPU at least two, since the compiler is slower on the vector that a single position is; on
-    other platforms all of them.
+    On a CPU there are at least two, because XLA is slower if the logits are a vector (one position)
+    than if they are a matrix. On other platforms all positions of the chunk are computed at once.
 
     Args:
       vocab_size: vocabulary entries per device.
@@ -76,9 +76,9 @@ def fused_weighted_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """Computes `weighted_loss`: same arguments, values, gradients and errors.
 
-    On a mesh whose axes have roles (`common.mesh_axes`), rows and positions are split over the axes
-    for these, which must divide them, and the vocabulary may be split over those of width. There
-    are no second derivatives.
+    On a mesh whose axes have roles (`common.mesh_axes`), rows and positions are sharded over the
+    axes with the roles `rows` and `sequence`, whose sizes must divide them; the vocabulary may be
+    sharded over those with the role `width`. Second derivatives are not supported.
     """
     check_predictions(objective.divergence, student, teacher, weights)
     check_advantages(objective.divergence, advantages, targets)
@@ -115,15 +115,15 @@ def chunked_loss(
     weights: Float[Array, "B T"],
     advantages: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """Sums weights * `objective.value_and_gradient` over all positions, in chunks.
+    """Computes the weighted loss of all positions in chunks, with `objective.value_and_gradient`.
 
-    `fused_weighted_loss` for any kind of teacher, without its checks.
+    This is `fused_weighted_loss` for any kind of teacher, without the checks of the arguments.
 
     Args:
       objective: gives value and gradient of the positions of a chunk.
       student: hidden states and output layer, which get gradients.
-      teacher: a tree of arrays [B, T, ...] with the teacher's data at each position, and the
-        parameters of its output layer.
+      teacher: None, or a pair: a tree of arrays [B, T, ...] with the teacher's data at each
+        position, and the parameters of the teacher's output layer.
       make_teacher: function of (output layer, the tree at the positions of a chunk) that returns
         the teacher as `objective.value_and_gradient` takes it.
       targets: output tokens.
@@ -176,15 +176,15 @@ class _Positions(NamedTuple):
     advantages: Float[Array, "*n"] | None
 
 
-# Hidden states and output layer of the student, and with the same structure their gradients.
+# Hidden states and output layer of the student; also their gradients, of the same structure.
 _Student: TypeAlias = tuple[Float[Array, "B T D"], Params]
 # A tree of the teacher's data at each position, and its output layer.
 _Teacher: TypeAlias = tuple[Any, Params]
-# What gets no gradient: the arrays of positions, and the teacher's output layer.
+# Arguments without gradient: arrays with a value at each position, and the teacher's output layer.
 _Constants: TypeAlias = tuple[_Positions, Params]
 # The loss, and the divergence per token.
 _Values: TypeAlias = tuple[Float[Array, ""], Float[Array, "B T"]]
-# Values and gradients; these are of type _Student, or None if they are not wanted.
+# Function that returns values and gradients; the latter are a _Student, or None if not requested.
 _Run: TypeAlias = Callable[[_Student, _Constants], tuple[_Values, Any]]
 
 
@@ -207,7 +207,7 @@ def _backward(
     loss_cotangent, _ = cotangents  # The values per token have no gradient.
 
     def scaled(gradient: Array) -> Array:
-        # A loss that does not count may be infinite: 0 times its gradient is NaN.
+        # With a cotangent of 0, the product with an infinite gradient would be NaN.
         scaled = jnp.where(loss_cotangent == 0, 0.0, loss_cotangent * gradient)
         return scaled.astype(gradient.dtype)
 
@@ -220,7 +220,7 @@ _fused.defvjp(_forward, _backward)
 def _over_shards(
     functions: _Functions, student: _Student, constants: _Constants, *, with_gradients: bool
 ) -> tuple[_Values, Any]:
-    """Runs each shard of rows and positions in chunks of its own; sums loss and head's gradient.
+    """Runs the chunks of each shard separately; sums the loss and the head's gradient over shards.
 
     Left to the compiler, a chunk would take positions from all devices, and the head's gradient
     would be summed over them in every chunk.
@@ -228,7 +228,7 @@ def _over_shards(
     run: _Run = functools.partial(_run_chunks, functions, with_gradients=with_gradients)
     mesh = jax.sharding.get_abstract_mesh()
     roles = current_mesh_axes()
-    # [B, T, ...] by rows and positions.
+    # Mesh axes that split rows (B) and positions (T) into more than one shard.
     split = tuple(
         tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
         for axes in (roles.rows, roles.sequence)
@@ -238,7 +238,7 @@ def _over_shards(
     values, gradients = run(student, constants)
     if with_gradients:
         hidden_gradient, head_gradient = gradients
-        # In float32 until here, over chunks and over shards.
+        # Summed over chunks and shards in float32; cast to the parameters' dtype only now.
         head_gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), head_gradient, student[1])
         gradients = (hidden_gradient, head_gradient)
     return values, gradients
@@ -336,9 +336,9 @@ def _run_chunks(
 def _chunk_and_group(
     unembed: Callable[[Params, Array], Array], head: Params, hidden: Float[Array, "N D"]
 ) -> tuple[int, int]:
-    """Returns the positions in a chunk, a multiple of those in a group, and these."""
+    """Returns the positions per chunk and per group; the first is a multiple of the second."""
     vocab_size = jax.eval_shape(unembed, head, hidden[:1]).shape[-1]
-    # A vocabulary that does not divide is not split.
+    # If the number of shards does not divide the vocabulary's size, it is not sharded.
     mesh = jax.sharding.get_abstract_mesh()
     shards = num_shards(mesh.shape, current_mesh_axes().width)
     if vocab_size % shards == 0:
@@ -356,7 +356,7 @@ def _chunk_loss(
 ) -> tuple[Float[Array, " C"], Float[Array, ""], Float[Array, "C V"]]:
     """Computes the divergence of each position, the loss, and its gradient in the logits.
 
-    One group of positions at a time, whose gradients overwrite their logits.
+    One group of positions is computed at a time; its gradients overwrite its logits to save memory.
     """
     size = len(chunk.targets)
     if group == size:
@@ -382,7 +382,7 @@ def _chunk_loss(
 def _group_loss(
     objective: Objective, logits: Float[Array, "G V"], group: _Positions
 ) -> tuple[Float[Array, " G"], Float[Array, ""], Float[Array, "G V"]]:
-    """Computes what `_chunk_loss` does, of all its positions at once."""
+    """Computes the results of `_chunk_loss` for the positions of one group, all at once."""
     teacher, targets, weights, advantages = group
     value, gradient = objective.value_and_gradient(logits, teacher, targets, advantages)
     mask = weights != 0
@@ -394,6 +394,6 @@ def _group_loss(
         loss = loss + objective.z_loss * jnp.square(log_z)
         probs = jnp.exp(logits - log_z[:, None])
         gradient = gradient + (2.0 * objective.z_loss) * log_z[:, None] * probs
-    # 0 times an infinite gradient would be NaN, and what has no weight must not matter.
+    # Positions of weight 0 must not change the result, but 0 times an infinite gradient is NaN.
     gradient = jnp.where(mask[:, None], weights[:, None] * gradient, 0.0)
     return value, jnp.sum(jnp.where(mask, weights * loss, 0.0)), gradient

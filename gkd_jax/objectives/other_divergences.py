@@ -14,8 +14,8 @@ from gkd_jax.common.array_types import Array, Float
 from gkd_jax.common.moved import load_moved
 from gkd_jax.objectives.divergences import Divergence, VocabularyEntries, mix, times_log
 
-# Rounding of a log-ratio in float32, relative to the larger log-probability: some units in the last
-# place.
+# Bound on the rounding error of log p - log q in float32, relative to their magnitude: four units
+# in the last place.
 _ROUNDING = 4 * 2.0**-23
 
 
@@ -33,7 +33,7 @@ class TotalVariation(Divergence):
         TV(P, Q) = 1/2 sum of |p_v - q_v|.
 
     "f-Divergence Minimization for Sequence-Level Knowledge Distillation" (f-distill,
-    arXiv 2307.15190). Its slope jumps where p_v = q_v, and is 0 there.
+    arXiv 2307.15190). The gradient is discontinuous at p_v = q_v, where the slope is set to 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -94,7 +94,7 @@ class SkewForwardKL(Divergence):
         _check_between("SkewForwardKL.alpha", self.alpha, "For alpha=0 use ForwardKL.")
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """p log(p / m) + (m - p), which is never negative; the bracket sums to 0."""
+        """p log(p / m) + (m - p), with m the mixture. It is never negative; m - p sums to 0."""
         log_p_over_m, _ = mix(entries.log_ratio, self.alpha)
         difference = (1.0 - self.alpha) * (entries.student_probs - entries.teacher_probs)
         return times_log(entries.teacher_probs, log_p_over_m) + difference
@@ -136,7 +136,7 @@ class SkewReverseKL(Divergence):
         _check_between("SkewReverseKL.alpha", self.alpha, "For alpha=0 use ReverseKL.")
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """q log(q / m) + (m - q), which is never negative; the bracket sums to 0."""
+        """q log(q / m) + (m - q), with m the mixture. It is never negative; m - q sums to 0."""
         log_q_over_m, _ = mix(-entries.log_ratio, self.alpha)
         difference = (1.0 - self.alpha) * (entries.teacher_probs - entries.student_probs)
         return times_log(entries.student_probs, log_q_over_m) + difference
@@ -194,7 +194,7 @@ class AlphaDivergence(Divergence):
 
 
 def _log_product(entries: VocabularyEntries, alpha: float) -> Array:
-    """Returns log(p^alpha q^(1 - alpha)); for alpha < 1 -inf if either probability is 0."""
+    """Returns log(p^alpha q^(1 - alpha)). If alpha < 1 and p or q is 0, this is -inf."""
     student, teacher = entries.student_log_probs, entries.checked_teacher_log_probs
     return alpha * teacher + (1.0 - alpha) * student
 
@@ -204,7 +204,8 @@ def _missing_product(entries: VocabularyEntries, alpha: float) -> Array:
 
     Its sum over a row is 1 - sum of the products p^alpha q^(1 - alpha).
     """
-    # Near p = q the three cancel: q times the difference of two expm1 keeps the digits.
+    # Near p = q the three terms cancel almost entirely. With d = log(p / q), their sum is equal to
+    # q (alpha expm1(d) - expm1(alpha d)), which keeps its precision.
     ratio = entries.log_ratio
     is_near = jnp.abs(ratio) < 1.0
     close = jnp.where(is_near, ratio, 0.0)
@@ -271,10 +272,12 @@ class RenyiDivergence(Divergence):
 
     def _log_sum(self, entries: VocabularyEntries) -> Float[Array, "*n 1"]:
         """Returns log(sum of p^alpha q^(1 - alpha)) of each row, exactly 0 where P = Q."""
-        # If every product is 0, the finite log-probabilities of excluded entries must not remain.
+        # Excluded entries have a finite log-probability (EXCLUDED_LOG_PROB): if all other products
+        # are 0, it would be the result instead of -inf.
         logs = jnp.where(entries.is_excluded, -jnp.inf, _log_product(entries, self.alpha))
         log_sum = jax.nn.logsumexp(logs, axis=-1, keepdims=True)
-        # The logarithm of a sum near 1 has only the digits of the sum's distance from 1.
+        # The logarithm of a rounded sum near 1 is inaccurate. There it is computed from 1 minus the
+        # sum, which `_missing_product` gives without cancellation.
         missing = jnp.sum(_missing_product(entries, self.alpha), axis=-1, keepdims=True)
         near = jnp.abs(log_sum) < 0.5
         return jnp.where(near, jnp.log1p(-jnp.where(near, missing, 0.0)), log_sum)
@@ -287,8 +290,8 @@ class ClippedForwardKL(Divergence):
         sum of min(p_v log(p_v / q_v), limit).
 
     "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models" (OPSD,
-    arXiv 2601.18734): without the clipping a few entries, often of style, make up the gradient.
-    It may be negative, so it is not a divergence in the strict sense.
+    arXiv 2601.18734): without clipping, a few entries, often stylistic tokens, dominate the
+    gradient. The clipped sum may be negative, so it is not a divergence in the strict sense.
 
     Attributes:
       limit: largest contribution of an entry, above 0; OPSD takes 0.05.
@@ -320,7 +323,7 @@ class ClippedForwardKL(Divergence):
         return jnp.minimum(times_log(entries.teacher_probs, entries.log_ratio), self.limit)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """q - p; q where the entry is clipped, whose own slope is 0."""
+        """q - p, or only q for a clipped entry, whose term is constant."""
         contributions = times_log(entries.teacher_probs, entries.log_ratio)
         unclipped = jnp.where(contributions < self.limit, entries.teacher_probs, 0.0)
         return entries.student_probs - unclipped
@@ -333,10 +336,13 @@ class SampledReverseKL(Divergence):
         log q_y - log p_y.
 
     For outputs sampled from the student this is an unbiased estimate of KL(Q || P). Its gradient is
-    that of a policy (the score function): -A grad log q_y, with the advantage A = log p_y - log q_y
-    held fixed, an unbiased estimate of the gradient of KL(Q || P). It is far noisier than
-    `ReverseKL`, which sums over the vocabulary; methods that see one token's probability only use
-    it.
+    a policy gradient (score function), with the advantage A held fixed,
+
+        -A grad log q_y,  A = log p_y - log q_y,
+
+    which is an unbiased estimate of the gradient of KL(Q || P). Both estimates are far noisier than
+    `ReverseKL`, which sums over the vocabulary. They are for methods that see only the
+    log-probability of the output token.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -358,5 +364,5 @@ class SampledReverseKL(Divergence):
 
 
 def __getattr__(name: str) -> Any:
-    """What this module used to define."""
+    """Returns a name that this module defined in earlier versions."""
     return load_moved(__name__, name)

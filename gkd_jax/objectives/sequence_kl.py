@@ -4,10 +4,13 @@ With r_t = log p_t - log q_t of the output tokens, the reverse KL of whole outpu
 
     KL(Q || P) = -E_{y~Q} sum over t of r_t.
 
-Its gradient has two parts ("MiniLLM: Knowledge Distillation of Large Language Models",
-arXiv 2306.08543, section 2.2). A token's own r_t, summed over the vocabulary, gives the gradient of
-the reverse KL at that position: `ReverseKL`, exact. The tokens after it give -R_{t+1} grad log q_t
-with the return R_{t+1}, the sum of r_u over u > t, held fixed: `PolicyGradient`.
+Its gradient at a position t has two parts ("MiniLLM: Knowledge Distillation of Large Language
+Models", arXiv 2306.08543, section 2.2):
+
+- the gradient of the reverse KL of the next-token distributions at t, exact over the vocabulary,
+  which `ReverseKL` computes;
+- the policy gradient -R_{t+1} grad log q_t, which `PolicyGradient` computes. The return R_{t+1} is
+  the sum of r_u over the tokens u > t and is held fixed.
 """
 
 import math
@@ -21,14 +24,14 @@ from gkd_jax.common.array_types import Array, Float
 def returns_to_go(
     log_ratio: Float[Array, "B T"], loss_weights: Float[Array, "B T"], *, length_normalized: bool
 ) -> Float[Array, "B T"]:
-    """Computes the return R_{t+1} of the tokens after each token, as its advantage.
+    """Computes the advantage of each token t: the return R_{t+1} of the tokens after it.
 
     Args:
-      log_ratio: r_t = log p_t - log q_t of the output tokens; read at tokens with weight.
+      log_ratio: r_t = log p_t - log q_t of the output tokens; only tokens with weight are used.
       loss_weights: 1 up to and including the end of an output, 0 after it.
-      length_normalized: whether to take the mean of r_u over the tokens u > t instead of the sum,
-        as MiniLLM does. Otherwise long outputs have large returns, and the student learns to write
-        short ones.
+      length_normalized: whether to take the mean of r_u over the tokens u > t, as MiniLLM does,
+        instead of the sum. On average r_u is negative, so that with sums long outputs have lower
+        returns, and the student learns to write short ones.
 
     Returns:
       Advantages without gradient; 0 on the last token of an output and after it.

@@ -18,8 +18,8 @@ from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.objective import Objective
 
 
-# The runs of a study share these functions and their compiled programs. Arguments are compared by
-# value.
+# Cached by the values of the arguments, so that the runs of a study share the jitted functions and
+# their compiled programs.
 @functools.cache
 def jit_rollout(
     rollout: Rollout,
@@ -41,7 +41,7 @@ def jit_rollout(
 
 
 def abstract_rollout(experiment: Experiment) -> PyTree[jax.ShapeDtypeStruct]:
-    """Returns the shapes of the batches that training samples.
+    """Returns the shapes and dtypes of a batch of rollouts during training.
 
     Fields that no objective reads are left out (see `without_log_probs`).
     """
@@ -70,7 +70,7 @@ def abstract_rollout(experiment: Experiment) -> PyTree[jax.ShapeDtypeStruct]:
 def jit_mix_outputs(
     partitioner: Partitioner,
 ) -> Callable[[Batch, Batch, Array, Key[Array, ""]], Batch]:
-    """Jits `rollout.mix_outputs` as `(batch, sampled, fraction, key)`."""
+    """Jits `rollout.mix_outputs` as a function of `(batch, sampled, fraction, key)`."""
 
     def mix(batch: Batch, sampled: Batch, fraction: Array, key: Key[Array, ""]) -> Batch:
         return mix_outputs(batch, sampled, fraction=fraction, key=key)
@@ -98,7 +98,7 @@ def jit_eval_step(
 def without_log_probs(batch: Batch) -> Batch:
     """Drops `sample_log_probs`, which no objective reads.
 
-    Batches of data and of samples then have the same structure, so that a jitted function of both
-    is compiled once.
+    Batches of data and of samples then have the same structure, so that a jitted function that is
+    called with either is compiled only once.
     """
     return dataclasses.replace(batch, sample_log_probs=None)

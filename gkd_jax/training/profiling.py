@@ -15,9 +15,9 @@ Value = TypeVar("Value")
 class PhaseTimes:
     """Seconds of the phases of a step, such as rollout and update, for each kind of step.
 
-    Devices run the phases one after another while the host runs ahead, so the host has to wait for
-    a phase to time it. It does so in one step of each kind between two entries of the metrics log,
-    and never in the first step of a kind, which includes compilation.
+    Dispatch is asynchronous, so the duration of a phase is known only if the host waits for its
+    result. The host waits in one step of each kind between two entries of the metrics log, and
+    never in the first step of a kind, which includes compilation.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,8 @@ class PhaseTimes:
     def phase(self, name: str) -> Iterator[Callable[[Value], Value]]:
         """Times the `with` block.
 
-        Yields a function that returns its argument, and in a timed step waits for its arrays.
+        Yields a function to apply to the result of the phase. It returns the result unchanged, and
+        in a timed step first waits until its arrays are computed.
         """
         phases, start = self._phases, time.monotonic()
 
@@ -74,7 +75,7 @@ class Profiler:
     def step(self, number: int) -> Iterator[Callable[[Any], None]]:
         """Surrounds step `number`, counted from 1.
 
-        Yields a function to call with the step's result, so that a trace ends after it is computed.
+        Yields a function to call with the step's result. A trace ends only once that is computed.
         """
         if self._steps is None:
             yield lambda result: None

@@ -1,4 +1,4 @@
-"""Checks of output layers against vocabularies, and of output layers of different size."""
+"""Checks that output layers fit their vocabularies, and that teacher and student fit each other."""
 
 from gkd_jax.data.vocabularies import Vocabulary, check_same_vocabulary
 from gkd_jax.distillation.teachers import Teacher
@@ -27,11 +27,13 @@ def check_vocab_size(
 def check_padding(
     student: LanguageModel, teacher: Teacher, vocabulary: Vocabulary, *, is_known: bool
 ) -> None:
-    """Checks that output layers of different size are known to differ by padding alone.
+    """Checks that vocabularies were compared if the output layers differ in size.
+
+    Only the comparison shows that the additional entries of the larger layer are padding.
 
     Args:
       student: student's model.
-      teacher: one network of the teacher.
+      teacher: one of the experiment's teacher networks.
       vocabulary: student's vocabulary.
       is_known: whether the teacher's vocabulary was compared with the student's.
 
@@ -50,7 +52,9 @@ def check_padding(
 
 
 def check_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> None:
-    """Checks that a teacher with its own tokens needs them, and can be compared with the student.
+    """Checks that a `CrossTokenizerTeacher` is needed and can be compared with the student.
+
+    It is needed only if the teacher's vocabulary differs from the student's.
 
     Args:
       experiment: the experiment.
@@ -80,7 +84,7 @@ def check_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> None:
 
 
 def describe_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> str | None:
-    """Describes how a teacher with its own tokens is compared; None for other teachers."""
+    """Describes how a `CrossTokenizerTeacher` is compared with the student, else returns None."""
     objective = measured_objective(experiment, vocabulary)
     if not isinstance(objective, SpanObjective) or objective.vocabularies is None:
         return None
