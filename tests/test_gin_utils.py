@@ -367,6 +367,31 @@ gin_toy.Run.num_steps = %gin.REQUIRED
     )
 
 
+def test_a_missing_value_of_a_macros_object_is_named_without_the_macro(parse):
+    text = (
+        _HEAD
+        + """
+gin_toy.Run.model_dir = 'x'
+gin_toy.Run.student = %STUDENT
+STUDENT = @gin_toy.Model()
+"""
+    )
+    with pytest.raises(MissingValues) as error:
+        parse(text)
+    assert error.value.names == ("gin_toy.Model.width",)
+    assert parse(text, bindings=["gin_toy.Model.width = 3"]).build().student.width == 3
+
+
+@pytest.mark.parametrize(("given", "hint"), [("sfd", "Did you mean '{}'?"), ("entropy", "")])
+def test_a_gin_file_is_suggested_by_its_own_name(given, hint, tmp_path):
+    """Whatever its folder has in common."""
+    (tmp_path / "sft.gin").touch()
+    with pytest.raises(FileNotFoundError) as error:
+        configuration.parse(roots=(), gin_files=[str(tmp_path / f"{given}.gin")])
+    suggested = str(error.value).partition("Searched")[0].partition("gin'.")[2].strip()
+    assert suggested == hint.format(tmp_path / "sft.gin")
+
+
 def test_what_an_override_leaves_unused_is_no_error(parse, toy):
     """But what is bound after the override, and not used, is."""
     config = parse(_RUN, bindings=["Run.optimizer = @gin_toy.Adam()", "Run.teacher = None"])

@@ -142,6 +142,15 @@ def test_methods_that_are_compared_need_no_more_than_the_recipe(monkeypatch):
         ).build()
 
 
+def test_every_method_is_listed():
+    """In the table of methods of docs/recipes.md, and nothing else is."""
+    text = (_ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Methods\n")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    files = (_ROOT / "gin_configs" / "methods").glob("*.gin")
+    assert sorted(listed) == sorted(file.stem for file in files)
+
+
 def test_every_part_is_included_by_a_gin_file():
     texts = [(_ROOT / name).read_text() for name in _GIN_FILES]
     parts = filter(_is_included_only, _GIN_FILES)

@@ -13,14 +13,21 @@ from gkd_jax.sampling.decode import DecodingMethod
 from gkd_jax.sampling.methods import Greedy, Sample
 
 
-def require_positive(owner: object, *names: str) -> None:
-    """Raises a `ValueError` if one of the named fields is less than 1."""
+def require_positive(owner: object, *names: str, otherwise: str = "") -> None:
+    """Raises a `ValueError` if one of the named fields is less than 1.
+
+    Args:
+      owner: a dataclass.
+      *names: names of its fields.
+      otherwise: what to set instead by someone who gave 0 to switch it off.
+    """
     for name in names:
         value = getattr(owner, name)
         if value < 1:
             raise ValueError(
                 f"{type(owner).__name__}.{name} must be at least 1; got {value}. "
-                f"Set {type(owner).__name__}.{name} to a positive number."
+                f"Set {type(owner).__name__}.{name} to a positive number"
+                f"{', or ' if otherwise else ''}{otherwise}."
             )
 
 
@@ -77,7 +84,7 @@ class Evaluation:
     Attributes:
       data: held-out examples.
       period: steps between evaluations. There is also one before the first step and one after the
-        last.
+        last; without any, `Experiment.evaluation` is None.
       method: decoding method for the task's metrics.
       num_divergence_examples: number of examples on which the objective is measured, rounded up to
         whole batches: on the data's outputs and, if there is a teacher, on the student's samples.
@@ -91,7 +98,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        require_positive(self, "period")
+        require_positive(self, "period", otherwise="Experiment.evaluation to None for none")
         if self.num_divergence_examples < 0:
             raise ValueError(
                 "Evaluation.num_divergence_examples must be at least 0; got "

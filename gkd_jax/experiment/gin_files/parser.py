@@ -86,12 +86,13 @@ class GinParser:
             names.warn_once(f"{name} is now {present}.")
             return self._find(present, including_file)
         beside = {
-            str(file.relative_to(folder)): None
+            file.stem: str(pathlib.Path(name).parent / file.name)
             for folder in folders
             for file in (folder / name).parent.glob("*.gin")
         }
+        hint = did_you_mean(pathlib.Path(name).stem, beside, shown=beside)
         raise FileNotFoundError(
-            f"there is no gin file '{name}'.{did_you_mean(name, beside)} Searched:\n"
+            f"there is no gin file '{name}'.{hint} Searched:\n"
             + "\n".join(f"  {candidate}" for candidate in candidates)
             + "\nGive --gin_file a path, or its folder by --gin_search_paths."
         )

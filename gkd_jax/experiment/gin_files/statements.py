@@ -128,11 +128,19 @@ class Binding:
 Bindings = dict[Key, Binding]
 
 
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Returns a sentence with the candidate nearest to `name`, or '' if none is near."""
+def did_you_mean(
+    name: str, candidates: Iterable[str], shown: Mapping[str, str] | None = None
+) -> str:
+    """Returns a sentence with the candidate nearest to `name`, or '' if none is near.
+
+    The sentence has what `shown` has for the candidate, if given.
+    """
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return f" Did you mean '{by_lower[close[0]]}'?" if close else ""
+    if not close:
+        return ""
+    nearest = by_lower[close[0]]
+    return f" Did you mean '{shown[nearest] if shown else nearest}'?"
 
 
 def references(value: Any) -> Iterator[Reference]:

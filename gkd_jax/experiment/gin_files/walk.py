@@ -100,7 +100,14 @@ class Walk:
         for name, parameter in target.parameters().items():
             is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if parameter.default is parameter.empty and name not in bound and not is_variadic:
-                self.missing[str(Key(scope, target, name))] = f"{target} has no default for it"
+                key = Key(self._without_macros(scope), target, name)
+                self.missing[str(key)] = f"{target} has no default for it"
+
+    def _without_macros(self, scope: tuple[str, ...]) -> tuple[str, ...]:
+        """The prefix of a scope that users wrote: a binding in it is received as well."""
+        macros = {key.scope for key in self.bindings if key.target == MACRO}
+        named = (index for index, name in enumerate(scope) if (name,) in macros)
+        return scope[: next(named, len(scope))]
 
 
 def _contains_required(value: Any) -> bool:
