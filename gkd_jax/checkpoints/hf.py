@@ -1,7 +1,7 @@
 """Hugging Face checkpoints: directories with a config.json and weights in safetensors files.
 
-Weights are memory-mapped and read one tensor at a time, converted to the requested dtype and
-sharding. Pickled weights are never loaded.
+Weights are memory-mapped. They are read one tensor at a time and converted to the requested dtype
+and sharding. Pickled weights are never loaded.
 """
 
 import json
@@ -35,7 +35,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-"""Files beside the weights that an export of a student with the same vocabulary copies."""
+"""Files of a tokenizer in a Hugging Face checkpoint. An export copies them from the directory of
+the student's tokenizer."""
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -77,7 +78,7 @@ def hf_model(
 
 
 def is_hf_checkpoint(folder: epath.Path) -> bool:
-    """Returns whether a folder is a Hugging Face checkpoint: whether it has a config.json."""
+    """Returns whether a folder is a Hugging Face checkpoint, i.e. contains a config.json."""
     return (folder / CONFIG).is_file()
 
 
@@ -98,7 +99,7 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
 def shapes(folder: epath.Path) -> layout.Shapes:
     """Returns the shape and dtype of each parameter, by its name in this package.
 
-    Reads config.json and the headers of the weight files only.
+    Reads only config.json and the headers of the weight files.
 
     Raises:
       FileNotFoundError, CorruptCheckpointError: a file is missing or damaged.
@@ -111,10 +112,11 @@ def shapes(folder: epath.Path) -> layout.Shapes:
 
 
 def read_hf_params(folder: epath.Path, abstract_params: PyTree[jax.ShapeDtypeStruct]) -> Params:
-    """Reads parameters one tensor at a time, converted to the requested dtypes and shardings.
+    """Reads parameters one tensor at a time; converts them to the requested dtypes and shardings.
 
     Raises:
-      As `shapes`; also a ValueError that names parameters of another shape.
+      The errors of `shapes`.
+      ValueError: stored and requested shapes differ; the message names the parameters.
     """
     stored = _stored(folder)
     wanted = layout.shapes_of(abstract_params)
@@ -145,8 +147,9 @@ def write_hf_checkpoint(
       model: model that the parameters belong to.
       params: parameters, fetched from the devices one at a time.
       dtype: dtype of the written weights, 'float32' or 'bfloat16'.
-      config: config.json of the checkpoint that the model was loaded from, whose other fields are
-        kept; None writes the fields that follow from the model.
+      config: contents of config.json of the checkpoint that the model was loaded from. They are
+        written again, with another dtype. If None, only the fields that follow from the model are
+        written.
       shard_bytes: maximum size of a weight file in bytes.
 
     Returns:
@@ -163,7 +166,7 @@ def write_hf_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
 
-    # Unstacked, so that one layer at a time is copied from the devices.
+    # Stacked layers are separated, so that only one layer at a time is copied from the devices.
     params = stacking.unstack(params)
     names = layout.shapes_of(params)
     targets = {name: hf_names.hf_tensor(name, model.config) for name in names}
@@ -222,7 +225,7 @@ def _check_tied(
     """Checks that a stored output layer equals the embedding if the model ties the two.
 
     Raises:
-      ValueError: they differ.
+      ValueError: the output layer differs from the embedding.
     """
     head, embedding = tensors.get("lm_head.weight"), found.get("token_embedder/embedding")
     if head is None or embedding is None or any(one is head for one, _ in found.values()):

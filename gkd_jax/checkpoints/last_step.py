@@ -2,9 +2,9 @@
 
     python -m gkd_jax.checkpoints.last_step runs/wmt
 
-prints {"last_step": 4000, "train_steps": 20000, "done": false}. The scripts in launch/ run it on
-machines without any packages installed. For a local folder it therefore needs only Python's
-standard library, and it reads the run's files directly.
+prints {"last_step": 4000, "train_steps": 20000, "done": false}. The scripts in launch/ run this
+module on machines without any packages installed. For a local folder, this module therefore needs
+only Python's standard library; it parses the run's files without the rest of gkd_jax.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import re
 import sys
 from typing import Any
 
-# Copies of constants of modules that import JAX; a test compares them.
+# Copies of constants whose modules import JAX. A test checks that the copies are equal to them.
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 _MANIFEST = "MANIFEST.json"
 _HOST = "host.json"
@@ -58,7 +58,7 @@ def read_progress(model_dir: pathlib.Path, *, train_steps: int | None = None) ->
 
 
 def _last_step(folder: pathlib.Path) -> int:
-    """Returns the last step whose checkpoint has a manifest, which is written last; 0 if none."""
+    """Returns the last step with a complete checkpoint (one with a manifest); 0 if none."""
     try:
         names = [child.name for child in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -111,7 +111,7 @@ def main() -> None:
         folder = epath.Path(arguments.model_dir)
     try:
         progress = read_progress(folder, train_steps=arguments.train_steps)
-    except Exception as error:  # Each library that reaches buckets has its own.
+    except Exception as error:  # Each library for buckets has its own types of errors.
         print(f"error: {arguments.model_dir} cannot be read: {error!r}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(dataclasses.asdict(progress)))

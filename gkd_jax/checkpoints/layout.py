@@ -3,7 +3,7 @@
 checkpoint_1000/
   arrays/         arrays of the tree, written by Orbax, independent of the mesh
   host.json       format version, kind, step, names and shapes of the arrays, host values
-  MANIFEST.json   digests of both, written last
+  MANIFEST.json   digests of arrays/ and host.json, written last
   UNFINISHED      exists only while the checkpoint is being written or deleted
 """
 
@@ -121,7 +121,8 @@ def delete(folder: epath.Path) -> None:
     """Deletes a checkpoint. If interrupted, the remaining folder is marked as unfinished."""
     (folder / UNFINISHED).write_text("This checkpoint is being deleted.\n")
     (folder / MANIFEST).unlink(missing_ok=True)
-    # The mark is deleted last: without it, remaining arrays would pass for a damaged checkpoint.
+    # UNFINISHED is deleted last: a folder that has arrays, but neither a manifest nor UNFINISHED,
+    # counts as a damaged checkpoint.
     for child in list(folder.iterdir()):
         if child.is_dir():
             child.rmtree()
@@ -149,7 +150,7 @@ def read_header(folder: epath.Path) -> Header:
 
     Raises:
       CorruptCheckpointError: the file is missing or damaged.
-      ValueError: it has another format version.
+      ValueError: the checkpoint has another format version.
     """
     path = folder / HOST
     try:
@@ -169,9 +170,9 @@ def read_header(folder: epath.Path) -> Header:
 
 
 def to_nested(tree: PyTree[Any]) -> dict[str, Any]:
-    """Converts a tree of arrays into nested dictionaries whose keys are names.
+    """Converts a tree of arrays into nested dictionaries, whose keys are the names of the fields.
 
-    The classes of containers (dataclasses, named tuples) are not stored.
+    Other containers, such as dataclasses and named tuples, become dictionaries too.
 
     Raises:
       ValueError: the tree holds a random key, which has no stable representation on disk.
@@ -249,13 +250,13 @@ def check_shapes(
 
 
 def read_arrays(folder: epath.Path, nested_abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads arrays, converted to the requested dtypes and shardings.
+    """Reads arrays and converts them to the requested dtypes and shardings.
 
     Args:
       folder: a verified checkpoint whose shapes have been checked.
-      nested_abstract: `ShapeDtypeStruct`s of the arrays to read, in nested dictionaries as from
-        `to_nested`; may be a subset of the checkpoint. An array without sharding is placed on the
-        first local device.
+      nested_abstract: `ShapeDtypeStruct` of each array to read, in nested dictionaries like those
+        that `to_nested` returns. Other arrays of the checkpoint are not read. An array without
+        sharding is placed on the first local device.
     """
 
     def restore_args(array: Any) -> ocp.ArrayRestoreArgs:
@@ -278,7 +279,7 @@ def read_arrays(folder: epath.Path, nested_abstract: Mapping[str, Any]) -> dict[
 
 
 def from_nested(nested: Mapping[str, Any], like: PyTree[Any]) -> PyTree[Any]:
-    """Puts arrays in nested dictionaries back into the containers of `like`; undoes `to_nested`."""
+    """Moves arrays from nested dictionaries into the containers of `like`; inverts `to_nested`."""
 
     def find(path: Any, _: Any) -> Any:
         node: Any = nested
@@ -300,7 +301,7 @@ def _names(path: Any) -> list[str]:
 def write_evaluated(directory: epath.Path, step: int, scores: Mapping[str, float]) -> None:
     """Writes the scores of an evaluation that was made after the checkpoint of its step was saved.
 
-    They go into a file next to the checkpoint, which is not modified.
+    The scores go into a file next to the checkpoint. The checkpoint itself is not modified.
     """
     path = directory / f"evaluated_{step}.json"
     unfinished = path.with_suffix(".unfinished")

@@ -20,11 +20,12 @@ from gkd_jax.models import stacking
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """Description of a checkpoint, read without its arrays.
+    """Description of a checkpoint, without the values of its arrays.
 
     Attributes:
-      kind: 'run' (directory of a run: its last checkpoint), 'state' (one checkpoint of a run),
-        'params' (exported parameters), 't5x-native', 't5x-orbax' or 'hf' (Hugging Face).
+      kind: 'run' (the directory of a run, whose last checkpoint is described), 'state' (one
+        checkpoint of a run), 'params' (exported parameters), 't5x-native', 't5x-orbax' or 'hf'
+        (Hugging Face).
       folder: folder of the checkpoint itself.
       step: number of updates made; None if unknown.
       shapes: shape and dtype of each parameter, by its name, such as 'decoder/norm/scale'.
@@ -45,14 +46,18 @@ def load_params(
     step: int | None = None,
     field: str = "params",
 ) -> Params:
-    """Loads parameters, without the optimizer state. Verifies digests if the checkpoint has them.
+    """Loads parameters from a checkpoint of any kind.
+
+    The optimizer state is not read. If the checkpoint has digests, its files are verified first.
 
     Args:
       path: the directory of a run (its last intact checkpoint is loaded), one `checkpoint_<step>`
         of a run, a folder written by `save_params`, a T5X checkpoint (native or Orbax), a Hugging
-        Face directory with safetensors files, or the name of a model on its hub.
-      abstract_params: shapes, dtypes to convert to (bfloat16 for a teacher), and shardings.
-      step: if `path` is the directory of a run, loads this step only.
+        Face directory with safetensors files, or the name of a model on the Hugging Face hub.
+      abstract_params: shape, dtype and sharding of each parameter. Stored values are converted to
+        this dtype, such as bfloat16 for a teacher.
+      step: step to load if `path` is the directory of a run; None loads the last intact
+        checkpoint.
       field: field of a run's state to load: 'params', or 'average' if the run keeps an average.
 
     Returns:
@@ -104,10 +109,10 @@ def describe_checkpoint(path: epath.PathLike, *, field: str = "params") -> Check
 
     Args:
       path: as in `load_params`.
-      field: field of a run's state to describe. Checkpoints of other frameworks have 'params' only.
+      field: field of a run's state to describe. Checkpoints of other frameworks have only 'params'.
 
     Raises:
-      As `load_params`.
+      The errors of `load_params`.
     """
     folder = _existing(path)
     kind = _kind(folder)
@@ -140,7 +145,8 @@ def check_compatible(
       The description of the checkpoint.
 
     Raises:
-      As `load_params`; a ValueError about shapes names the first few parameters that differ.
+      The errors of `load_params`. A ValueError about shapes names the first few parameters whose
+      shapes differ.
     """
     info = describe_checkpoint(path, field=field)
     is_foreign = info.kind.startswith("t5x") or info.kind == "hf"
@@ -153,11 +159,12 @@ def check_compatible(
 
 @dataclasses.dataclass(frozen=True)
 class _LayerForm:
-    """Conversion between the layers of a checkpoint and the requested ones, stacked or separate.
+    """Conversion of parameters from stacked layers to separate ones, or from separate to stacked.
 
     Attributes:
-      stored: the requested shapes in the form of the checkpoint.
-      convert: converts the parameters read from the checkpoint to the requested form.
+      stored: shapes to read from the checkpoint: the requested parameters, with layers stacked or
+        separate as in the checkpoint.
+      convert: function that converts the parameters read from the checkpoint to the requested form.
     """
 
     stored: PyTree[jax.ShapeDtypeStruct]
@@ -165,7 +172,12 @@ class _LayerForm:
 
     @classmethod
     def of(cls, wanted: PyTree[jax.ShapeDtypeStruct], *, are_stacked: bool) -> "_LayerForm":
-        """Returns the conversion for a checkpoint with stacked or separate layers."""
+        """Returns the conversion from a checkpoint to the parameters `wanted`.
+
+        Args:
+          wanted: shapes of the requested parameters, with stacked or separate layers.
+          are_stacked: whether the layers are stacked in the checkpoint.
+        """
         wants_stacked = stacking.are_stacked(layout.shapes_of(wanted))
         if wants_stacked == are_stacked:
             return cls(wanted)
@@ -176,7 +188,7 @@ class _LayerForm:
 
 
 def _are_stacked(folder: epath.Path) -> bool:
-    """Returns whether the layers of a checkpoint are stacked, from its header alone."""
+    """Returns whether the layers of a checkpoint are stacked. Reads only its header."""
     kind = _kind(folder)
     if kind == "hf" or kind.startswith("t5x"):
         return False
@@ -203,7 +215,7 @@ def _existing(path: epath.PathLike) -> epath.Path:
 
 
 def _kind(folder: epath.Path) -> str:
-    """Returns 'run', 'folder' (one checkpoint of this package), 'hf' or one of T5X's kinds."""
+    """Returns 'run', 'folder' (one checkpoint of gkd_jax), 'hf', 't5x-native' or 't5x-orbax'."""
     ours = (layout.HOST, MANIFEST, layout.UNFINISHED)
     if any((folder / name).exists() for name in ours):
         return "folder"
@@ -254,7 +266,7 @@ def _field_only(shapes: layout.Shapes, field: str) -> layout.Shapes:
 
 
 def _check_field(shapes: layout.Shapes, field: str, folder: epath.Path) -> None:
-    """Checks that a checkpoint has the requested field; all checkpoints have 'params'."""
+    """Checks that a checkpoint has the requested field. All checkpoints have 'params'."""
     if field != "params" and not shapes:
         raise ValueError(
             f"the checkpoint {folder} holds no {field} of the student's parameters. Choose a run "
@@ -271,7 +283,7 @@ def _describe_t5x(root: epath.Path, kind: str) -> CheckpointInfo:
     assert folder is not None
     native = kind == "t5x-native"
     stored = t5x.native_arrays(folder) if native else t5x.orbax_arrays(folder)
-    # Opened concurrently: in a bucket, opening one after the other is slow.
+    # All arrays are opened concurrently, because opening them one by one is slow in a bucket.
     opening = {
         name: one if isinstance(one, np.ndarray) else tensorstore.open(one, open=True, read=True)
         for name, one in stored.items()

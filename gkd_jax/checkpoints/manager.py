@@ -28,8 +28,9 @@ class CheckpointManager:
     Each checkpoint is a folder `checkpoint_<step>` in the run's directory. `save` copies the
     arrays to the host and returns; a background thread then writes them, writes the manifest of
     digests, and deletes checkpoints that are no longer kept. A checkpoint is complete only if it
-    has its manifest, so the process may be killed at any time. All processes of a run must make
-    the same calls, on a directory that they share.
+    has its manifest. The process may therefore be killed at any time: a partly written checkpoint
+    is recognized and ignored. All processes of a run must make the same calls, on a directory that
+    they share.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class CheckpointManager:
           directory: local directory, or a bucket path such as gs://bucket/run.
           keep: number of latest checkpoints to keep; None keeps all. The checkpoint with the best
             metric is kept in addition.
-          keep_every: also keep checkpoints whose step is a multiple of this.
-          best_mode: 'max' or 'min': whether the highest or the lowest metric is the best.
+          keep_every: also keep the checkpoints whose step is a multiple of `keep_every`; None keeps
+            no others.
+          best_mode: 'max' if the highest metric is the best, 'min' if the lowest is.
           read_only: if True, the directory is not created, and `save` raises an error.
 
         Raises:
@@ -99,7 +101,7 @@ class CheckpointManager:
     ) -> bool:
         """Starts saving a checkpoint, after waiting for the previous save to complete.
 
-        The state may be donated or modified as soon as this returns.
+        The state may be donated or modified as soon as the call returns.
 
         Args:
           step: number of updates made.
@@ -110,11 +112,13 @@ class CheckpointManager:
             is never the best.
 
         Returns:
-          False if nothing is saved because the run was restored from this checkpoint.
+          Whether a save was started. False if the run was restored from this checkpoint, so that
+          there is nothing to save.
 
         Raises:
-          ValueError: `host` is not JSON, or the directory already has this or a later step.
-          Exception: the error of the previous save.
+          ValueError: the manager is read-only, `host` is not JSON, or the directory already has a
+            checkpoint of this step or of a later one.
+          Exception: the previous save failed; its error is raised again.
         """
         if self._read_only:
             raise ValueError(
@@ -155,7 +159,7 @@ class CheckpointManager:
             succeeded. Use it if the other processes may not be calling `wait`.
 
         Raises:
-          Exception: the error of that save.
+          Exception: the last save failed; its error is raised again.
         """
         if self._thread is None:
             return
@@ -170,7 +174,10 @@ class CheckpointManager:
             raise error
 
     def close(self, *, alone: bool = False) -> None:
-        """Waits as `wait` does and stops the threads. The manager can still be used afterwards."""
+        """Waits for the last save, like `wait`, and stops Orbax's threads.
+
+        The manager can still be used afterwards.
+        """
         try:
             self.wait(alone=alone)
         finally:
@@ -187,9 +194,9 @@ class CheckpointManager:
         return [step for step in self._step_folders() if self._is_complete(step)]
 
     def latest_step(self) -> int | None:
-        """Returns the step of the last complete checkpoint; None if none was ever saved.
+        """Returns the step of the last complete checkpoint; None if no save was ever completed.
 
-        Digests are not verified here but in `restore`, which may fall back to an earlier step.
+        This does not verify digests. `restore` verifies them, and may use an earlier step.
 
         Raises:
           CorruptCheckpointError: there are checkpoints, but all have lost their manifest.
@@ -203,7 +210,7 @@ class CheckpointManager:
         return None
 
     def best_step(self) -> int | None:
-        """Returns the step with the best metric (the earliest among equals), or None."""
+        """Returns the step with the best metric (the earliest if equal); None without metrics."""
         return self._best(self.all_steps())
 
     def restore(
@@ -224,8 +231,8 @@ class CheckpointManager:
         Raises:
           FileNotFoundError: there is no checkpoint, or none of `step`.
           CorruptCheckpointError: the checkpoint of `step` is corrupt, or all checkpoints are.
-          ValueError: its arrays differ from `abstract_state`, or another version of the format
-            wrote it.
+          ValueError: the checkpoint's arrays differ from `abstract_state`, or the checkpoint has
+            another format version.
         """
         self.wait()
         chosen = self.choose(step)
@@ -239,8 +246,13 @@ class CheckpointManager:
         return layout.from_nested(nested, abstract_state), header.host, chosen
 
     def choose(self, step: int | None = None) -> int:
-        """Returns the step that `restore` would restore, verified; raises as `restore` does."""
-        # Only process 0 reads every byte; all processes restore the step that it chose.
+        """Verifies checkpoints and returns the step that `restore` would restore.
+
+        Raises:
+          FileNotFoundError, CorruptCheckpointError: as in `restore`.
+        """
+        # Only process 0 verifies digests, which reads every byte of a checkpoint. All processes use
+        # the step that process 0 chose.
         chosen = process_zero_decides(lambda: self._choose(step))
         if step is None:
             self._corrupt |= {s for s in self.all_steps() if s > chosen}
@@ -313,10 +325,10 @@ class CheckpointManager:
         return layout.is_unfinished(self.folder(step))
 
     def _make_room(self, step: int) -> bool:
-        """Removes unusable checkpoints at and after `step`.
+        """Deletes unfinished checkpoints of `step` and later steps, and renames corrupt ones.
 
         Returns:
-          False if `step` is already saved and the run was restored from it.
+          Whether to save `step`. False if it is already saved and the run was restored from it.
         """
         later = [s for s in self._step_folders() if s >= step]
         usable = [s for s in later if self._is_complete(s) and s not in self._corrupt]
@@ -342,7 +354,10 @@ class CheckpointManager:
         logging.warning("moved the corrupt checkpoint %s to %s", self.folder(step), target)
 
     def _finish(self, step: int, header: str) -> None:
-        """Waits for the arrays, completes the checkpoint, deletes old ones. Runs in a thread."""
+        """Waits until the arrays are written, then completes the checkpoint and deletes old ones.
+
+        This runs in a background thread.
+        """
         try:
             assert self._checkpointer is not None
             self._checkpointer.wait_until_finished()
@@ -379,7 +394,7 @@ def newest_step(model_dir: str) -> int | None:
     """Returns the step of the newest complete checkpoint of a run; None if it has none.
 
     Raises:
-      ValueError: there are checkpoints, but none is complete.
+      ValueError: there are checkpoints, but all have lost their manifest.
     """
     if not is_in_bucket(model_dir) and not epath.Path(model_dir).is_dir():
         return None

@@ -19,7 +19,13 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def check_base_architecture(path: str | None) -> None:
-    """Checks that `transformers` gives the modules of a base model the names of an export.
+    """Checks that exported adapters can be loaded onto their base model.
+
+    Adapters name the modules that they belong to. `transformers` gives these modules other names in
+    a model that also takes images.
+
+    Args:
+      path: path or name of the base model; None if it is not known.
 
     Raises:
       ValueError: the student is the text part of a model that also takes images.
@@ -43,8 +49,8 @@ def write_adapters(
     Args:
       folder: a local directory; created if it does not exist.
       model: model that the adapters belong to.
-      adapters: A [in, rank] and B [rank, out] of each adapted matrix product, fetched from the
-        devices one at a time.
+      adapters: the matrices A [in, rank] and B [rank, out] of each adapted matrix product. They are
+        fetched from the devices one at a time.
       base: path or name of the base model, stored as information for the user.
 
     Returns:
@@ -98,7 +104,11 @@ def _modules(model: LoRA, products: Mapping[str, Any]) -> set[str]:
 
 
 def _target_modules(model: LoRA) -> list[str]:
-    """Returns the last components of module names if they match no others, else the names."""
+    """Returns the names by which PEFT finds the adapted modules.
+
+    These are the last components of the module names, such as 'q_proj', if no module without
+    adapters has the same last component. Otherwise they are the full module names.
+    """
     wanted = _modules(model, model.kernels)
     every = _modules(model, lora.products(model.model))
     ends = {name.rpartition(".")[2] for name in wanted}

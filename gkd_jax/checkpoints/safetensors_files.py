@@ -2,7 +2,7 @@
 
 A file consists of the length of its header (8 bytes, little-endian), the header (JSON that maps
 names to dtype, shape and offsets) and the bytes of the tensors; see
-https://github.com/huggingface/safetensors. It never contains code. The package `safetensors` is not
+https://github.com/huggingface/safetensors. No file contains code. The package `safetensors` is not
 used because it holds all tensors of a file in memory while writing and has no bfloat16 for NumPy.
 """
 
@@ -38,13 +38,13 @@ _MAX_HEADER = 100 << 20
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Location of a tensor.
+    """A tensor in a safetensors file, whose values have not been read.
 
     Attributes:
       file: file that holds the tensor.
-      dtype: dtype of its values.
-      shape: its shape.
-      offset: offset of its first byte in the file.
+      dtype: dtype of the tensor.
+      shape: shape of the tensor.
+      offset: offset in bytes, from the start of the file, of the tensor's first byte.
     """
 
     file: epath.Path
@@ -60,7 +60,7 @@ class StoredTensor:
 
 
 def read_directory(folder: epath.Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a directory by name: those of its index, or of its single file.
+    """Returns the tensors of a directory by name, from the files of its index or its single file.
 
     Raises:
       FileNotFoundError: there are no safetensors files, or a file is missing.
@@ -177,9 +177,10 @@ def write_file(
     shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     tensors: Iterator[tuple[str, np.ndarray]],
 ) -> None:
-    """Writes one file with the tensors named in `shapes`, taken from `tensors` in that order.
+    """Writes one file with the tensors named in `shapes`.
 
-    `tensors` is not exhausted: it may continue with the tensors of the next file.
+    The function takes these tensors, in the order of `shapes`, from the iterator `tensors`. The
+    iterator may continue with the tensors of the next file.
     """
     # `transformers` reads the framework from this entry and rejects files without it.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -43,7 +43,8 @@ def save_params(
         layout.begin(folder)
         return True
 
-    # Process 0 decides alone: the others would find the folder that it has begun.
+    # Only process 0 checks that the folder is new. The other processes might look after process 0
+    # has already written to it.
     process_zero_decides(make_folder)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         args = ocp.args.PyTreeSave(layout.to_nested(tree))

@@ -1,4 +1,4 @@
-"""Reads arrays of T5X and Hugging Face checkpoints onto the shardings that a model requires."""
+"""Reads arrays of T5X and Hugging Face checkpoints with the shardings that a model requires."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,11 +1,11 @@
 """T5X checkpoints: reads parameters from native and Orbax checkpoints, writes native ones.
 
 Native checkpoints (T5X's `checkpoints.Checkpointer`, version 3) have a msgpack file `checkpoint`
-with the tree `{'version', 'optimizer': {'target', 'state'}}`, whose leaves are small arrays or
-TensorStore specs of Zarr arrays beside the file. Orbax checkpoints (T5X's
-`OrbaxCheckpointManagerInterface`) have an item `state` with the same tree and all arrays in one
-OCDBT database. Only the parameters, `target`, are read. Written checkpoints hold the parameters and
-the step, but no optimizer state.
+with the tree `{'version', 'optimizer': {'target', 'state'}}`. The leaves of this tree are small
+arrays, or TensorStore specs of Zarr arrays that are stored next to the file. Orbax checkpoints
+(T5X's `OrbaxCheckpointManagerInterface`) have an item `state` with the same tree and all arrays in
+one OCDBT database. Only the parameters, `target`, are read. Written checkpoints hold the parameters
+and the step, but no optimizer state.
 """
 
 import json
@@ -35,7 +35,7 @@ def is_t5x_checkpoint(path: epath.PathLike) -> str | None:
     """Returns the format of a T5X checkpoint.
 
     Args:
-      path: a checkpoint (`.../checkpoint_2000`), or a folder of several; local or `gs://`.
+      path: a checkpoint (`.../checkpoint_2000`) or a folder of checkpoints, local or `gs://`.
 
     Returns:
       'native', 'orbax', or None if `path` is not a T5X checkpoint or does not exist.
@@ -48,12 +48,12 @@ def is_t5x_checkpoint(path: epath.PathLike) -> str | None:
 
 
 def read_t5x_params(path: epath.PathLike, abstract_params: PyTree[jax.ShapeDtypeStruct]) -> Params:
-    """Reads parameters one array at a time, converted to the requested dtypes and shardings.
+    """Reads parameters one array at a time; converts them to the requested dtypes and shardings.
 
     Each host reads only the slices that its devices hold. The optimizer state is not read.
 
     Args:
-      path: a checkpoint, or a folder of several, of which the last step is read.
+      path: a checkpoint, or a folder of checkpoints, of which the last step is read.
       abstract_params: nested dictionaries of `jax.ShapeDtypeStruct`: the tree to read, with the
         dtype and, optionally, the sharding of each array.
 
@@ -129,7 +129,7 @@ def _write_array(folder: epath.Path, name: str, array: np.ndarray) -> dict[str, 
         "chunks": [rows, *array.shape[1:]],
     }
     spec = {"driver": "zarr", "dtype": array.dtype.name, "metadata": metadata}
-    # Chunks of zeros are written too, so that a missing chunk is known to be lost.
+    # Chunks of zeros are written too, so that a missing chunk always means a damaged checkpoint.
     complete = {**spec, "store_data_equal_to_fill_value": True, "kvstore": _kvstore(folder / name)}
     store = tensorstore.open(complete, create=True).result()
     store.write(array).result()
@@ -142,7 +142,7 @@ def _kind(folder: epath.Path) -> str | None:
     state = folder / "state"
     if not (state / "manifest.ocdbt").is_file() or not (state / "_METADATA").is_file():
         return None
-    # Other programs also write an item `state`; that of T5X contains `target`.
+    # Other programs also write an item `state`. Only T5X's item contains `target`.
     return ORBAX if _orbax_names(folder) else None
 
 
@@ -248,7 +248,7 @@ def _check_names(folder: epath.Path, *, stored: set[str], wanted: set[str]) -> N
             f"the checkpoint must have every parameter of the model; {folder} lacks "
             f"{_some(missing)}. {remedy}"
         )
-    # Otherwise a model with fewer layers would load without an error.
+    # Without this check, a model with fewer layers than the checkpoint would load without an error.
     if unknown := sorted(stored - wanted):
         raise ValueError(
             f"the checkpoint must have the parameters of the model only; {folder} has "
