@@ -1,12 +1,13 @@
-"""What the student minimises, and on whose outputs: divergences, the objective, the loss.
+"""What the student minimises, and on which outputs: divergences, the objective, the loss.
 
-Pure functions of arrays and frozen dataclasses. The room knows no network (a model comes as hidden
-states and a function that makes logits of them), no optimizer and no files; of the device mesh it
-knows the roles of its axes (`common.mesh_axes`).
+The package contains pure functions of arrays and frozen dataclasses. It does not depend on
+networks, optimizers or files: a model is passed as hidden states and a function that computes
+logits from them. Of the device mesh it uses only the roles of the axes (`common.mesh_axes`).
 
-Start with `divergences`, where a divergence is a term per vocabulary entry, and `per_token`, which
-makes a value and a gradient of it. Then `objective`, with the loss in its plain form, and `fused`,
-the form that training uses. `objectives.X` is the public name of every divergence.
+Start with `divergences`, which defines each divergence by a term per vocabulary entry, and
+`per_token`, which computes its value and gradient at each token. Then read `objective`, with the
+loss in its plain form, and `fused`, with the form that training uses. A divergence X is imported
+as `objectives.X`.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
-"""Bucketed distributions: a few entries of the vocabulary, and all others as one, the tail.
+"""Bucketed distributions: a few vocabulary entries, and one bucket for all others, the tail.
 
-A sparse teacher is known in this form only. The divergence of teacher and student, both bucketed
-alike, is a sum over E + 1 entries by the same terms as over the vocabulary. For every f-divergence
-it is a lower bound of the divergence over the vocabulary, and equal to it if teacher and student
-are proportional on the tail.
+A sparse teacher is stored in this form. The student's distribution is put into the same buckets,
+and the divergence is the sum of the same terms as over the vocabulary, here over E + 1 buckets. For
+every f-divergence, the bucketed divergence is a lower bound of the divergence over the vocabulary.
+The two are equal if teacher and student are proportional on the tail.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ class Buckets:
 
     Attributes:
       ids: tokens of the first E buckets; the vocabulary size for an unused bucket.
-      rest: log q_v of the tokens in the tail, -inf for all others.
-      log_probs: log-probability of each bucket, that of the tail last; -inf for an empty one.
+      rest: log q_v of the tokens in the tail, -inf for all other tokens.
+      log_probs: log-probability of each bucket, with the tail last; -inf for an empty bucket.
     """
 
     ids: Int[Array, "*n E"]
@@ -38,30 +38,30 @@ class Buckets:
         """
         vocab_size = log_probs.shape[-1]
         is_entry = ids >= 0
-        # Out of bounds, where nothing is written.
+        # Ids of unused buckets are out of bounds, so that `_put` ignores them.
         ids = jnp.where(is_entry, ids, vocab_size)
         entries = jnp.take_along_axis(log_probs, jnp.where(is_entry, ids, 0), axis=-1)
         entries = jnp.where(is_entry, entries, -jnp.inf)
         rest = _put(log_probs, ids, jnp.full(ids.shape, -jnp.inf, entries.dtype))
-        # Not log(1 - sum of the entries): if these are nearly all, no digits would be left.
+        # Not log(1 - sum of the entries), which would have no correct digits if the sum is near 1.
         tail = jax.nn.logsumexp(rest, axis=-1, keepdims=True)
         return cls(ids, rest, jnp.concatenate([entries, tail], axis=-1))
 
     def holds(self, tokens: Int[Array, "*n"]) -> Bool[Array, "*n E1"]:
-        """Returns a mask that is True on the bucket of each token."""
+        """Returns a mask that is True at the bucket of each token."""
         is_own = self.ids == tokens[..., None]
         in_tail = ~jnp.any(is_own, axis=-1, keepdims=True)
         return jnp.concatenate([is_own, in_tail], axis=-1)
 
     def spread(self, slope: Float[Array, "*n E1"]) -> Float[Array, "*n V"]:
-        """Converts slopes in the buckets' log-probabilities to slopes in those of the tokens.
+        """Converts slopes in the log-probabilities of buckets to slopes in those of tokens.
 
-        Each token of the tail gets its share,
+        Each token of the tail gets a share of the tail's slope,
 
             d log q_tail / d log q_v = q_v / q_tail.
         """
         tail = self.log_probs[..., -1:]
-        # An empty tail has no tokens: avoid -inf minus -inf.
+        # If the tail is empty, all shares must be 0, but -inf minus -inf would be NaN.
         share = jnp.exp(self.rest - jnp.where(jnp.isneginf(tail), 0.0, tail))
         tail_slope = jnp.where(share > 0, share * slope[..., -1:], 0.0)
         return _put(tail_slope, self.ids, slope[..., :-1])

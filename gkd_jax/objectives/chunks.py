@@ -1,7 +1,7 @@
 """Positions of a batch that have weight, in chunks of a fixed size.
 
-A loop over chunks has a static shape and runs as often as there are positions with weight to fill
-them, so that padding and masked positions cost nothing.
+Chunks have a static shape. A loop runs only over as many chunks as the positions with weight fill,
+so that padding and masked positions cost nothing.
 """
 
 import dataclasses
@@ -20,13 +20,14 @@ Rows = TypeVar("Rows", bound=PyTree)
 class Chunks:
     """The positions that have weight, in order, in chunks of one size.
 
-    An array over chunks has a slot for each position with weight, and unused slots after them up
-    to a whole number of chunks.
+    An array over chunks has as many slots as there are positions, rounded up to whole chunks. The
+    positions with weight take the first slots, in order; the slots after them are unused.
 
     Attributes:
       size: number of positions in a chunk.
       mask: True at positions with weight.
-      order: the position of each slot; the number of positions, which reads as 0, for unused ones.
+      order: position of each slot. Unused slots have the number of positions, which is out of
+        bounds, so that `take` fills them with 0.
     """
 
     size: int
@@ -42,7 +43,7 @@ class Chunks:
 
     @property
     def num_slots(self) -> int:
-        """Length of an array over chunks, if all positions had weight."""
+        """Length of an array over chunks, unused slots included."""
         return len(self.order)
 
     @property
@@ -67,6 +68,6 @@ class Chunks:
         return lax.dynamic_update_slice_in_dim(array, values, index * self.size, axis=0)
 
     def restore(self, array: Float[Array, "P *d"]) -> Float[Array, "N *d"]:
-        """Reorders an array over chunks by position; positions without weight get 0."""
+        """Converts an array over chunks to one over positions; 0 at positions without weight."""
         slots = jnp.where(self.mask, jnp.cumsum(self.mask) - 1, self.num_slots)
         return array.at[slots].get(mode="fill", fill_value=0)

@@ -1,4 +1,4 @@
-"""Divergences that are sums of others."""
+"""Divergences that are sums of other divergences."""
 
 import dataclasses
 import functools
@@ -13,15 +13,17 @@ from gkd_jax.objectives.divergences import Divergence, ForwardKL, ReverseKL, Voc
 
 @dataclasses.dataclass(frozen=True)
 class EntropyAware(Divergence):
-    """Reverse KL divergence, plus the forward KL where the teacher's entropy is high,
+    """Reverse KL divergence, plus the forward KL at tokens where the teacher's entropy is high,
 
         KL(Q || P) + [H(P) >= threshold] forward_weight KL(P || Q).
 
-    "Entropy-Aware On-Policy Distillation of Language Models" (arXiv 2603.07079). The student
-    concentrates on a mode where the teacher is certain, and keeps its alternatives where it is not.
+    "Entropy-Aware On-Policy Distillation of Language Models" (arXiv 2603.07079). Where the teacher
+    is certain, the student concentrates on one mode. Where the teacher is uncertain, the student
+    learns all of the teacher's alternatives.
 
     Attributes:
-      threshold: teacher's entropy in nats from which the forward KL is added; not negative.
+      threshold: lowest entropy of the teacher, in nats, at which the forward KL is added; not
+        negative.
       forward_weight: factor of the forward KL, above 0.
 
     Raises:
@@ -50,15 +52,15 @@ class EntropyAware(Divergence):
                 )
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """The term of the reverse KL, plus that of the forward KL where the entropy is high."""
+        """The reverse KL's term, plus the forward KL's weighted term if the entropy is high."""
         return ReverseKL().term(entries) + self._where_high(entries, ForwardKL().term(entries))
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """The two slopes in the same way."""
+        """The reverse KL's slope, plus the forward KL's weighted slope if the entropy is high."""
         return ReverseKL().slope(entries) + self._where_high(entries, ForwardKL().slope(entries))
 
     def _where_high(self, entries: VocabularyEntries, forward: Array) -> Array:
-        # The forward KL may be infinite: 0 times it would be NaN.
+        # Selected, not multiplied by 0 or 1: the forward KL may be infinite, and 0 * inf is NaN.
         is_high = entries.teacher_entropy >= self.threshold
         return jnp.where(is_high, self.forward_weight * forward, 0.0)
 
@@ -72,7 +74,8 @@ class WeightedSum(Divergence):
       weights: factor of each divergence, above 0.
 
     Raises:
-      ValueError: there are no divergences, or not as many weights, or a weight is not above 0.
+      ValueError: there are no divergences, the number of weights differs from the number of
+        divergences, or a weight is not above 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -102,17 +105,17 @@ class WeightedSum(Divergence):
 
     @property
     def needs_teacher(self) -> bool:  # type: ignore[override]
-        """Whether any of the divergences does."""
+        """Whether any of the divergences needs a teacher."""
         return any(divergence.needs_teacher for divergence in self.divergences)
 
     @property
     def needs_advantages(self) -> bool:  # type: ignore[override]
-        """Whether any of the divergences does."""
+        """Whether any of the divergences needs advantages."""
         return any(divergence.needs_advantages for divergence in self.divergences)
 
     @property
     def is_linear_in_teacher(self) -> bool:  # type: ignore[override]
-        """Whether all of the divergences are."""
+        """Whether all of the divergences are linear in the teacher's probabilities."""
         return all(divergence.is_linear_in_teacher for divergence in self.divergences)
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:

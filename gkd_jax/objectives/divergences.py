@@ -4,18 +4,20 @@ With P the teacher's and Q the student's distribution of the next token,
 
     D(P || Q) = sum over v of f(log q_v, log p_v).
 
-A class here gives the term f and its slope f'_v, the derivative in log q_v. Everything else is the
-same for every divergence and is in `per_token`: normalisation, temperatures, the sum over entries,
-and the gradient in the student's logits,
+Each class defines the term f and the slope f'_v, the derivative with respect to log q_v. Everything
+else is the same for every divergence and is in `per_token`: normalisation, temperatures, the sum
+over entries, and the gradient with respect to the student's logits,
 
     f'_v - q_v * sum over u of f'_u.
 
-That gradient does not change if a multiple of q_v is added to every f'_v, nor does the sum if
-q_v - p_v is added to every f. The KL terms use this freedom: f and f' are then exactly 0 where
-p_v = q_v, and rounding errors of a normaliser enter only to second order.
+Adding the same multiple of q_v to every slope does not change that gradient. Adding q_v - p_v to
+every term does not change the sum over v. The KL divergences use this freedom, so that their terms
+and slopes are exactly 0 where p_v = q_v, and rounding errors of a normaliser have an effect of
+second order only.
 
-To add a divergence, subclass `Divergence` in `other_divergences`. Tests fail until it is exported,
-in the table of docs/objectives.md, and defined in float64 in tests/divergence_references.py.
+To add a divergence, subclass `Divergence` in `other_divergences`. Tests fail until the class is
+exported, has a row in the table of docs/objectives.md, and has a float64 definition in
+tests/divergence_references.py.
 """
 
 import abc
@@ -31,12 +33,12 @@ from gkd_jax.common.array_types import Array, Bool, Float
 _MAX_EXPONENT = 40.0
 
 EXCLUDED_LOG_PROB = -1e30
-"""Log-probability that a term sees, of both models, for an entry that both exclude."""
+"""Log-probability given to a term, for both models, at an entry that both models exclude."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyEntries:
-    """Next-token distributions of student and teacher, one row per token, as a term sees them.
+    """Next-token distributions of student and teacher, one row per token: the input of a term.
 
     Each row is a complete distribution: its probabilities sum to 1. Its entries are usually the
     whole vocabulary. With a sparse teacher they are the tokens that it stores and one more entry
@@ -44,14 +46,14 @@ class VocabularyEntries:
 
     An entry that one model excludes has log-probability -inf for that model. An entry that both
     models exclude has `EXCLUDED_LOG_PROB` for both, a finite number: its probabilities are exactly
-    0, its log-ratio is 0, and sums over a row are as if it were not there. Its term and slope are
-    replaced by 0 afterwards. Without a teacher nothing is replaced.
+    0, its log-ratio is 0, and it adds nothing to sums over its row. Its term and slope are replaced
+    by 0 afterwards. Without a teacher, excluded entries keep -inf and nothing is replaced.
 
     Attributes:
       student_log_probs: log q_v, normalised, with the student temperature applied.
       teacher_log_probs: log p_v, normalised, with the teacher temperature applied; None if the
         divergence needs no teacher.
-      is_target: True on the entry of the output token.
+      is_target: True at the entry of the output token.
       advantages: advantage of the output token, a constant; None if the divergence needs none.
     """
 
@@ -74,14 +76,15 @@ class VocabularyEntries:
     def log_ratio(self) -> Float[Array, "*n V"]:
         """d_v = log p_v - log q_v; +inf where only q_v is 0, -inf where only p_v is 0.
 
-        Compilers contract multiplications with sums, so with temperatures other than 1 it may be
-        a rounding error away from 0 where P = Q. A slope that jumps at 0 needs a dead zone.
+        Compilers may fuse a multiplication and a sum, which changes the rounding. With temperatures
+        other than 1, the log-ratio may therefore differ from 0 by a rounding error even if P = Q.
+        A slope that is discontinuous at 0 has to treat such small values as 0.
         """
         return self.checked_teacher_log_probs - self.student_log_probs
 
     @property
     def checked_teacher_log_probs(self) -> Float[Array, "*n V"]:
-        """`teacher_log_probs`, for a divergence that needs a teacher."""
+        """`teacher_log_probs`, asserted not to be None."""
         assert self.teacher_log_probs is not None, "a divergence that reads it needs_teacher"
         return self.teacher_log_probs
 
@@ -103,13 +106,13 @@ class Divergence(abc.ABC):
 
     Attributes:
       needs_teacher: whether the term reads the teacher's log-probabilities.
-      needs_advantages: whether it reads the advantages of the output tokens.
+      needs_advantages: whether the slope reads the advantages of the output tokens.
       is_linear_in_teacher: whether the slopes are linear in the teacher's probabilities. If they
-        are, an unbiased estimate of these, such as counts of sampled tokens, gives an unbiased
-        gradient.
+        are, an unbiased estimate of the probabilities, such as counts of sampled tokens, gives an
+        unbiased gradient.
 
     Examples:
-      A divergence needs no more than a term:
+      Only the term has to be defined:
 
       >>> import dataclasses
       >>> import jax.numpy as jnp
@@ -133,23 +136,25 @@ class Divergence(abc.ABC):
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """Returns the contribution f_v of each entry; their sum over a row is the divergence.
 
-        Usually an elementwise function of log q_v and log p_v. A divergence that is no sum over
-        entries, such as the logarithm of one, may read its whole row and distribute its value over
-        the entries in any way, as `RenyiDivergence` does.
+        The term is usually an elementwise function of log q_v and log p_v. If the divergence is not
+        a sum over entries, but for example the logarithm of such a sum, the term may read the whole
+        row and distribute the value over the entries in any way, as `RenyiDivergence` does.
         """
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """Returns the derivative of the divergence in log q_v, up to a common multiple of q_v.
+        """Returns the derivative of the divergence with respect to log q_v.
 
         Each entry gets the derivative of its row's sum of terms,
 
             f'_v = d/d(log q_v) sum over u of f_u,
 
-        which for an elementwise term is the derivative of f_v alone. This default differentiates
-        `term` in reverse mode. Override it if a closed form is exact and the derivative of the
-        written formula is not. Where an entry is -inf for one model, a branch of `jnp.where` that
-        is not taken must have a finite derivative too, or the slope is NaN; `times_log` and `mix`
-        are safe in this respect.
+        which for an elementwise term is the derivative of f_v alone. An override may add c q_v to
+        all entries of a row, with the same c, which does not change the gradient in the logits.
+
+        This default differentiates `term` in reverse mode. Override it if a closed form is more
+        accurate than automatic differentiation. If an entry is -inf for one model, all branches of
+        a `jnp.where` in `term` need a finite derivative, even those that are not selected;
+        otherwise the slope is NaN. `times_log` and `mix` are safe in this respect.
         """
 
         def row_sums(student_log_probs: Array) -> Array:
@@ -167,8 +172,9 @@ class NegativeLogLikelihood(Divergence):
 
         -log q_y.
 
-    Supervised fine-tuning on the data's outputs; on outputs that a teacher wrote, SeqKD
-    ("Sequence-Level Knowledge Distillation", arXiv 1606.07947). It reads no teacher.
+    On the data's outputs this is supervised fine-tuning. On outputs generated by a teacher it is
+    SeqKD ("Sequence-Level Knowledge Distillation", arXiv 1606.07947). No teacher distribution is
+    read.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -184,11 +190,11 @@ class NegativeLogLikelihood(Divergence):
     is_linear_in_teacher: ClassVar[bool] = True
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """-log q_v on the output token, 0 elsewhere."""
+        """-log q_v at the output token, 0 elsewhere."""
         return jnp.where(entries.is_target, -entries.student_log_probs, 0.0)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """-1 on the output token, 0 elsewhere."""
+        """-1 at the output token, 0 elsewhere."""
         return -entries.is_target.astype(entries.student_log_probs.dtype)
 
 
@@ -198,8 +204,8 @@ class ForwardKL(Divergence):
 
         KL(P || Q) = sum of p_v (log p_v - log q_v).
 
-    The student covers all modes of the teacher. The divergence is +inf if the student excludes an
-    entry to which the teacher gives probability.
+    It makes the student cover all modes of the teacher. The divergence is +inf if the student
+    excludes an entry to which the teacher gives probability.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -214,7 +220,7 @@ class ForwardKL(Divergence):
     is_linear_in_teacher: ClassVar[bool] = True
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """p d + (q - p), which is never negative; the bracket sums to 0."""
+        """p d + (q - p), with d = log p - log q. It is never negative; q - p sums to 0."""
         student, teacher = entries.student_probs, entries.teacher_probs
         return times_log(teacher, entries.log_ratio) + (student - teacher)
 
@@ -229,8 +235,8 @@ class ReverseKL(Divergence):
 
         KL(Q || P) = sum of q_v (log q_v - log p_v).
 
-    The student concentrates on one mode of the teacher. "MiniLLM: Knowledge Distillation of Large
-    Language Models" (arXiv 2306.08543) minimises it over whole outputs: see
+    It makes the student concentrate on one mode of the teacher. "MiniLLM: Knowledge Distillation of
+    Large Language Models" (arXiv 2306.08543) minimises the reverse KL of whole outputs: see
     `objectives.sequence_kl`. The divergence is +inf if the teacher excludes an entry to which the
     student gives probability; its gradient at such a token does not exist.
 
@@ -245,12 +251,12 @@ class ReverseKL(Divergence):
     """
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """-q d + (p - q), which is never negative; the bracket sums to 0."""
+        """-q d + (p - q), with d = log p - log q. It is never negative; p - q sums to 0."""
         student, teacher = entries.student_probs, entries.teacher_probs
         return (teacher - student) - times_log(student, entries.log_ratio)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """-q d."""
+        """-q d, with d = log p - log q."""
         return -times_log(entries.student_probs, entries.log_ratio)
 
 
@@ -263,18 +269,19 @@ class GeneralizedJSD(Divergence):
     "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (GKD,
     arXiv 2306.13649, section 2).
 
-    JSD_beta tends to 0 at both ends of beta, as beta KL(P || Q) and as (1 - beta) KL(Q || P). The
-    ends are therefore divergences of their own: `ForwardKL` and `ReverseKL`.
+    As beta tends to 0, JSD_beta tends to 0 as beta KL(P || Q) does; as beta tends to 1, it tends to
+    0 as (1 - beta) KL(Q || P) does. The limits are therefore separate classes, `ForwardKL` and
+    `ReverseKL`.
 
     With d = log p - log q and r = log m - log q = log1p(beta expm1(d)) the term is
     beta p (d - r) - (1 - beta) q r. The derivatives of log m cancel, which leaves the slope
-    -(1 - beta) q r. All of these are exactly 0 where p = q.
+    -(1 - beta) q r. Term and slope are exactly 0 where p = q.
 
     Attributes:
       beta: the teacher's share of the mixture M, 0 < beta < 1.
-      normalized: whether to divide by beta (1 - beta), so that the values tend to the forward and
-        the reverse KL at the ends and learning rates are comparable across beta. The paper does
-        not.
+      normalized: whether to divide by beta (1 - beta), which the paper does not do. The values then
+        tend to the forward and the reverse KL at the ends of beta, and learning rates are
+        comparable across beta.
 
     Raises:
       ValueError: `beta` is not inside (0, 1).
@@ -318,9 +325,9 @@ class GeneralizedJSD(Divergence):
         return -scale * times_log(entries.student_probs, log_m_over_q)
 
     def _log_ratios_to_mixture(self, entries: VocabularyEntries) -> tuple[Array, Array]:
-        """Returns log p - log m and log m - log q, for log-ratios from -inf to +inf."""
-        # The first distribution always has the smaller share: near an end of beta the other order
-        # would lose the digits that are left of the divergence there.
+        """Returns log p - log m and log m - log q. The log-ratios may be infinite."""
+        # `mix` gets the distribution with the smaller share first. In the other order, the small
+        # divergence near an end of beta would be lost to rounding.
         if self.beta <= 0.5:
             return mix(entries.log_ratio, self.beta)
         log_q_over_m, log_m_over_p = mix(-entries.log_ratio, 1.0 - self.beta)
@@ -330,12 +337,11 @@ class GeneralizedJSD(Divergence):
 def mix(log_ratio: Array, share: float) -> tuple[Array, Array]:
     """Returns log a - log m and log m - log b for the mixture m = share a + (1 - share) b.
 
-    Computed from the log-ratio alone:
+    Both are computed from the log-ratio alone:
 
         log m - log b = log1p(share expm1(log a - log b)).
 
-    Where the exponential would overflow, b no longer matters in m, and log a - log m is
-    -log(share).
+    If the exponential would overflow, b is negligible in m, and log a - log m is -log(share).
 
     Args:
       log_ratio: log a - log b, from -inf to +inf.
@@ -349,7 +355,7 @@ def mix(log_ratio: Array, share: float) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def times_log(probs: Array, logs: Array) -> Array:
-    """Returns probs * logs, and its limit 0 where probs is 0, whatever the logarithm is."""
+    """Returns probs * logs; where probs is 0, the limit 0, even if the logarithm is infinite."""
     return jnp.where(probs > 0, probs * logs, 0.0)
 
 
@@ -357,7 +363,7 @@ def times_log(probs: Array, logs: Array) -> Array:
 def _times_log_derivative(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    # Otherwise the reverse mode would multiply a cotangent of 0 by an infinite logarithm.
+    # Without this rule, reverse mode would multiply a cotangent of 0 by an infinite logarithm.
     (probs, logs), (probs_tangent, logs_tangent) = primals, tangents
     finite = jnp.where(probs > 0, logs, 0.0)
     tangent = jnp.where(probs > 0, finite * probs_tangent + probs * logs_tangent, 0.0)

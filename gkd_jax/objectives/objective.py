@@ -1,7 +1,7 @@
 """The distillation objective: a divergence per token, its temperatures and its reduction.
 
-`weighted_loss` is the loss in its plain form, which is the reference; training uses
-`fused.fused_weighted_loss`, which computes the same.
+`weighted_loss` computes the loss in its plain form and serves as the reference. Training uses
+`fused.fused_weighted_loss`, which computes the same values in less memory.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ class Predictions:
     unembed: Callable[[Params, Array], Array]
 
     def logits(self, mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Returns the logits of all positions; those outside of `mask` are of hidden states of 0.
+        """Returns the logits of all positions, with hidden states outside of `mask` set to 0.
 
-        Otherwise their values, NaN included, would reach the gradient of the output layer as
-        0 * NaN.
+        Otherwise a NaN in one of those hidden states would reach the gradient of the output layer,
+        as 0 * NaN.
         """
         hidden = jnp.where(mask[..., None], self.hidden, jnp.zeros((), self.hidden.dtype))
         return self.unembed(self.head, hidden)
@@ -57,10 +57,9 @@ class Predictions:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The loss that the student minimises on a batch of outputs, from whatever source.
+    """The loss that the student minimises on a batch of outputs, wherever they come from.
 
-    The temperature at which outputs are sampled is not part of it; that is a setting of the
-    rollout.
+    The temperature for sampling outputs is a setting of the rollout, not of the objective.
 
     Attributes:
       divergence: divergence between teacher and student at each token.
@@ -69,7 +68,7 @@ class Objective:
         GKD paper uses 0.1 for GSM8K, 1 for WMT).
       reduction: 'per_sequence' or 'per_token'.
       z_loss: factor of log^2 Z, with Z the normaliser of the student's logits without temperature;
-        0 for none (T5's pretraining uses 1e-4).
+        0 for no z-loss (T5's pretraining uses 1e-4).
 
     Raises:
       ValueError: a setting is outside its range, or would have no effect.
@@ -133,7 +132,7 @@ class Objective:
         targets: Int[Array, "*n"],
         advantages: Float[Array, "*n"] | None,
     ) -> tuple[Float[Array, "*n"], Float[Array, "*n V"]]:
-        """Returns the divergence of each token, and its gradient in the student's logits."""
+        """Returns the divergence of each token, and its gradient per logit of the student."""
         return divergence_and_gradient(
             self.divergence,
             logits,
@@ -153,16 +152,17 @@ def final_weights(
 ) -> Float[Array, "B T"]:
     """Converts loss weights to factors whose weighted sum is the reduced loss.
 
-    Call it on a whole batch: after a rollout, so that the outputs are those that are trained on,
-    and before the batch is split. The sums over any microbatches then add up to the same loss and
-    gradient.
+    Call it on the whole batch, before the batch is split into microbatches. The weighted sums of
+    the microbatches then add up to the loss and gradient of the batch. If outputs are sampled, call
+    it after the rollout, on the batch of samples.
 
     Args:
-      loss_weights: 0 at tokens without weight, not negative; of the whole global batch.
-      reduction: 'per_sequence' divides each sequence by its own sum and by the number of sequences
-        that have any weight; 'per_token' divides by the sum over all.
-      segments: `Batch.targets_segments` if rows are packed. Sequences are then the examples in
-        them, so that the loss is that of the same examples in rows of their own.
+      loss_weights: weight of each token in the loss, not negative, 0 at tokens that do not count;
+        of the whole global batch.
+      reduction: 'per_sequence' divides the weights of each sequence by their sum and by the number
+        of sequences that have any weight; 'per_token' divides all weights by their total.
+      segments: `Batch.targets_segments` if rows are packed. Each example in a row then counts as a
+        sequence, so that the loss is the same as with one example per row.
 
     Returns:
       float32 weights that sum to 1; all 0 if no token of the batch has weight.
@@ -198,7 +198,7 @@ def final_weights(
 def count_outputs(
     loss_weights: Float[Array, "B T"], segments: Int[Array, "B T"] | None
 ) -> Float[Array, ""]:
-    """Counts the outputs that have any weight: rows, or the examples in packed rows."""
+    """Counts the outputs that have any weight. In packed rows each example is an output."""
     mask = loss_weights > 0
     if segments is None:
         return jnp.sum(jnp.any(mask, axis=1).astype(jnp.float32))
@@ -212,8 +212,8 @@ def _sums_of_outputs(
     """Sums values over each output of packed rows.
 
     Returns:
-      The sums, in the order of the outputs in a row; and for each position the index of its output.
-      The padding at the end of a row counts as one more output.
+      The sums, in the order of the outputs in a row, and the index of the output that each position
+      belongs to. The padding at the end of a row counts as one more output.
     """
     changes = (segments[:, 1:] != segments[:, :-1]).astype(jnp.int32)
     indices = jnp.pad(jnp.cumsum(changes, axis=1), ((0, 0), (1, 0)))
@@ -237,16 +237,17 @@ def weighted_loss(
 
         sum of weights * (divergence + z_loss * log^2 Z) over all positions.
 
-    It makes the logits of all positions, [B, T, V], of both models; `fused_weighted_loss` computes
-    the same without these arrays. Gradients go to the student's hidden states and head; none to the
-    teacher, the weights or the advantages. Positions of weight 0 are left out: their values, NaN
-    included, reach neither the loss nor a gradient.
+    The logits of both models, [B, T, V], are held in memory for all positions;
+    `fused_weighted_loss` computes the same values without such arrays. The student's hidden states
+    and head get gradients; the teacher, the weights and the advantages get none. Positions of
+    weight 0 are left out: their values, NaN included, reach neither the loss nor a gradient.
 
     Args:
       objective: the divergence and its settings; its reduction is already in `weights`.
       student: hidden states and output layer of the student.
-      teacher: those of the teacher; or stored distributions, which include the objective's teacher
-        temperature; None if the divergence needs no teacher.
+      teacher: hidden states and output layer of the teacher; or its stored distributions, to which
+        the objective's teacher temperature was already applied; None if the divergence needs no
+        teacher.
       targets: output tokens.
       weights: result of `final_weights`, optionally multiplied by further factors.
       advantages: advantages of the output tokens, if the divergence needs them.
@@ -313,10 +314,10 @@ def check_predictions(
     teacher: Predictions | TeacherDistributions | None,
     weights: Array,
 ) -> None:
-    """Checks that a teacher is given exactly if the divergence reads one, and the shapes.
+    """Checks that a teacher is given if and only if the divergence needs it, and all shapes.
 
     Raises:
-      ValueError: as `weighted_loss`.
+      ValueError: the teacher is missing or not needed, or shapes differ.
     """
     name = type(divergence).__name__
     if divergence.needs_teacher and teacher is None:

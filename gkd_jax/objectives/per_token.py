@@ -1,7 +1,7 @@
 """Divergence per token and its gradient, from logits: the part that all divergences share.
 
-It normalises logits, applies temperatures, sums the terms of a `Divergence` over the vocabulary and
-makes the gradient from its slopes.
+The functions normalise logits, apply temperatures, sum the terms of a `Divergence` over the
+vocabulary, and compute the gradient from its slopes.
 """
 
 import dataclasses
@@ -34,24 +34,24 @@ def token_divergence(
 
         D(P || Q),  P = softmax(teacher / tau_t),  Q = softmax(student / tau_s).
 
-    It is differentiable in the student's logits; the teacher's get no gradient. No factor tau^2 is
-    applied. Entries that are -inf in both are outside both distributions and contribute 0. A token
-    whose cotangent is 0 has gradient 0, even if its divergence is infinite.
+    It is differentiable in the student's logits; the teacher's logits get no gradient. No factor
+    tau^2 is applied. An entry whose logits are -inf in both models contributes 0. A token whose
+    cotangent is 0 has gradient 0, even if its divergence is infinite.
 
-    If the teacher is known at some entries only, the divergence is that of two bucketed
-    distributions: those entries, and all others as one (`buckets`). The student is normalised over
-    its whole vocabulary nevertheless.
+    If the teacher stores only some entries, both distributions are bucketed before they are
+    compared: one bucket for each stored entry, and one for all others (`buckets`). The student's
+    softmax is still over its whole vocabulary.
 
     Args:
       divergence: the divergence to compute.
-      student_logits: logits of the model, without temperature.
-      teacher: logits likewise; or stored distributions, which include their temperature; None
-        exactly if the divergence needs no teacher.
+      student_logits: logits of the student, before any temperature.
+      teacher: logits of the teacher, before any temperature; or its stored distributions, to which
+        the temperature was already applied; None if and only if the divergence needs no teacher.
       targets: output tokens; only the negative log-likelihood and sampled estimates read them.
       student_temperature: divides the student's logits, here and nowhere else; above 0.
       teacher_temperature: divides the teacher's logits, here and nowhere else; above 0.
-      advantages: advantages of the output tokens, for a divergence that needs them; None for all
-        others. They get no gradient.
+      advantages: advantages of the output tokens, without gradient; None if and only if the
+        divergence does not need them.
 
     Returns:
       The divergence per token in nats, float32 (or wider, if the logits are).
@@ -93,8 +93,8 @@ def divergence_and_gradient(
 
         (f'_v - q_v * sum over u of f'_u) / tau_s.
 
-    For losses that make their gradients in the forward pass; others differentiate
-    `token_divergence`, whose arguments these are.
+    Use it in losses that compute their gradients in the forward pass. Other losses differentiate
+    `token_divergence`, which takes the same arguments.
 
     Returns:
       The divergence per token, and its gradient per logit, in the same dtype.
@@ -130,7 +130,7 @@ def divergence_and_gradient(
 
 
 def _teacher_log_probs(teacher: TokenTeacher | None, temperature: float) -> Array | None:
-    """Returns log p of every entry, the tail of a sparse teacher last."""
+    """Returns log p of every entry. The tail of a sparse teacher is the last entry."""
     if teacher is None:
         return None
     if not isinstance(teacher, TeacherDistributions):
@@ -139,7 +139,8 @@ def _teacher_log_probs(teacher: TokenTeacher | None, temperature: float) -> Arra
     if teacher.ids is not None:
         assert teacher.tail is not None, "entries that are not all have a tail"
         log_probs = jnp.concatenate([log_probs, teacher.tail[..., None]], axis=-1)
-    # They include their temperature. They may have been stored with few digits and not sum to 1.
+    # Their temperature is 1 here, since it was applied before they were stored. They are normalised
+    # again because they may have been stored with few digits.
     return tempered_log_probs(log_probs, 1.0)
 
 
@@ -148,8 +149,8 @@ def term_and_slope(divergence: Divergence, entries: VocabularyEntries) -> tuple[
     student, teacher = entries.student_log_probs, entries.teacher_log_probs
     if teacher is None:
         return divergence.term(entries), divergence.slope(entries)
-    # -inf minus -inf is NaN. A very negative number has probability 0 as well, so terms that sum
-    # over their row are right too.
+    # -inf minus -inf would be NaN. A very negative number also has probability 0, so terms that sum
+    # over their row stay correct.
     excluded = jnp.isneginf(student) & jnp.isneginf(teacher)
     entries = dataclasses.replace(
         entries,
@@ -165,8 +166,8 @@ def term_and_slope(divergence: Divergence, entries: VocabularyEntries) -> tuple[
 _Constants: TypeAlias = tuple[Any, Array, Array | None]
 
 
-# One array [*n, V] is kept for the backward pass, the gradient itself, so the memory of both logits
-# is free at the end of the forward pass. Without differentiation XLA removes it as unused.
+# Only the gradient, [*n, V], is kept for the backward pass, so that the logits of both models can
+# be freed after the forward pass. If nothing is differentiated, XLA removes the unused gradient.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _token_divergence(
     divergence: Divergence,
@@ -201,7 +202,7 @@ def _backward(
 ) -> tuple[Array, None]:
     del divergence, temperatures
     cotangent = cotangent[..., None]
-    # 0 times an infinite gradient would be NaN, and a token without weight must not matter.
+    # A token without weight must not matter, but 0 times an infinite gradient would be NaN.
     student_gradient = jnp.where(cotangent == 0, 0.0, cotangent * gradient)
     return student_gradient.astype(gradient.dtype), None
 
@@ -247,10 +248,10 @@ def _check(
 
 
 def check_advantages(divergence: Divergence, advantages: Array | None, targets: Array) -> None:
-    """Checks that advantages are given exactly if the divergence reads them, one per output token.
+    """Checks that advantages are given if and only if the divergence needs them.
 
     Raises:
-      ValueError: they are missing or not needed, or their shape is not that of the targets.
+      ValueError: the advantages are missing or not needed, or differ in shape from the targets.
     """
     name = type(divergence).__name__
     if divergence.needs_advantages and advantages is None:
