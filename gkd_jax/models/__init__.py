@@ -1,10 +1,10 @@
 """Language models as pure functions of their parameters, with logical axis names.
 
-Models know nothing of losses, samplers or meshes, and import nothing but `common`. Start with
-`base`, the interface that rollouts and losses call, then `decoder_only` (or `t5`), a network, and
-`linen`, which wraps it. `layer_loops` runs the layers, `families` translates Hugging Face's
-`config.json`, `sizes` has published sizes, and `wrapper`, `lora`, `quantised` and `ensembles` are
-models made of other models.
+Models do not depend on losses, samplers or meshes, and import only `common`. Start with `base`, the
+interface that rollouts and losses call. Then read one of the networks, `decoder_only` or `t5`, and
+`linen`, which makes pure functions of a network. `layer_loops` runs the layers, `families`
+translates Hugging Face's `config.json`, and `sizes` has the configurations of released models.
+`wrapper`, `lora`, `quantised` and `ensembles` define models that are made of other models.
 """
 
 from typing import Any

@@ -8,15 +8,15 @@ from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyT
 from gkd_jax.common.batch import Batch
 
 DecodeState: TypeAlias = PyTree[Any]
-"""A model's decoding state. The first axis of every array is the batch, so that samplers can
-repeat rows (several samples per prompt) or gather them (beam search) without knowing the model."""
+"""State of a model between decoding steps. The first axis of every array is the batch. Samplers can
+therefore repeat rows (several samples per prompt) or gather them (beam search) for any model."""
 
 
 class LanguageModel(Protocol):
     """A conditional language model as pure functions of its parameters.
 
     Hidden states and logits are computed by separate functions because the chunked loss needs them
-    separately. A model knows nothing of losses, samplers or meshes.
+    separately. A model does not depend on losses, samplers or meshes.
     """
 
     @property
@@ -25,7 +25,7 @@ class LanguageModel(Protocol):
         ...
 
     def __hash__(self) -> int:
-        """Models are values: a function that was jitted for one also serves an equal one."""
+        """Equal models have equal hashes, so that they share jitted functions."""
         ...
 
     @property
@@ -53,9 +53,10 @@ class LanguageModel(Protocol):
     def hidden_states(
         self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """Computes the hidden states from which `unembed` predicts `batch.targets[:, t]`.
+        """Computes the hidden states of all output positions.
 
-        In packed rows (`batch.targets_segments`) the examples of a row do not see each other.
+        `unembed` maps the hidden states at position t to the logits of `batch.targets[:, t]`. If
+        rows are packed (`batch.targets_segments`), examples do not attend to each other.
 
         Args:
           params: the parameters.
@@ -65,7 +66,10 @@ class LanguageModel(Protocol):
         ...
 
     def head(self, params: Params) -> Params:
-        """Returns the parameters that `unembed` reads. It accepts these in place of all."""
+        """Returns the parameters that `unembed` reads.
+
+        `unembed` accepts the returned tree in place of all parameters.
+        """
         ...
 
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
@@ -80,11 +84,11 @@ class LanguageModel(Protocol):
         *,
         max_length: int,
     ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Reads the prompts in one pass.
+        """Processes the prompts in one forward pass.
 
         Returns:
-          The hidden states of the first output position, and a state with room for `max_length`
-          output tokens.
+          The hidden states that predict the first output token, and a state with room for
+          `max_length` output tokens.
         """
         ...
 
@@ -95,9 +99,9 @@ class LanguageModel(Protocol):
         tokens: Int[Array, " B"],
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Feeds the output tokens at position `index`.
+        """Feeds the output tokens at position `index` to the model.
 
         Returns:
-          The hidden states of the next position, and the new state.
+          The hidden states that predict the next token, and the new state.
         """
         ...

@@ -23,17 +23,18 @@ class Rope:
         Context Window Extension of Large Language Models", arXiv 2309.00071).
       factor: scaling factor.
       low_freq_factor: 'llama3' only: wavelengths above `original_length / low_freq_factor` are
-        scaled by the whole factor.
+        multiplied by `factor`.
       high_freq_factor: 'llama3' only: wavelengths below `original_length / high_freq_factor` are
         unchanged.
-      original_length: number of positions that the model was trained with before the scaling.
-      beta_fast: 'yarn' only: dimensions that rotate more often than this within `original_length`
-        are unchanged.
-      beta_slow: 'yarn' only: dimensions that rotate less often than this are scaled by the whole
-        factor.
+      original_length: context length before the scaling, in positions.
+      beta_fast: 'yarn' only: dimensions that make more than this number of rotations within
+        `original_length` positions are unchanged.
+      beta_slow: 'yarn' only: for dimensions that make fewer than this number of rotations within
+        `original_length` positions, wavelengths are multiplied by `factor`.
       attention_factor: 'yarn' only: scale of the rotated queries and keys; None for the paper's
         0.1 ln(factor) + 1.
-      truncate: 'yarn' only: whether the limits of the ramp are rounded to whole dimensions.
+      truncate: 'yarn' only: between the dimensions given by `beta_fast` and `beta_slow`, the
+        scaling is interpolated. True rounds both dimensions to integers.
 
     Raises:
       ValueError: an unknown kind, or a number that is not positive.
@@ -77,14 +78,16 @@ class DecoderConfig:
         Models from Multi-Head Checkpoints", arXiv 2305.13245).
       head_dim: width of a head.
       mlp_dim: width of the gated feed-forward block.
-      mlp_activation: activation of its gate.
-      layer_kinds: the kind of each layer; the length is the depth. 'full' attention sees all
-        positions up to its own, 'sliding' attention those in a window. 'full_nope' and
-        'sliding_nope' are the same without rotary embedding ("Rope to Nope and Back Again: A New
-        Hybrid Attention Strategy", arXiv 2501.18795).
-      sliding_window: number of positions that a sliding layer sees, its own included.
+      mlp_activation: activation of the gate in the feed-forward block.
+      layer_kinds: the kind of each layer, with one entry per layer. In a 'full' layer, a position
+        attends to itself and to all earlier positions; in a 'sliding' layer, to the last
+        `sliding_window` of these. 'full_nope' and 'sliding_nope' are the same without rotary
+        embedding ("Rope to Nope and Back Again: A New Hybrid Attention Strategy",
+        arXiv 2501.18795).
+      sliding_window: number of positions that a position attends to in sliding layers, including
+        itself.
       rope: rotary embedding of 'full' layers.
-      sliding_rope: rotary embedding of 'sliding' layers; None for that of 'full' layers.
+      sliding_rope: rotary embedding of 'sliding' layers; None to use `rope`.
       attention_bias: whether queries, keys and values have biases (Qwen2).
       attention_out_bias: whether the attention's output projection has a bias.
       mlp_bias: whether the feed-forward block has biases.
@@ -92,10 +95,10 @@ class DecoderConfig:
         Gemma 3).
       post_norms: whether RMSNorm is also applied to the output of both blocks before it is added
         to the residual stream (Gemma 2 and 3).
-      norm_scale_offset: added to the learned scales of the norms: 1 in Gemma, whose scales are
-        initialised to 0.
+      norm_scale_offset: number that is added to the learned scales of the norms. Gemma adds 1 and
+        initialises the scales to 0.
       norm_epsilon: epsilon of the norms.
-      query_scale: factor of the attention logits; None for 1 / sqrt(head_dim).
+      query_scale: factor that attention logits are multiplied by; None for 1 / sqrt(head_dim).
       attention_soft_cap: c of the soft cap c tanh(logits / c) of attention logits; None for no cap.
       final_soft_cap: c of the soft cap of the output logits; None for no cap.
       scale_embeddings: whether embeddings are multiplied by sqrt(emb_dim) (Gemma).
@@ -105,12 +108,12 @@ class DecoderConfig:
         rotations are float32.
       scan_layers: whether layers run in a loop over stacked parameters, so that the size of the
         compiled program does not grow with the depth.
-      remat_policy: which activations are computed again in the backward pass: 'none'; 'minimal'
-        (all except the products with weights); 'full' (all except the hidden states between
-        layers).
+      remat_policy: which activations are recomputed in the backward pass: 'none' of them;
+        'minimal', all except the outputs of matrix products with weights; 'full', all except the
+        hidden states between layers.
 
     Raises:
-      ValueError: a size is below 1, or a setting has a value that it may not have.
+      ValueError: a size is below 1, or the value of a setting is not supported.
     """
 
     vocab_size: int
@@ -143,7 +146,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_remat_policy("DecoderConfig", self.remat_policy)
-        # A gin file may give a list; the model needs something hashable.
+        # A gin file may give a list, but models must be hashable.
         object.__setattr__(self, "layer_kinds", tuple(self.layer_kinds))
         for name in ("vocab_size", "emb_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) < 1:
@@ -206,7 +209,7 @@ class DecoderConfig:
 
 
 def is_sliding(kind: str) -> bool:
-    """Returns whether layers of this kind see only a window of positions."""
+    """Returns whether positions attend only to a window in layers of this kind."""
     return kind in ("sliding", "sliding_nope")
 
 

@@ -3,9 +3,9 @@
 Llama: arXiv 2302.13971, 2307.09288, 2407.21783. Qwen: 2407.10671, 2505.09388. Gemma: 2408.00118,
 2503.19786.
 
-Prompt and output are in one row of S + T slots. The first output token is in slot S, whatever the
-prompt's length; the padding between prompt and output has no position and is masked out. So prompts
-may be padded on the right (or anywhere), and no row has to be shifted.
+Prompt and output are in one row of S + T slots. The first output token is always in slot S, even if
+the prompt is shorter than S. Padding between prompt and output is masked out and not counted in
+positions. Prompts may therefore be padded on the right (or anywhere), and no row has to be shifted.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from gkd_jax.models.linen import LinenModel
 
 KeysValues = tuple[Float[Array, "B H L K"], Float[Array, "B H L K"]]
 Rotation = tuple[Array, Array] | None
-"""Cosines and sines of the positions; None for layers without rotary embedding."""
+"""Cosines and sines of the rotary embedding; None for layers without rotary embedding."""
 
 
 @flax.struct.dataclass
@@ -71,15 +71,15 @@ def make_position_tables(
 ) -> PositionTables:
     """Computes rotations and causal attention biases for each kind of layer in the configuration.
 
-    A query sees the keys at its own position or before, within the window of its layer.
-
+    A query attends to keys at its own and at earlier positions. In sliding layers, these must also
+    be within the window.
     Args:
       config: configuration of the model.
       positions: positions of the queries.
       key_positions: positions of the keys.
-      is_key: True on keys that may be seen.
-      segments: for packed rows, the example of each query and key, 0 for padding. A query sees
-        keys of its own example only.
+      is_key: True on keys that may be attended to, False on padding and on empty slots.
+      segments: for packed rows, the number of the example that each query and key belongs to, 0
+        for padding. A query attends only to keys of its own example.
     """
     distance = positions[:, :, None] - key_positions[:, None, :]
     seen = (distance >= 0) & is_key[:, None, :]
@@ -100,7 +100,7 @@ def make_position_tables(
 
 
 class ScaledNorm(nn.Module):
-    """RMSNorm with a learned scale, to which `norm_scale_offset` is added; float32 throughout."""
+    """RMSNorm in float32. `norm_scale_offset` is added to its learned scale."""
 
     config: DecoderConfig
     axis: str = "embed"
@@ -118,7 +118,7 @@ class ScaledNorm(nn.Module):
 
 
 class GroupedAttention(nn.Module):
-    """Attention in which a group of query heads shares each head of keys and values."""
+    """Attention in which each head of keys and values is shared by a group of query heads."""
 
     config: DecoderConfig
 
@@ -147,7 +147,7 @@ class GroupedAttention(nn.Module):
         return nn.with_logical_constraint(x, ("batch", "heads", "length", "kv"))
 
     def keys_values(self, x: Float[Array, "B L D"], rotation: Rotation) -> KeysValues:
-        """Returns rotated keys, and values."""
+        """Returns the keys, which are rotated, and the values, which are not."""
         keys = self._split_heads(self.key(x))
         if self.config.qk_norm:
             keys = self.key_norm(keys)
@@ -167,7 +167,8 @@ class GroupedAttention(nn.Module):
             queries = self.query_norm(queries)
         queries = rope.rotate(queries, rotation)
         scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-        # [B, key heads, query heads of each, Q, K]: keys are not repeated for each query head.
+        # Queries are grouped by key head, [B, key heads, query heads per key head, Q, K], so that
+        # keys need not be repeated.
         grouped = queries.reshape(queries.shape[0], config.num_kv_heads, -1, *queries.shape[2:])
         logits = jnp.einsum("bngqk,bnlk->bngql", grouped, keys, preferred_element_type=jnp.float32)
         logits = layers.soft_cap(logits * scale, config.attention_soft_cap)
@@ -226,14 +227,14 @@ class DecoderLayer(nn.Module):
         bias: Float[Array, "B 1 Q L"],
         keep: Callable[[KeysValues], tuple[KeysValues, PyTree]] = lambda new: (new, new),
     ) -> tuple[Float[Array, "B Q D"], PyTree]:
-        """Computes the layer, both for a whole row and for a decode step.
+        """Computes the layer, for a whole row or for one decode step.
 
         Args:
           x: hidden states.
           rotation: cosines and sines of the positions of `x`.
           bias: bias of the attention logits.
-          keep: maps the keys and values of `x` to all keys and values that `x` attends to, and to
-            a second output of the layer.
+          keep: function of the keys and values of `x`. It returns all keys and values that `x`
+            attends to, and a second output of the layer, such as the updated cache.
 
         Returns:
           The new hidden states, and the second output of `keep`.
@@ -291,7 +292,7 @@ class Decoder(nn.Module):
             x, keys_values = layer(x, *tables.at(kind))
             return x, keys_values if with_cache else None
 
-        # A cache is made for decoding, which has no backward pass.
+        # Nothing is rematerialised if there is a cache: decoding has no backward pass.
         policy = "none" if with_cache else config.remat_policy
         return self._run(body, self._embed(tokens), remat_policy=policy)
 
@@ -323,7 +324,8 @@ class Decoder(nn.Module):
         tokens = jnp.concatenate([inputs, targets], axis=1)[:, :-1]
         tables = make_position_tables(self.config, positions, positions, segments > 0, segments)
         x, _ = self._run_row(tables, tokens, with_cache=False)
-        # The first token of an output follows the last of its prompt; others the one before.
+        # The first token of an output is predicted at the last token of its prompt, every other
+        # token at the slot before it.
         last_of_prompt = num_inputs - 1 - jnp.argmax(is_prompt[:, :, ::-1], axis=2)
         before = jnp.arange(num_inputs - 1, num_inputs - 1 + num_outputs)[None]
         previous = jnp.where(output_positions == 0, last_of_prompt, before)
@@ -334,7 +336,7 @@ class Decoder(nn.Module):
         x, cache = self.row(inputs, inputs_mask, with_cache=True)
 
         def with_room(array: Array) -> Array:
-            # The last output token is never fed: it has no slot.
+            # The last output token is never fed to the model, so it needs no slot.
             room = [(0, 0)] * (array.ndim - 2) + [(0, max_length - 1), (0, 0)]
             return jnp.pad(array, room)
 
@@ -368,13 +370,13 @@ class Decoder(nn.Module):
         return self.decoder_norm(x)[:, 0], dataclasses.replace(state, cache=cache)
 
     def __call__(self, tokens: Array, mask: Array) -> Array:
-        """Uses every parameter; for initialisation."""
+        """Uses every parameter. Called only to initialise the parameters."""
         hidden = self.decoder_norm(self.row(tokens, mask, with_cache=False)[0])
         return hidden if self.config.tie_embeddings else self.logits_dense(hidden)
 
 
 def take_last(x: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:
-    """Returns the entry of each row's last real token."""
+    """Returns the hidden states of the last real token in each row."""
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
@@ -402,10 +404,11 @@ class DecoderOnly(LinenModel):
     def hidden_states(
         self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """Computes the hidden states from which `unembed` predicts `batch.targets[:, t]`.
+        """Computes the hidden states of all output positions.
 
-        The first output token is predicted at the last token of the prompt, so every prompt must
-        have at least one token.
+        `unembed` maps the hidden states at position t to the logits of `batch.targets[:, t]`. The
+        first output token is predicted at the last token of the prompt, so every prompt must have
+        at least one token.
         """
         arguments: tuple[Array, ...] = (batch.inputs, batch.inputs_mask, batch.targets)
         method: Callable[..., Any] = Decoder.hidden_states
@@ -416,7 +419,7 @@ class DecoderOnly(LinenModel):
         return self._apply(params, method, *arguments, dropout_key=dropout_key)
 
     def head(self, params: Params) -> Params:
-        """Returns a tree with the output layer's kernel, or with the embedding if it is tied."""
+        """Returns a tree with the kernel of the output layer, or with the tied embedding."""
         if self.config.tie_embeddings:
             return {"token_embedder": {"embedding": params["token_embedder"]["embedding"]}}
         return {"logits_dense": {"kernel": params["logits_dense"]["kernel"]}}
@@ -424,7 +427,8 @@ class DecoderOnly(LinenModel):
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Computes float32 logits, with the final soft cap.
 
-        With a slice of the output layer along the vocabulary, it computes that slice of the logits.
+        If `params` has only some vocabulary entries of the output layer, the logits are those of
+        these entries.
         """
         if self.config.tie_embeddings:
             logits = layers.project(hidden, params["token_embedder"]["embedding"], axis=1)

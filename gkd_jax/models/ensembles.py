@@ -1,9 +1,9 @@
 """Ensembles: several models whose next-token distributions are combined into one.
 
-They serve as teachers that are mixtures of models, and as models that let a teacher take part in a
-rollout. An ensemble is a `LanguageModel`, so the decoder, beam search and the losses take it like
-any other. Its hidden states are those of its models, concatenated; its output layer computes the
-distribution of each model and combines them.
+An ensemble of several teachers can be used as one teacher. An ensemble of student and teacher can
+generate rollouts. An ensemble is a `LanguageModel`, so decoding, beam search and losses treat it
+like any other model. Its hidden states are the concatenated hidden states of its models. Its output
+layer computes the distribution of each model and combines these distributions.
 """
 
 import abc
@@ -68,7 +68,7 @@ class EnsembleModel(abc.ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of each model's output layer."""
+        """Size of each model's output layer."""
         return self.models[0].vocab_size
 
     @property
@@ -127,7 +127,7 @@ class EnsembleModel(abc.ABC):
         *,
         max_length: int,
     ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Reads the prompts with every model."""
+        """Processes the prompts with every model."""
         results = [
             model.prefill(own, inputs, inputs_mask, max_length=max_length)
             for model, own in zip(self.models, params, strict=True)
@@ -153,17 +153,17 @@ class EnsembleModel(abc.ABC):
 class MixtureModel(EnsembleModel):
     """A mixture of the models' next-token distributions, with fixed weights.
 
-    P(y_n | x, y_<n) = sum_i w_i P_i(y_n | x, y_<n)
+        P(y_n | x, y_<n) = sum_i w_i P_i(y_n | x, y_<n)
 
-    With several teachers it is one teacher; with a teacher and the student it is the teacher-mixed
-    sampling of MiniLLM ("MiniLLM: Knowledge Distillation of Large Language Models",
-    arXiv 2306.08543, section 2.2, where the teacher's weight is 0.2).
+    A mixture of several teachers can be used as one teacher. A mixture of student and teacher is
+    the distribution of teacher-mixed sampling ("MiniLLM: Knowledge Distillation of Large Language
+    Models", arXiv 2306.08543, section 2.2, where the teacher's weight is 0.2).
 
     Attributes:
-      weights: w_i, positive; they are divided by their sum.
+      weights: w_i, the positive weights of the models. They are normalised to sum to 1.
 
     Raises:
-      ValueError: a weight is not positive, or there are not as many weights as models.
+      ValueError: a weight is not positive, or the numbers of weights and models differ.
     """
 
     weights: tuple[float, ...]
@@ -196,13 +196,13 @@ class MixtureModel(EnsembleModel):
 class RoutedModel(EnsembleModel):
     """A different model for each source of the data, selected by an example's `source_id`.
 
-    The batch must have a `source_id`. Every model runs on every row, since a batch contains rows
-    of all sources: the cost is that of a mixture. The last column of the hidden states is the index
-    of the model, so that any slice of positions can be unembedded. It cannot decode, since prompts
-    come without a `source_id`.
+    The batch must have a `source_id`. A batch contains rows of all sources, so every model runs on
+    every row, and the cost is as high as for a mixture. The last column of the hidden states is the
+    index of the model, so that `unembed` can be called with any subset of positions. A routed model
+    cannot decode, since `prefill` receives no `source_id`.
 
     Attributes:
-      routes: for each source of the data, the index of its model.
+      routes: index of the model for each source of the data.
     """
 
     routes: tuple[int, ...]
@@ -223,14 +223,14 @@ class RoutedModel(EnsembleModel):
         hidden = super().hidden_states(params, batch, dropout_key=dropout_key)
         assert batch.source_id is not None, "the data set gives it to routed teachers"
         index = jnp.array(self.routes)[batch.source_id]
-        if index.ndim == 1:  # One for each row; in packed rows there is one for each position.
+        if index.ndim == 1:  # One index per row. Packed rows have one index per position.
             index = jnp.broadcast_to(index[:, None], hidden.shape[:2])
         return _concatenate([hidden, index[..., None].astype(hidden.dtype)])
 
     def combine(
         self, logits: tuple[Float[Array, "*n V"], ...], rest: Float[Array, "*n R"]
     ) -> Float[Array, "*n V"]:
-        """Selects the logits of each position's model."""
+        """Selects at each position the logits of the model given by `rest`."""
         chosen = logits[0]
         for number, one in enumerate(logits[1:], start=1):
             chosen = jnp.where(rest == number, one, chosen)
@@ -250,23 +250,24 @@ class RoutedModel(EnsembleModel):
 
 @dataclasses.dataclass(frozen=True)
 class CorrectedModel(EnsembleModel):
-    """The student's distribution, with tokens outside the teacher's top K replaced by the teacher.
+    """The student's distribution, corrected by the teacher outside the teacher's top K tokens.
 
     Speculative knowledge distillation ("Speculative Knowledge Distillation: Bridging the
     Teacher-Student Gap Through Interleaved Sampling", arXiv 2410.11325): the student proposes a
-    token; a proposal that is not among the teacher's K most likely tokens is sampled again from the
-    teacher. So a token v has the probability
+    token. If it is not among the teacher's K most likely tokens, it is replaced by a token sampled
+    from the teacher. A token v therefore has the probability
 
         q_v [v in top K of P]  +  (1 - sum of q over top K of P) p_v
 
-    which this model's output layer computes. Sampling from it is exactly the method.
+    The output layer of this model computes these probabilities, so sampling from this model is
+    equivalent to the method.
 
     Attributes:
       models: the student, then the teacher.
-      top_k: K, number of the teacher's most likely tokens that are accepted as proposed.
+      top_k: K. A proposal among the teacher's K most likely tokens is accepted.
 
     Raises:
-      ValueError: there are not two models, or K is not from 1 to the vocabulary's size.
+      ValueError: the number of models is not 2, or K is not from 1 to the vocabulary's size.
     """
 
     top_k: int = 25
@@ -286,14 +287,16 @@ class CorrectedModel(EnsembleModel):
     def combine(
         self, logits: tuple[Float[Array, "*n V"], ...], rest: Float[Array, "*n R"]
     ) -> Float[Array, "*n V"]:
-        """Returns the logarithm of the probability above."""
+        """Returns the logarithms of the probabilities defined in the class's docstring."""
         del rest
         student, teacher = (jax.nn.softmax(one) for one in logits)
-        # Tokens tied with the K-th are all accepted: a mask by value needs no scatter.
+        # All tokens with the same logit as the K-th are accepted. Comparing logits needs no
+        # scatter, unlike a mask made from the indices of `top_k`.
         least = jax.lax.top_k(logits[1], self.top_k)[0][..., -1:]
         is_accepted = logits[1] >= least
         accepted = jnp.where(is_accepted, student, 0.0)
-        # Not 1 minus the accepted probability, which would differ from 0 by a rounding error.
+        # Summed directly, so that it is exactly 0 if nothing is rejected. 1 minus the accepted
+        # probability would have a rounding error.
         rejected = jnp.sum(jnp.where(is_accepted, 0.0, student), axis=-1, keepdims=True)
         return jnp.log(accepted + rejected * teacher)
 

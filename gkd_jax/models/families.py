@@ -1,8 +1,9 @@
-"""Model families of Hugging Face: `config.json` to a model, and a model to `config.json`.
+"""Hugging Face model families: conversion between `config.json` and models.
 
-Each decoder-only family is one record of `_DECODERS`. A new family whose computations the network
-has already is one more record there. A field that changes what a model computes is either
-understood or refused by name, so that a model never differs from what its `config.json` says.
+Each decoder-only family is one record of `_DECODERS`. A new family needs only another record if
+`decoder_only` already implements its computations. A field that changes what a model computes is
+either translated or raises an error that names the field. A model therefore never differs from its
+`config.json`.
 """
 
 import dataclasses
@@ -75,7 +76,7 @@ _GEMMA2_FIELDS = (
     "final_logit_softcapping",
 )
 
-# A model is written as one of the last family whose `computes` returns True.
+# A model is exported as the last of these families whose `computes` returns True.
 _DECODERS = (
     Family(
         model_type="llama",
@@ -153,7 +154,7 @@ _DECODERS = (
 _BY_MODEL_TYPE = {family.model_type: family for family in _DECODERS}
 _TEXT_PARTS = {name: family.model_type for family in _DECODERS for name in family.with_images}
 SUPPORTED = ("t5", *_BY_MODEL_TYPE, *_TEXT_PARTS)
-"""The model types that can be read."""
+"""Values of `model_type` in a `config.json` that can be read."""
 
 
 def model_from_hf(
@@ -164,8 +165,8 @@ def model_from_hf(
     Args:
       config: the contents of `config.json`.
       dtype: compute dtype, 'float32' or 'bfloat16'.
-      dropout_rate: in training; the rate in `config.json` is ignored.
-      options: `scan_layers` and `remat_policy` of the configuration.
+      dropout_rate: dropout rate in training. The rate in `config.json` is ignored.
+      options: `scan_layers` and `remat_policy`, as in the model's configuration.
 
     Raises:
       ValueError: the architecture, or the value of a field, is not supported; the message names it.
@@ -185,9 +186,10 @@ def model_from_hf(
 
 
 def text_part(config: HFConfig) -> HFConfig:
-    """Returns the language model's part of the `config.json` of a model that also takes images.
+    """Returns the part of a `config.json` that describes the language model.
 
-    Any other `config.json` is returned unchanged.
+    Only the `config.json` of a model that also takes images has such a part. Any other is returned
+    unchanged.
     """
     model_type = _TEXT_PARTS.get(config.get("model_type", ""))
     if model_type is None:
@@ -199,7 +201,7 @@ def model_to_hf(model: LanguageModel) -> dict[str, Any]:
     """Returns the `config.json` of a model, in a form that `transformers` 4 and 5 both read.
 
     Raises:
-      ValueError: no architecture has this combination of settings.
+      ValueError: no architecture of Hugging Face has the model's combination of settings.
     """
     if isinstance(model, T5):
         described = t5_to_hf(model.config)

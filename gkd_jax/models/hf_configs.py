@@ -1,7 +1,7 @@
 """Translation between the fields of Hugging Face's `config.json` and our configurations.
 
-This module has what all families have in common. How a family differs is stated by its `Family`
-record in `families`.
+This module has the code that all families share. The `Family` records in `families` state how the
+families differ.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from gkd_jax.models.t5_config import T5Config
 HFConfig: TypeAlias = Mapping[str, Any]
 """The contents of a `config.json`."""
 
-# Of several names for one activation, the first is written.
+# If an activation has several names, the first is written to config.json.
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -33,20 +33,21 @@ _DEFAULTS: HFConfig = dict(hidden_act="silu", rope_theta=10_000.0, tie_word_embe
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """The facts of a decoder-only architecture of Hugging Face.
+    """Properties of a decoder-only architecture of Hugging Face.
 
     Attributes:
       model_type: name of the architecture in `config.json`.
       class_name: name of its class in `transformers`, including the output layer.
       layer_kinds: computes the kinds of layers if `config.json` does not list `layer_types`.
-      computes: returns whether a configuration is best written as one of this family. Families
-        that come later in the table take precedence.
-      rotated: computes which layers rotate queries and keys, if `layer_types` are listed; None if
-        all layers do.
-      settings: fields of `DecoderConfig` that are equal in all models of the family.
-      defaults: values of fields that `config.json` lacks, if they differ from `_DEFAULTS`.
-      fields: the optional fields that are written to `config.json`, from `_OPTIONAL_FIELDS`.
-      with_images: model types whose `text_config` is of this family.
+      computes: returns whether a configuration has the characteristics of this family. A model is
+        exported as the last family in `families._DECODERS` for which this is True.
+      rotated: computes for each layer whether it has rotary embeddings. Used only if `config.json`
+        lists `layer_types`; None if all layers have rotary embeddings.
+      settings: fields of `DecoderConfig` that have the same value in all models of the family.
+      defaults: defaults of fields that `config.json` may omit, if they differ from `_DEFAULTS`.
+      fields: names of the optional fields in the family's `config.json`, see `_OPTIONAL_FIELDS`.
+      with_images: model types that also take images and whose `text_config` describes a model of
+        this family.
     """
 
     model_type: str
@@ -100,7 +101,7 @@ def decoder_from_hf(family: Family, config: HFConfig) -> DecoderConfig:
 
 
 def decoder_to_hf(family: Family, config: DecoderConfig) -> dict[str, Any]:
-    """Returns the `config.json` of a decoder-only model, written as one of a family."""
+    """Returns the `config.json` of a decoder-only model, as a model of the given family."""
     described: dict[str, Any] = {
         "architectures": [family.class_name],
         "model_type": family.model_type,
@@ -131,7 +132,7 @@ def _activation_name(config: DecoderConfig) -> str:
 
 def _query_scalar(config: DecoderConfig) -> float:
     scale = config.query_scale
-    # Rounded, since 1 / sqrt(x) and its inverse differ from x by a rounding error.
+    # Rounded, because (1 / sqrt(x))**-2 differs from x by a rounding error.
     scalar = config.head_dim if scale is None else round(scale**-2, 6)
     return int(scalar) if scalar == int(scalar) else scalar
 
@@ -161,7 +162,10 @@ _OPTIONAL_FIELDS: dict[str, Callable[[DecoderConfig], Any]] = {
 
 
 def _layer_kinds(family: Family, config: HFConfig) -> tuple[str, ...]:
-    """Returns the kinds of layers: as listed, or by the family's rule in older checkpoints."""
+    """Returns the kinds of the layers, from `layer_types` or else by the family's rule.
+
+    Older checkpoints do not list `layer_types`.
+    """
     if not config.get("layer_types"):
         return family.layer_kinds(config)
     kinds = [
@@ -193,7 +197,7 @@ def _query_scale(family: Family, config: HFConfig, head_dim: int) -> float | Non
 
 
 def _ropes(config: HFConfig) -> tuple[Rope, Rope]:
-    """Returns the embeddings of full and of sliding layers, from present and older fields."""
+    """Returns the rotary embeddings of full and of sliding layers, from current or older fields."""
     given = config.get("rope_parameters")
     theta = config["rope_theta"]
     local_theta = config.get("rope_local_base_freq", theta)
@@ -237,7 +241,7 @@ def _rope(config: HFConfig, given: Mapping[str, Any], default_theta: float) -> R
     return Rope(theta=theta, kind=kind, **fields)
 
 
-# The fields of each kind of scaling, in addition to its factor, with their names in `Rope`.
+# For each kind of scaling: its fields in config.json besides the factor, and their names in `Rope`.
 _ROPE_FIELDS: dict[str, dict[str, str]] = {
     "default": {},
     "linear": {},
@@ -285,8 +289,8 @@ def t5_from_hf(config: HFConfig) -> T5Config:
         head_dim=config["d_kv"],
         mlp_dim=config["d_ff"],
         mlp_activations=_choose(config, "feed_forward_proj", _T5_PROJECTIONS, "relu"),
-        # transformers 5 says that every T5 is tied; this field marks the separate output layer of
-        # T5 1.1.
+        # transformers 5 sets tie_word_embeddings to True in every T5. Its scale_decoder_outputs is
+        # False if the output layer is separate, as in T5 1.1.
         logits_via_embedding=bool(
             config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
         ),
@@ -330,7 +334,7 @@ def _choose(config: HFConfig, field: str, choices: Mapping[str, Any], default: A
 
 
 def _require(config: HFConfig, **wanted: Any) -> None:
-    """Checks that fields, if present, have the value that all supported models have."""
+    """Checks that each field has the only supported value or is missing."""
     for field, value in wanted.items():
         if config.get(field) not in (None, value):
             raise ValueError(

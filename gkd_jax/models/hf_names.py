@@ -12,8 +12,8 @@ class HFTensor:
     """A tensor in a Hugging Face checkpoint.
 
     Attributes:
-      names: the name that is written, followed by others that are read as well.
-      is_transposed: whether the tensor is [out, in], while our parameter is [in, out].
+      names: the name used for writing, followed by alternative names that are accepted for reading.
+      is_transposed: whether the tensor is [out, in] while the parameter in gkd_jax is [in, out].
     """
 
     names: tuple[str, ...]
@@ -59,17 +59,17 @@ _T5_DECODER = {
 
 
 def hf_tensor(name: str, config: T5Config | DecoderConfig) -> HFTensor:
-    """Returns the checkpoint's tensor for a parameter such as 'layers_0/mlp/wo/kernel'."""
+    """Returns names and layout of a parameter, e.g. 'layers_0/mlp/wo/kernel', in a checkpoint."""
     if isinstance(config, T5Config):
         return _t5_tensor(name)
     return _decoder_tensor(name, config)
 
 
 def is_left_out(name: str, config: T5Config | DecoderConfig) -> bool:
-    """Returns whether a checkpoint's tensor is ignored.
+    """Returns whether a tensor of a checkpoint is ignored.
 
-    These are copies of other tensors, tensors that follow from the configuration, and those of
-    another modality.
+    Ignored tensors are copies of other tensors, can be computed from the configuration, or belong
+    to the vision part of a model.
     """
     if isinstance(config, T5Config):
         is_tied = config.logits_via_embedding
@@ -94,7 +94,7 @@ def _decoder_tensor(name: str, config: DecoderConfig) -> HFTensor:
             "token_embedder/embedding": "embed_tokens.weight",
             "decoder_norm/scale": "norm.weight",
         }[name]
-    # The last two are used if the language model is part of a model that also takes images.
+    # The last two occur in checkpoints of models that also take images.
     prefixes = ("model.", "language_model.model.", "model.language_model.")
     return HFTensor(tuple(prefix + inner for prefix in prefixes), kind == "kernel")
 
