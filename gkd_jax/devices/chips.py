@@ -31,8 +31,9 @@ class Chip:
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
-# Network bandwidth: 50 Gbit/s per chip for v5p; 6.4 and 25.6 Tbit/s per pod of 256 chips for v5e
-# and v6e. The page on v4 states none; that of v5p is used.
+# The documentation states these network bandwidths: 50 Gbit/s per chip for v5p, 6.4 Tbit/s per pod
+# of 256 chips for v5e, and 25.6 Tbit/s per pod of 256 chips for v6e. It states none for v4, which
+# gets the value of v5p.
 CHIPS = {
     "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 6.25e9, _CUBES),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 3.125e9, _FLAT),
@@ -41,7 +42,7 @@ CHIPS = {
 }
 
 
-# Names of chips by JAX's `Device.device_kind`.
+# Maps JAX's `Device.device_kind` to the name of the chip in `CHIPS`.
 _KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -54,7 +55,7 @@ _KINDS = {
 
 
 def of_device(kind: str) -> Chip | None:
-    """Returns the chip of a JAX device kind; None if it is unknown."""
+    """Returns the chip for a `Device.device_kind` of JAX; None if the kind is unknown."""
     return CHIPS[_KINDS[kind]] if kind in _KINDS else None
 
 
@@ -78,7 +79,7 @@ class Topology:
 
     @property
     def of_one_slice(self) -> str:
-        """Name of one slice in libtpu."""
+        """libtpu's name for the topology of one slice."""
         return f"{self.generation}:{self.size}"
 
     @property

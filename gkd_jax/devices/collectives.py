@@ -13,14 +13,15 @@ _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 def sent(kind: str, read: float, size: int, slices: int) -> tuple[float, float]:
     """Returns the bytes that each device of a group sends within its slice and to other slices.
 
-    A collective over several slices has two stages: values are first reduced or gathered within
-    each slice, so that each byte crosses the network between slices once.
+    A collective over several slices has two stages, one within each slice and one between slices.
+    In the stage between slices, each device of a slice handles a different part of the data, so
+    that no part is sent to another slice twice.
 
     Args:
       kind: kind of collective.
       read: bytes of the operands of one device.
-      size: number of devices of the group.
-      slices: number of slices that the group spans, with equally many devices in each.
+      size: number of devices in the group.
+      slices: number of slices that the group spans. Each has the same number of these devices.
     """
     here = size / slices
     if kind == "all-gather":
@@ -33,7 +34,7 @@ def sent(kind: str, read: float, size: int, slices: int) -> tuple[float, float]:
 
 
 def permuted(rest: str, read: float, slice_size: int) -> tuple[float, float]:
-    """Returns the same as `sent` for a collective-permute, in which each device sends to one other.
+    """Returns the result of `sent` for a collective-permute: each device sends to one other device.
 
     If some devices send within a slice and some to other slices, both are counted, since the
     program waits for the slower of the two.
@@ -52,7 +53,7 @@ def transferred(rest: str, read: float) -> dict[str, float]:
 
     Args:
       rest: attributes of the instruction `send`.
-      read: bytes of its operand.
+      read: bytes of the operand of `send`.
     """
     found = re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)
     kind = found[1].lower().replace("_", "-") if found else "send"
@@ -65,7 +66,7 @@ def transferred(rest: str, read: float) -> dict[str, float]:
 
 
 def group(rest: str) -> list[int]:
-    """Returns the first group of devices of a collective; empty if it includes all devices.
+    """Returns the device ids of a collective's first group; an empty list means all devices.
 
     Args:
       rest: attributes of the instruction.
@@ -95,7 +96,14 @@ def group(rest: str) -> list[int]:
 
 
 def _iota(sizes: str, axes: str | None) -> np.ndarray:
-    """Returns device ids for '[2,4]T(1,0)': a range, reshaped and then transposed."""
+    """Returns the device ids that an HLO text such as '[2,4]T(1,0)' denotes.
+
+    This text is a range of ids, reshaped to [2, 4] and then transposed.
+
+    Args:
+      sizes: the shape, such as '2,4'.
+      axes: the permutation, such as '1,0'; None if the ids are not transposed.
+    """
     shape = _numbers(sizes)
     devices = np.arange(math.prod(shape)).reshape(shape)
     return devices.transpose(_numbers(axes)) if axes else devices

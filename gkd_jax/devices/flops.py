@@ -1,7 +1,7 @@
 """FLOPs of a traced function, with loops counted once per iteration.
 
-Counts the program before compilation: sharding, fusion and the compiler's recomputation are not
-included.
+The FLOPs are counted before compilation, so that they do not depend on sharding, on fusion, or on
+values that the compiler decides to recompute.
 """
 
 import math
@@ -13,7 +13,7 @@ from jax.extend.core import Literal
 
 
 def traced(function: Callable[..., Any], *arguments: Any, unknown_trips: int = 1) -> float:
-    """Returns the FLOPs of the matrix products and convolutions of a call, over all devices.
+    """Returns the FLOPs of the matrix products in a call of a function, over all devices.
 
     Args:
       function: function to trace.
@@ -41,7 +41,7 @@ def _of(jaxpr: Any, unknown_trips: int) -> float:
         elif kind == "shard_map":
             sizes = settings["mesh"].shape
             times = math.prod(sizes[axis] for axis in settings["newly_manual_axes"])
-        # Only one branch of a conditional is executed.
+        # Only one branch of a conditional is executed. The most expensive branch is counted.
         total += times * (max(costs, default=0.0) if kind == "cond" else sum(costs))
     return total
 

@@ -13,7 +13,7 @@ from gkd_jax.devices import collectives
 from gkd_jax.devices.hlo_loops import trip_count
 from gkd_jax.devices.hlo_text import Instruction, Program, parse
 
-# Instructions that move or name buffers without reading them.
+# Instructions that do not read or write device memory themselves.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "async-done",
@@ -28,7 +28,8 @@ class Cost:
     Attributes:
       flops: FLOPs of matrix products and convolutions; a multiply-add counts as two.
       bytes: upper bound on the bytes read from and written to device memory. Values that stay on
-        the chip between two instructions are counted unless the compiler's text shows it.
+        the chip between two instructions are counted too, unless the program's text marks them as
+        on-chip.
       collectives: bytes that the device sends within its slice, by kind of collective.
       between_slices: bytes that the device sends to other slices, by kind of collective.
       unknown_loops: number of loops whose trip count is not in the program.
@@ -78,9 +79,9 @@ def cost(text: str, *, unknown_trips: int = 1, slice_size: int | None = None) ->
     Args:
       text: text of the program, from `compiled.as_text()`.
       unknown_trips: trip count of loops whose number of iterations depends on the data.
-      slice_size: number of consecutive devices that form a slice; None if all devices form one. A
-        program that libtpu compiled for several slices is that of one slice, and contains the
-        transfers to other slices explicitly.
+      slice_size: number of consecutive devices that form a slice; None if all devices form one
+        slice. If libtpu compiled the program for several slices, the text is the program of one
+        slice, with explicit transfers to the other slices.
     """
     program = parse(text)
     return _Counter(program, unknown_trips, slice_size or program.num_devices).of_entry()
@@ -154,7 +155,10 @@ class _Counter:
         return read + written - self._updated_in_place(one)
 
     def _sliced_parameters(self, one: Instruction) -> dict[int, float]:
-        """Returns the bytes read of each operand of which a fusion reads only a slice, by index."""
+        """Returns the bytes that a fusion reads of each operand that it reads only in part.
+
+        Keys are the indices of these operands. Operands that are read as a whole are left out.
+        """
         inside = self._program.computations.get(one.called("calls"), {})
         if one.opcode != "fusion":
             return {}
@@ -168,12 +172,19 @@ class _Counter:
         return found
 
     def _read(self, name: str, inside: Mapping[str, Instruction]) -> float | None:
-        """Returns the bytes that a fusion reads of one of its values; None for all of it."""
+        """Returns the bytes of a value that the instructions of a fusion read.
+
+        Returns None if they read the whole value.
+
+        Args:
+          name: name of the value, a parameter or an instruction of the fusion.
+          inside: instructions of the fusion.
+        """
         total = 0.0
         readers = [x for x in inside.values() if name in x.operands]
         for reader in readers:
             read: float | None = None
-            is_first = reader.operands[0] == name  # The other operands are indices.
+            is_first = reader.operands[0] == name  # The others are indices, or the update.
             if reader.opcode in ("dynamic-slice", "gather", "slice") and is_first:
                 read = sum(array.bytes for array in reader.arrays)
             elif reader.opcode == "dynamic-update-slice" and is_first:
@@ -188,7 +199,7 @@ class _Counter:
         return total if readers else None
 
     def _updated_in_place(self, one: Instruction) -> float:
-        """Returns the bytes of a fusion's result that an in-place update does not write."""
+        """Returns the bytes of a fusion's result that are not written: it is updated in place."""
         inner = one.called("calls")
         if one.opcode != "fusion" or inner not in self._program.computations:
             return 0.0
@@ -208,7 +219,8 @@ class _Counter:
         *,
         is_fused: bool,
     ) -> Cost:
-        # A collective that overlaps with matrix products is split into several of one channel.
+        # A collective that overlaps with matrix products is split into several instructions with
+        # the same channel. Only the first of them is counted.
         channel = re.search(r"channel_id=(\d+)", one.rest)
         if channel:
             if channel[1] in self._channels:
@@ -224,7 +236,8 @@ class _Counter:
             readers = [other for other in others.values() if one.name in other.operands]
             is_cut = any(reader.opcode == "dynamic-slice" for reader in readers)
             if is_fused and is_cut and kind == "all-reduce":
-                kind = "reduce-scatter"  # The TPU executes the two as a reduce-scatter.
+                # A TPU executes an all-reduce that is fused with a slice as a reduce-scatter.
+                kind = "reduce-scatter"
             within, between = collectives.sent(kind, read, len(group), slices)
         return Cost(
             collectives={kind: within} if within else {},
@@ -233,7 +246,7 @@ class _Counter:
 
 
 def _product(one: Instruction, others: Mapping[str, Instruction]) -> float:
-    """Returns the FLOPs of a matrix product or convolution: two per term of each result entry."""
+    """Returns the FLOPs of a matrix product or convolution, two for each multiply-add."""
     if any(name not in others for name in one.operands[:2]):
         return 0.0
     left, right = (others[name].arrays[0].shape for name in one.operands[:2])
@@ -266,7 +279,10 @@ def _windows(one: Instruction) -> Iterator[dict[str, int]]:
 def _terms(
     one: Instruction, left: tuple[int, ...], labels: "re.Match[str]", axis: dict[str, int]
 ) -> float:
-    """Returns the mean number of window entries that overlap the input, over the result."""
+    """Returns how many entries of a convolution's window overlap the input along one axis.
+
+    This is a mean over the positions of the result: near the borders the window overlaps padding.
+    """
     name = str(axis["number"])
     size_in = (left[labels[1].index(name)] - 1) * axis["lhs_dilate"] + 1
     size_out = one.arrays[0].shape[labels[3].index(name)]

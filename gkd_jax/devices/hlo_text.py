@@ -20,8 +20,8 @@ class Array:
 
     Attributes:
       kind: dtype in HLO, such as 'f32'.
-      shape: its shape.
-      is_on_chip: whether it is stored in on-chip memory rather than in device memory.
+      shape: shape of the array.
+      is_on_chip: whether the array is stored in on-chip memory rather than in device memory.
     """
 
     kind: str
@@ -42,9 +42,9 @@ class Instruction:
       name: name, unique in the program.
       arrays: arrays of the result, which may be a tuple.
       opcode: operation, such as 'fusion'.
-      operands: names of the operands, instructions of the same computation.
+      operands: names of the operands, which are instructions of the same computation.
       rest: text after the opcode: operands and attributes; for a constant, its value.
-      is_root: whether it is the result of the computation.
+      is_root: whether the instruction computes the result of the computation.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Instruction:
         return sum(array.bytes for array in self.arrays if not array.is_on_chip)
 
     def called(self, name: str) -> str:
-        """Returns the name of the computation in an attribute; empty if there is none."""
+        """Returns the computation that an attribute, such as 'body', names; empty without one."""
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return match[1] if match else ""
 
@@ -70,7 +70,7 @@ class Program:
     """A compiled program.
 
     Attributes:
-      computations: instructions by name, for each computation by name.
+      computations: maps the name of each computation to its instructions, which are by name too.
       entry: name of the entry computation.
       num_devices: number of devices that run the program.
     """

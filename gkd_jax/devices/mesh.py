@@ -14,7 +14,7 @@ _ROW_AXES = ("slice", "data")
 
 
 def axes_of(mesh: Mesh) -> MeshAxes:
-    """Returns the roles of the axes 'slice', 'data' and 'model' of any mesh."""
+    """Returns the roles of those of the axes 'slice', 'data' and 'model' that a mesh has."""
     rows, width = (
         tuple(axis for axis in axes if axis in mesh.axis_names) for axes in (_ROW_AXES, ("model",))
     )
@@ -31,9 +31,9 @@ def make_mesh(
     Args:
       devices: the devices of the mesh.
       data: number of model replicas, over all slices.
-      model: number of devices that share one model replica; they are neighbours.
-      num_slices: number of slices. None uses the slices that the devices report; 1 builds a mesh
-        without 'slice', in which the slices follow each other along 'data'.
+      model: number of devices that share one model replica. They are adjacent in the mesh.
+      num_slices: number of slices. None uses the slices that the devices report. 1 builds a mesh
+        without the axis 'slice', in which 'data' covers the replicas of all slices.
 
     Raises:
       ValueError: the devices report another number of slices, or a model replica would span

@@ -61,8 +61,8 @@ class Partitioner:
         `rules`. The activations of teacher and student always follow `rules`.
       num_slices: number of slices that are connected by a slower network. Parameters are split
         within a slice, batches over all slices. None uses the slices that the devices report (TPU
-        slices; hosts of GPUs). 1 treats all devices as one slice: 'fsdp' then splits parameters
-        over the slower network too, which needs less memory.
+        slices, or hosts with GPUs). 1 treats all devices as one slice: 'fsdp' then splits
+        parameters over all slices, which needs less memory but uses the slower network.
       devices: devices of the mesh; None uses `jax.devices()`.
     """
 
@@ -103,7 +103,7 @@ class Partitioner:
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        """The mesh with the axes 'data' and 'model', preceded by 'slice' if it has several slices.
+        """The mesh with the axes 'data' and 'model', after 'slice' if there are several slices.
 
         Raises:
           ValueError: the devices cannot form such a mesh.
@@ -154,14 +154,15 @@ class Partitioner:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """The sharding of the arrays of a batch: rows are split over 'data' and slices."""
+        """The sharding of the arrays of a batch: rows are split over 'slice' and 'data'."""
         return self.sharding(self._row_axes)
 
     def param_shardings(self, model: LanguageModel) -> PyTree[NamedSharding]:
         """Returns the sharding of each parameter of a model, from its logical axes.
 
         Raises:
-          ValueError: a logical axis has no rule, or the mesh axis does not divide its size.
+          ValueError: a logical axis has no rule, or its size is not divisible by the size of the
+            mesh axis.
         """
 
         def sharding_of(
@@ -178,7 +179,8 @@ class Partitioner:
         """All-gathers parameters over 'data', so that each model replica holds a full copy.
 
         Call it inside `jit` before a loop that reads the parameters at every step, such as
-        decoding: parameters that the rules split over 'data' would otherwise be gathered at each.
+        decoding. Parameters that the rules split over 'data' would otherwise be gathered again at
+        every step of the loop.
         """
 
         def without_data(sharding: NamedSharding) -> NamedSharding:
@@ -218,9 +220,10 @@ class Partitioner:
         """Returns the sharding of each array of a training state.
 
         Args:
-          abstract_state: shapes. The parameters are its attribute or entry `params`, and the trees
-            of the optimizer repeat the paths of the parameters.
-          param_shardings: from `param_shardings`.
+          abstract_state: shapes of the state, with the parameters in its attribute or entry
+            `params`. The optimizer's arrays for a parameter have paths that end in the path of this
+            parameter.
+          param_shardings: sharding of each parameter, as returned by `param_shardings`.
         """
         specs = state_specs(abstract_state, param_shardings)
         return jax.tree.map(
@@ -233,11 +236,11 @@ class Partitioner:
     def data_layout(self) -> DataLayout:
         """The shard of every global batch that this process loads.
 
-        Its index differs from the process index in general: processes that share a model replica
-        load the same shard, and the mesh may order processes by topology.
+        The index of the shard is in general not the process index: processes that share a model
+        replica load the same shard, and the mesh may order processes by topology.
 
         Raises:
-          ValueError: two processes share some rows of the mesh, but not all.
+          ValueError: two processes have some, but not all, of their rows of the mesh in common.
         """
         if jax.process_count() == 1:
             return DataLayout(shard_id=0, num_shards=1)
@@ -273,7 +276,7 @@ class Partitioner:
     def local_rows(self, batch: PyTree[Any]) -> PyTree[np.ndarray]:
         """Copies this process's rows of a sharded batch to the host. The inverse of `shard_batch`.
 
-        It does not communicate with other processes.
+        Processes do not communicate in this function.
         """
 
         def rows(array: jax.Array) -> np.ndarray:
@@ -292,7 +295,8 @@ class Partitioner:
         """Checks that a global batch splits evenly over microbatches and model replicas.
 
         Raises:
-          ValueError: `batch_size` is not divisible by their number.
+          ValueError: `batch_size` is not divisible by `num_microbatches` times the number of
+            replicas.
         """
         data = self.smallest_batch
         if num_microbatches < 1:
@@ -315,8 +319,8 @@ class Partitioner:
     def annotate(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps a function that is to be jitted, so that named activations follow the rules.
 
-        The arguments must be placed on the mesh. Without this wrapper, the compiler chooses the
-        sharding of activations from that of the parameters and the batch.
+        The arguments of the function must be placed on the mesh. Without this wrapper, the compiler
+        derives the shardings of activations from the shardings of the parameters and the batch.
         """
 
         @functools.wraps(fn)

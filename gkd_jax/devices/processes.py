@@ -13,7 +13,7 @@ from gkd_jax.common.array_types import PyTree
 def fetch_to_host(tree: PyTree[Any]) -> PyTree[np.ndarray]:
     """Copies entire global arrays to every process as NumPy arrays.
 
-    All processes must call it.
+    All processes must call this function.
     """
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(tree, tiled=True)
@@ -23,8 +23,8 @@ def fetch_to_host(tree: PyTree[Any]) -> PyTree[np.ndarray]:
 def process_zero_decides(decide: Callable[[], int]) -> int:
     """Calls `decide` on process 0 and returns its result on all processes.
 
-    Decisions that depend on the contents of a directory must be made this way: processes that look
-    at different times may see different files. All processes must call it.
+    Use it for decisions that depend on the contents of a directory, because processes that read a
+    directory at different times may see different files. All processes must call this function.
 
     Args:
       decide: function that returns a nonnegative integer.

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 Rules: TypeAlias = tuple[tuple[str, str | None], ...]
-"""Pairs (logical axis, mesh axis or None to replicate); the first of a logical axis applies."""
+"""Pairs of a logical axis and the mesh axis that splits it, or None to replicate. If a logical axis
+occurs in several pairs, the first applies."""
 
 STANDARD_RULES: Rules = (
     ("batch", "data"),
@@ -31,10 +32,10 @@ _MESH_AXES = ("data", "model", None)
 
 
 def parse_rules(rules: str | Sequence[Sequence[str | None]], *, setting: str) -> Rules:
-    """Returns the table of a name, or checks a given table and converts it to tuples.
+    """Looks up a table by its name, or checks a table and converts it to tuples.
 
     Args:
-      rules: 'standard', 'fsdp', or pairs, which may be lists as gin passes them.
+      rules: 'standard', 'fsdp', or a table of pairs. It may consist of lists, which gin passes.
       setting: name of the setting, for error messages.
 
     Raises:

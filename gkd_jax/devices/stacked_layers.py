@@ -1,4 +1,4 @@
-"""Parameters of separate and of stacked layers: converts shapes and arrays with their shardings."""
+"""Conversion between separate and stacked layers: of shapes, and of arrays with their shardings."""
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -8,7 +8,7 @@ from gkd_jax.models import stacking
 
 
 def layer_shape(stacked: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns the shape of one layer of a stacked parameter, with the sharding of its axes."""
+    """Returns the shape and sharding of one layer of a stacked parameter."""
     sharding = stacked.sharding
     if sharding is not None:
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
@@ -16,7 +16,7 @@ def layer_shape(stacked: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def stacked_shape(*layers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns the shape of a parameter of several layers, stacked. The inverse of `layer_shape`."""
+    """Returns the shape and sharding of stacked layers. The inverse of `layer_shape`."""
     layer, sharding = layers[0], layers[0].sharding
     if sharding is not None:
         sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
@@ -26,11 +26,11 @@ def stacked_shape(*layers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def stack_params(params: Params, wanted: PyTree[jax.ShapeDtypeStruct]) -> Params:
     """Stacks the parameters of layers and places them on the shardings of `wanted`.
 
-    Parameters are stacked one at a time and the arrays of their layers are deleted, so that the
-    devices never hold two copies of more than one parameter.
+    Parameters are stacked one at a time. The separate arrays of a parameter are deleted before the
+    next one is stacked, so that the devices never hold two copies of more than one parameter.
 
     Args:
-      params: parameters of separate layers. Their arrays cannot be used afterwards.
+      params: parameters of separate layers, whose arrays are deleted.
       wanted: shapes and shardings of the stacked parameters.
     """
 

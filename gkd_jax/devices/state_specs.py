@@ -1,4 +1,4 @@
-"""How the arrays of a training state are partitioned, derived from its parameters' shardings."""
+"""Partition of the arrays of a training state, derived from the shardings of its parameters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +17,12 @@ def state_specs(
     """Returns the partition of each array of a training state.
 
     Arrays with the shape of a parameter (the parameter itself, moments, averages) are partitioned
-    like it. Adafactor's row and column statistics are partitioned like the axes that they keep.
-    All other arrays are replicated.
+    like this parameter. Adafactor's row and column statistics lack one axis of the parameter; their
+    other axes are partitioned like the same axes of the parameter. All other arrays are replicated.
 
     Args:
-      abstract_state: shapes. The parameters are its attribute or entry `params`, and the trees of
-        the optimizer repeat the paths of the parameters.
+      abstract_state: shapes of the state, with the parameters in its attribute or entry `params`.
+        The optimizer's arrays for a parameter have paths that end in the path of this parameter.
       param_shardings: sharding of each parameter.
     """
     params = abstract_state["params"] if isinstance(abstract_state, dict) else abstract_state.params
@@ -39,7 +39,8 @@ def state_specs(
         for start in range(len(names)):
             if names[start:] in by_path:
                 shape, spec = by_path[names[start:]]
-                # Each of several stacked layers has a state like that of a separate parameter.
+                # If layers are stacked, the first axis enumerates the layers. The other axes are
+                # partitioned like the axes of a separate layer.
                 depth = int(stacking.STACKED in names[start:])
                 of_layer = _spec_like(
                     shape[depth:], spec[depth:], array.shape[depth:], names[:start]
@@ -60,23 +61,24 @@ def _spec_like(
     state_shape: tuple[int, ...],
     container: tuple[str, ...],
 ) -> tuple[str | None, ...]:
-    """Returns the partition of an optimizer's array that belongs to a parameter.
+    """Returns the partition of an array that the optimizer keeps for one parameter.
 
     Args:
       shape: shape of the parameter.
       spec: partition of the parameter.
       state_shape: shape of the optimizer's array.
-      container: names of the path to the optimizer's copy of the parameter tree.
+      container: names on the path to the optimizer's tree that contains the array.
     """
     full = (*spec, *(None,) * (len(shape) - len(spec)))
     if state_shape == shape:
         return full
-    # Adafactor factors the two largest axes: rows drop the largest, columns the second largest,
-    # with NumPy's order among equals. For a square parameter only the names tell them apart.
+    # Adafactor factors the two largest axes: `v_row` lacks the largest axis, and `v_col` lacks the
+    # second largest. Axes of equal size are in the order of `np.argsort`. For a square parameter
+    # the two have the same shape, so only the name shows which axis is missing.
     dropped = {"v_row": -1, "v_col": -2}
     for name in container:
         if name in dropped and len(shape) > 1:
             axis = int(np.argsort(shape)[dropped[name]])
             if state_shape == shape[:axis] + shape[axis + 1 :]:
                 return full[:axis] + full[axis + 1 :]
-    return ()  # A placeholder of shape (1,), or a state that this module does not know.
+    return ()  # A placeholder of shape (1,), or an array of an unknown kind: replicated.
