@@ -1,7 +1,7 @@
 """Types and helpers that all other packages share: `Batch`, array types, growing files, the hub.
 
-This package depends on no other part of gkd_jax. Start with `batch`, the type that is passed from
-the data through the rollout to the training step.
+This package depends on no other part of gkd_jax. Start with the module `batch`: its type `Batch` is
+passed from the data pipeline to the rollout and to the training step.
 """
 
 from typing import Any

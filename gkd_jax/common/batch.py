@@ -1,4 +1,4 @@
-"""Batch: the type that data, rollout and training step exchange, and a teacher's part in it."""
+"""The type `Batch`, which data pipeline, rollout and training step exchange."""
 
 import dataclasses
 
@@ -13,9 +13,9 @@ from gkd_jax.common.array_types import Array, Bool, Float, Int
 class TeacherDistributions:
     """A teacher's next-token distributions at the outputs of a batch, computed in advance.
 
-    A distribution covers either the whole vocabulary or some entries and a tail, the total
-    probability of all other tokens. Entries and tail sum to 1. The teacher's temperature is already
-    applied.
+    A distribution consists either of all entries of the vocabulary, or of some entries and a tail.
+    The tail is the total probability of all other tokens, so that entries and tail sum to 1. The
+    teacher's temperature is already applied.
 
     Attributes:
       log_probs: log-probability of each of E entries; -inf if the probability is 0.
@@ -31,19 +31,19 @@ class TeacherDistributions:
 
 @flax.struct.dataclass
 class TeacherTokens:
-    """The outputs of a batch in the tokens of a teacher with another vocabulary, and their spans.
+    """The outputs of a batch in the vocabulary of a teacher that does not share the student's.
 
-    A span is a piece of text that consecutive tokens of both vocabularies spell, as short as
-    possible. The end of sequence is a span of its own.
+    Spans align the two tokenizations. A span is the text between two consecutive positions at which
+    both tokenizations have a token boundary. The end of sequence is a span of its own.
 
     Attributes:
-      targets: the teacher's tokens of the outputs, padded on the right.
+      targets: token ids of the outputs in the teacher's vocabulary, padded on the right.
       loss_weights: 1 on real tokens, 0 on padding.
       spans: for each of the student's tokens, the number of its span; numbers start at 1 and
         increase along a row, and 0 marks tokens outside of all spans.
       teacher_spans: the same for the teacher's tokens.
-      labels: for each of the student's tokens, the entry of the compared distributions that its
-        span corresponds to (`objectives.spans`).
+      labels: for each of the student's tokens, the entry that stands for the text of its span in
+        the distributions that are compared (`objectives.spans`).
     """
 
     targets: Int[Array, "B U"]
@@ -55,14 +55,14 @@ class TeacherTokens:
 
 @flax.struct.dataclass
 class Batch:
-    """Prompts and outputs, named as the features of a seqio task.
+    """Prompts and outputs. The fields `inputs` and `targets` are named as in seqio.
 
     Masks and weights are explicit and never inferred from a padding id: a vocabulary may use its
     end-of-sequence token as padding, or have no padding token.
 
     In a packed batch a row holds several examples: their prompts are concatenated in `inputs` and
-    their outputs in `targets`. Models keep the examples of a row apart, and a mean over sequences
-    is a mean over outputs, not over rows.
+    their outputs in `targets`. Models process the examples of a row independently of each other. A
+    mean over sequences is taken over outputs, not over rows.
 
     Examples:
       Two additions in bytes ('1+1=' with output '2', '20+3=' with output '23'), as the pipeline
@@ -108,12 +108,13 @@ class Batch:
         a packed row, the id of its first example.
       sample_log_probs: log-probabilities of `targets` under the sampling distribution, if they were
         sampled.
-      advantages: A_t, the weight of each token of `targets` in a policy gradient. They are
-        constants, without a gradient to their inputs. 0 where `loss_weights` is 0.
-      importance: factor of the loss of each token, if outputs were sampled from another
-        distribution than the student's. It does not enter the divisor of a mean.
-      source_id: index of the example's source in the mixture of the data, if teachers are chosen by
-        it. For packed rows, the source of the example at each output position.
+      advantages: A_t, the weight of each token of `targets` in a policy gradient. Advantages are
+        treated as constants: no gradient flows through them. 0 where `loss_weights` is 0.
+      importance: importance weight that multiplies the loss of each token, if outputs were sampled
+        from a distribution other than the student's. The divisor of a mean loss does not include
+        this factor.
+      source_id: index of the example's source in the mixture, if each source has its own teacher.
+        In packed rows there is one index for each output position.
       teacher_inputs: prompt of the teacher, padded on the right, if its template or vocabulary
         differs from the student's.
       teacher_inputs_mask: True on the real tokens of `teacher_inputs`.
@@ -122,7 +123,7 @@ class Batch:
         order, and 0 on padding. None if each row holds one example.
       targets_segments: the same for output tokens.
       teacher_inputs_segments: the same for `teacher_inputs`.
-      teacher_tokens: `targets` in the teacher's tokens, if its vocabulary differs.
+      teacher_tokens: the outputs in the teacher's vocabulary, if that differs from the student's.
     """
 
     inputs: Int[Array, "B S"]
@@ -177,6 +178,7 @@ class Batch:
         if self.teacher_tokens is None:
             return self.loss_weights
         spans = self.teacher_tokens.spans
-        # A token without text may be between two tokens of one span.
+        # Tokens without text have span 0 and may be between two tokens of one span. The running
+        # maximum is the number of the last span before each token.
         before = jax.lax.cummax(jnp.pad(spans[:, :-1], ((0, 0), (1, 0))), axis=1)
         return jnp.where(spans > before, self.loss_weights, 0.0)

@@ -1,4 +1,4 @@
-"""Files that grow, on disk or in a bucket, and checks of paths that may be either.
+"""Files that data are appended to, on disk or in a bucket, and checks of paths to either.
 
 Objects in a bucket cannot be appended to, so a growing file in a bucket is uploaded again as a
 whole.
@@ -15,8 +15,8 @@ from etils import epath
 
 from gkd_jax.common.moved import load_moved
 
-# Data appended since the last upload are lost if the process dies. Uploads take at most a tenth of
-# the time, so that large files are uploaded less often.
+# Data appended since the last upload are lost if the process dies. The larger a file is, the less
+# often it is uploaded, so that uploads take at most a tenth of the time.
 _SECONDS_BETWEEN_UPLOADS = 30.0
 _MAX_SHARE_OF_TIME = 0.1
 
@@ -33,8 +33,8 @@ class GrowingFile:
 
         Args:
           path: a local path, or one in a bucket.
-          content: replaces the content of an existing file; None keeps it. The replacement is
-            atomic: a crash leaves either the old or the new content.
+          content: new content that replaces an existing file; None keeps the existing content. The
+            replacement is atomic: a crash leaves either the old or the new content.
         """
         self._path = epath.Path(path)
         self._local: IO[Any] | None = None
@@ -67,7 +67,7 @@ class GrowingFile:
             try:
                 self.sync()
             except RuntimeError as error:
-                # Not a reason to end the run.
+                # A failed upload is not a reason to end the run.
                 logging.warning("%s It is tried again with what comes.", error)
 
     def sync(self) -> None:
@@ -102,8 +102,8 @@ class GrowingFile:
 def prefer_gcsfs() -> None:
     """Makes etils access buckets through gcsfs instead of TensorFlow, if gcsfs is installed.
 
-    TensorFlow's files do not support `seek` while they are written, and it raises exceptions of its
-    own.
+    TensorFlow's files do not support `seek` while they are written, and its exceptions have types
+    of their own.
     """
     if importlib.util.find_spec("gcsfs") is not None:
         os.environ.setdefault("EPATH_USE_TF", "false")
@@ -112,15 +112,15 @@ def prefer_gcsfs() -> None:
 def children(folder: epath.Path) -> list[epath.Path]:
     """Lists a folder; returns an empty list if it does not exist.
 
-    Other storage errors are raised. `is_dir` returns False for any error of a bucket, after which a
-    run would start from scratch instead of resuming.
+    Other storage errors are raised. This function does not use `is_dir`, which returns False for
+    any error of a bucket: a run would then start from scratch instead of resuming.
     """
     try:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     except Exception as error:
-        if type(error).__name__ == "NotFoundError":  # TensorFlow's, passed on by etils.
+        if type(error).__name__ == "NotFoundError":  # Of TensorFlow, passed on by etils.
             return []
         raise
 
@@ -136,9 +136,9 @@ def check_writable(setting: str, folder: epath.Path, *, remedy: str) -> None:
     If the folder does not exist, its nearest existing parent is checked.
 
     Args:
-      setting: name of the setting with the folder, for messages.
+      setting: name of the setting that contains the folder, for error messages.
       folder: a local folder, or one in a bucket.
-      remedy: start of the remedy in messages, followed by "a folder ...".
+      remedy: first words of the remedy in error messages, which continue with "a folder that ...".
 
     Raises:
       ValueError: the folder cannot be written.

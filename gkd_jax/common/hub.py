@@ -1,4 +1,4 @@
-"""Checkpoints that are given by a path or by a name on the Hugging Face hub."""
+"""Finds checkpoints by their path or by their name on the Hugging Face hub."""
 
 import os
 import re
@@ -9,18 +9,18 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 
 
 def find(path: epath.PathLike) -> epath.Path:
-    """Returns a local path; a name on the hub is downloaded (and cached) first.
+    """Returns the path of a checkpoint, which is downloaded (and cached) if only the hub has it.
 
     Args:
       path: an existing path, or a name on the hub. `name@revision` selects a revision other than
         the newest.
 
     Raises:
-      FileNotFoundError: the path does not exist and cannot be downloaded.
+      FileNotFoundError: the path does not exist, and no checkpoint of this name can be downloaded.
     """
     folder = epath.Path(path)
     name = os.fspath(path)
-    # An existing folder such as runs/ is not an account on the hub.
+    # If the folder runs/ exists, 'runs/x' is a local path, and 'runs' is not an account on the hub.
     if folder.exists() or folder.parent.exists() or not _NAME.fullmatch(name):
         return folder if "://" in name else folder.absolute()
     try:

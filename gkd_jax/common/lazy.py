@@ -11,8 +11,8 @@ from gkd_jax.common import moved
 def load_export(package: str, exports: Mapping[str, Sequence[str]], name: str) -> Any:
     """Returns a name that a package re-exports, importing the module that defines it.
 
-    A package calls it from its `__getattr__`. The name is cached in the package's namespace.
-    A former name (`common.moved`) is accepted with a warning.
+    Packages call this function from their `__getattr__`. The value is cached in the package's
+    namespace. A former name (`common.moved`) is accepted with a warning.
 
     Args:
       package: `__name__` of the package.

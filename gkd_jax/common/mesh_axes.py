@@ -1,7 +1,8 @@
-"""Roles of the axes of the device mesh: what each of them splits.
+"""Roles of the axes of the device mesh: which dimensions of arrays each axis splits.
 
-`devices` names the axes of a mesh and knows their roles. Functions on lower floors, such as the
-fused loss, which depend on how arrays are split, read the roles here while they are traced.
+The package `devices` defines the axes of a mesh and their roles. Some functions of packages that
+cannot import `devices`, such as the fused loss, depend on how arrays are split. They read the roles
+from this module while they are traced.
 """
 
 import contextlib
@@ -33,8 +34,8 @@ _CURRENT: contextvars.ContextVar[MeshAxes] = contextvars.ContextVar("mesh_axes")
 def use_mesh_axes(axes: MeshAxes) -> Iterator[None]:
     """Sets the roles of the axes of the mesh in use, for the functions called within.
 
-    Set the mesh together with it. Roles are not part of the key under which JAX caches traced
-    functions, so axes of the same name must always have the same roles.
+    Enter this context together with the mesh's. Roles are not part of the key under which JAX
+    caches traced functions, so axes of the same name must always have the same roles.
     """
     token = _CURRENT.set(axes)
     try:

@@ -1,8 +1,8 @@
 """Tables of renamed modules, classes, settings and gin files, so that former names keep working.
 
-Python imports, gin files, flags and the saved configurations of old runs may use a former name; the
-first use gives one warning with the present name. Entries are never removed, since the folders of
-old runs contain the former names.
+Python imports, gin files, flags and the saved configurations of old runs may use a former name. Its
+first use gives a warning with the present name. Entries are never removed, since the folders of old
+runs contain the former names.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from typing import Any
 
 _PACKAGE = "gkd_jax."
 
-# Former name to present name, both within the package.
+# Maps the former name of a module to its present name, both relative to gkd_jax.
 _MODULES = {
     "adapters": "experiment.checks.adapters",
     "appended": "common.growing_files",
@@ -89,10 +89,10 @@ _MODULES = {
     "writers": "training.writers",
 }
 
-# Classes and functions that were renamed or moved to another module. The former name is written
-# with the present name of the module that defined it, or of the room that re-exported it (one entry
-# for each). The `__getattr__` of a room finds it for Python imports; a module needs one of its own
-# that calls `load_moved`.
+# Classes and functions that were renamed or moved to another module, as 'module.former name'. Here
+# 'module' is the present name of the module that defined the class or function. A package that
+# re-exported it needs a second entry, with the name of the package. Python imports of former names
+# work from packages; a module must have a `__getattr__` that calls `load_moved`.
 _NAMES = {
     "objectives.other_divergences.EntropyAware": "objectives.divergence_sums.EntropyAware",
     "objectives.other_divergences.WeightedSum": "objectives.divergence_sums.WeightedSum",
@@ -116,8 +116,8 @@ _NAMES = {
     "sampling.teacher_assisted.Policy": "sampling.teacher_assisted.TeacherAssistance",
 }
 
-# Settings: the present name of the class or function, with the module that defines it, and the
-# former parameter; to the present parameter. Subclasses inherit the entry.
+# Maps 'module.owner.former parameter' to the present name of the parameter. Its owner is a class or
+# function, written with the present names of owner and module. Subclasses inherit the entry.
 _SETTINGS = {
     "distillation.rollout.Rollout.policy": "teacher_assistance",
     "experiment.settings.NonFinite.policy": "action",
@@ -135,8 +135,9 @@ _GIN_FILES = {
     "gin_configs/methods/self_distillation.gin": "gin_configs/methods/same_size_teacher.gin",
 }
 
-# Names under which the gin files in gin_configs/ used to import modules that a room re-exports now.
-# Flags and gin files that are given after them may still use these names.
+# Names under which the gin files in gin_configs/ used to import modules. They now import only the
+# packages, which re-export the contents of these modules. Flags and gin files of users, which are
+# read after those in gin_configs/, may still use the names.
 _GIN_ALIASES = {
     "beam_search": "sampling.beam_search",
     "config": "models.t5_config",
@@ -179,7 +180,7 @@ def present_name(module: str, name: str) -> tuple[str, str] | None:
 
 
 def former_names(module: str, name: str) -> list[str]:
-    """Lists the former full names of a class or function, former names of its module included."""
+    """Lists the former full names of a class or function, with all former names of its module."""
     inner = f"{module}.{name}".removeprefix(_PACKAGE)
     names = [f"{former}.{name}" for former in former_modules(module)]
     for former, present in _NAMES.items():
@@ -222,16 +223,16 @@ def gin_alias(name: str) -> str | None:
 
 
 def load_moved(module: str, name: str) -> Any:
-    """Returns a class or function that `module` used to define, by its former name, with a warning.
+    """Returns the class or function that `module` used to define as `name`, and gives a warning.
 
-    The module calls it from its `__getattr__`.
+    Modules call this function from their `__getattr__`.
 
     Args:
       module: `__name__` of the module.
       name: the attribute that was requested.
 
     Raises:
-      AttributeError: the module never defined it.
+      AttributeError: the module never defined a class or function of this name.
     """
     found = present_name(module, name)
     if found is None:
@@ -257,7 +258,7 @@ class _FormerLoader(importlib.abc.InspectLoader):
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        # The import system has replaced the module's spec by one with the former name.
+        # Restored, since the import system has replaced the spec by one with the former name.
         module.__spec__ = self._spec
 
     def get_source(self, fullname: str) -> str | None:
@@ -302,7 +303,7 @@ class FormerNames(importlib.abc.MetaPathFinder):
 def install() -> None:
     """Installs the import hook for former names.
 
-    It comes before all other finders, so that no module is loaded twice.
+    The hook comes before all other finders, so that no module is loaded twice.
     """
     if not any(isinstance(finder, FormerNames) for finder in sys.meta_path):
         sys.meta_path.insert(0, FormerNames())

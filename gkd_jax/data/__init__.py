@@ -1,8 +1,8 @@
 """Data: sources of raw examples, tasks, vocabularies, the input pipeline, and metrics of texts.
 
-This package does not depend on models. Start with `task`, which defines a task, and `pipeline`,
-which makes batches of it. `recipes` contains the tasks of the paper, `metrics` scores generated
-texts.
+This package does not depend on models. Start with the modules `task`, which defines a task, and
+`pipeline`, which makes batches from a task. `recipes` contains the tasks of the paper, `metrics`
+the functions that score generated texts.
 """
 
 from typing import Any

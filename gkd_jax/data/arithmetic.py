@@ -1,8 +1,8 @@
 """A generator of multi-step arithmetic word problems with worked solutions.
 
 An example is a pure function of the settings and its index: there are no files, no network and no
-state. A hash of the problem itself, independent of its wording, assigns it to a split, so that no
-problem of the test split occurs in training under any seed or setting.
+state. A problem is assigned to a split by a hash of its numbers and operations, whatever its
+wording. Therefore no problem of the test split occurs in training, under any seed or setting.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _QUESTION = "How many?"
 
 _Steps = list[tuple[str, int]]
 
-# The tenths of all problems that belong to each split.
+# Maps each split to the tenths of all problems that belong to it.
 _SHARES = {"test": (0,), "validation": (1,), "train": tuple(range(2, 10))}
 
 
@@ -78,7 +78,7 @@ class ArithmeticProblems:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the settings and of the first examples, which depend on the code."""
+        """Digest of the settings and of the first examples, so that changes of the code count."""
         first = [self[index] for index in range(min(4, self.num_examples))]
         return hashlib.sha256(repr((self, first)).encode()).hexdigest()
 
@@ -108,7 +108,10 @@ class ArithmeticProblems:
 
     @functools.cached_property
     def _distinct(self) -> list[int]:
-        """Indices of the draws that are the examples of a held-out split, without repetitions."""
+        """For each example of a held-out split, the number of the draw that gives it.
+
+        Draws that repeat a problem are left out.
+        """
         seen: set[str] = set()
         kept: list[int] = []
         for draw in itertools.count():
@@ -131,7 +134,7 @@ class ArithmeticProblems:
         return _numbers(f"{self.seed}/{self.split}/{draw}")
 
     def _draw_problem(self, numbers: Iterator[int]) -> tuple[int, _Steps]:
-        """Draws a problem of this split by rejection: 10 tries on average if it is held out."""
+        """Draws a problem of this split by rejection: a held-out split takes 10 tries on average."""
         while True:
             num_steps = _between(numbers, self.min_steps, self.max_steps)
             value = start = _between(numbers, 2, self.max_operand)
@@ -189,7 +192,11 @@ def split_of(start: int, steps: _Steps) -> str:
 
 
 def _canonical(start: int, steps: _Steps) -> str:
-    """Returns one text for a problem: the numbers of a first sum or product are sorted."""
+    """Returns a text that identifies a problem.
+
+    If the first operation is commutative, its operands are sorted: 3 + 5 is the same problem as
+    5 + 3.
+    """
     (operation, operand), *others = steps
     if operation in "+*":
         start, operand = sorted((start, operand))
@@ -197,7 +204,10 @@ def _canonical(start: int, steps: _Steps) -> str:
 
 
 def _numbers(key: str) -> Iterator[int]:
-    """Yields 16-bit numbers endlessly, the same under all versions of libraries."""
+    """Yields an endless sequence of pseudorandom 16-bit numbers.
+
+    The sequence depends only on the key, not on the versions of libraries.
+    """
     block = 0
     while True:
         yield from struct.unpack("<32H", hashlib.blake2b(f"{key}/{block}".encode()).digest())

@@ -1,4 +1,4 @@
-"""Batches of examples that are given by their numbers, in any order."""
+"""Assembly of batches from examples, which are given by their numbers in the data set."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,7 +41,7 @@ class BatchMaker:
     source_id: Callable[[int], int] | None = None
 
     def batch(self, examples: Int[np.ndarray, " B"], example_id: Int[np.ndarray, " B"]) -> Batch:
-        """Returns a batch with one row per example; the number -1 makes a filler row."""
+        """Returns a batch with one row per example; the number -1 gives a filler row."""
         rows = self.rows.read(examples)
         more: dict[str, Any] = {}
         if self.teacher_rows is not None:
@@ -94,7 +94,7 @@ class BatchMaker:
         Args:
           examples: examples in the global order.
           batch_size: number of rows of the whole batch.
-          first_row: first row to return.
+          first_row: first row of the whole batch to return.
           num_rows: number of rows to return.
         """
         for placements in packed_rows.assign_rows(
@@ -119,7 +119,7 @@ class BatchMaker:
 
         inputs, inputs_segments = rows_of(_INPUTS)
         targets, targets_segments = rows_of(_TARGETS)
-        # A batch is closed by an example that fits in no row, so every row has an example.
+        # A batch ends only when an example fits in none of its rows, so no row is empty.
         example_id = np.zeros(num_rows, np.int32)
         for placement in placements:
             if placement.segment == 1:

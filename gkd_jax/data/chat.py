@@ -1,7 +1,8 @@
 """Chat templates: prompts in the format that a chat model was trained with.
 
 A template is written in Jinja and shipped with a checkpoint, in tokenizer_config.json or
-chat_template.jinja. It is rendered in Jinja's sandbox, since a checkpoint may not be trusted.
+chat_template.jinja. Templates are rendered in Jinja's sandbox, since a checkpoint may come from an
+untrusted source.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 Tokens of two vocabularies are compared by the bytes of text that they spell. A span is the text
 between two consecutive positions at which both tokenizations have a boundary. The class of a token
-is its longest prefix that is a token of both vocabularies, so that a distribution over classes is
-defined for both.
+is the longest prefix of its text that is a token of both vocabularies. Since classes exist in both
+vocabularies, distributions over classes can be compared.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ Tokens: TypeAlias = Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Classes of the tokens of student and teacher; every class has tokens of both.
+    """The classes of the tokens of student and teacher. Every class has tokens of both.
 
     Attributes:
       student: class of each entry of the student's output layer.
       teacher: class of each entry of the teacher's output layer.
       numbers: maps the text of a class, or the name of a token without text, to the class.
-      rest: class of all other tokens: `len(numbers)`, or a class that both sides have if only one
-        side has such tokens.
+      rest: class of the tokens of which no prefix has a class: `len(numbers)`. If only one
+        vocabulary has such tokens, `rest` is one of the other classes.
     """
 
     student: Int[np.ndarray, " V"]
@@ -42,7 +42,7 @@ class Table:
     rest: int
 
     def find(self, text: bytes) -> int:
-        """Returns the class of the longest prefix of a text that has one, or `rest`."""
+        """Returns the class of the longest prefix of `text` that has a class, or else `rest`."""
         for length in range(len(text), 0, -1):
             number = self.numbers.get(text[:length])
             if number is not None:
@@ -55,8 +55,8 @@ class Alignment:
     """A teacher's tokens of an output, and the spans that both tokenizations share.
 
     Attributes:
-      teacher_ids: the teacher's tokens of the visible text, and its end-of-sequence token if the
-        output had one.
+      teacher_ids: token ids of the output's visible text in the teacher's vocabulary, followed by
+        the teacher's end-of-sequence token if the output has an end of sequence.
       spans: number of the span of each of the student's tokens, increasing from 1; 0 outside of
         all spans.
       teacher_spans: the same for the teacher's tokens.
@@ -72,8 +72,9 @@ class Alignment:
 class CommonText:
     """Compares two vocabularies by the text of their tokens.
 
-    A SentencePiece vocabulary starts a text with a space that is not shown. If only one of the two
-    vocabularies does so, the first token of a text has separate classes, by its visible text.
+    A SentencePiece vocabulary encodes a text with a hidden space at its start, which decoding
+    drops. If only one of the two vocabularies does so, the first token of a text has classes of its
+    own (`first`), which are determined without this space.
 
     Args:
       student: the student's vocabulary.
@@ -117,7 +118,7 @@ class CommonText:
         ended = bool(ids) and ids[-1] in self.student.eos_ids
         own = [self._text(0, token) for token in (ids[:-1] if ended else ids)]
         shown = b"".join(text or b"" for text in _shown(own, self._hidden[0]))
-        # Bytes that are not UTF-8 are not shown and belong to no span.
+        # Bytes that are not valid UTF-8 are left out of the text, and so belong to no span.
         read = self.teacher.encode(shown.decode("utf-8", errors="ignore"))
         theirs = [self._text(1, token) for token in read]
         if self._shows[0]:
@@ -154,12 +155,12 @@ class CommonText:
 
 @functools.lru_cache(maxsize=8)
 def common_text(student: Vocabulary, teacher: Vocabulary, sizes: tuple[int, int]) -> CommonText:
-    """Returns the comparison of two vocabularies, which is cached."""
+    """Returns the comparison of two vocabularies from a cache."""
     return CommonText(student, teacher, sizes)
 
 
 def hidden_spaces(vocabulary: Vocabulary) -> int:
-    """Returns how many spaces at the start of a text are not shown: 0, 1, or -1 for all."""
+    """Returns how many spaces at the start of a text decoding drops: 0, 1, or -1 for all."""
     pieces = _pieces(vocabulary)
     word = next(
         (
@@ -199,7 +200,10 @@ def _without_space(piece: Piece) -> Piece:
 
 
 def _shown(texts: Sequence[bytes | None], hidden: int) -> list[bytes | None]:
-    """Removes the spaces at the start that are not shown from the texts of tokens."""
+    """Returns the texts of the tokens of an output, without the hidden spaces at its start.
+
+    `hidden` is the number of these spaces, as returned by `hidden_spaces`.
+    """
     left = list(texts)
     for number, text in enumerate(left):
         while text and hidden and text[:1] == _SPACE:
@@ -239,7 +243,7 @@ def _table(student: Sequence[Piece], teacher: Sequence[Piece], sizes: tuple[int,
 def _spans(
     own: Sequence[bytes | None], theirs: Sequence[bytes | None]
 ) -> tuple[list[int], list[int], list[bytes]]:
-    """Returns the spans of the tokens of both sides, and the text of each span."""
+    """Returns the span number of each token of both sides, and the text of each span."""
     left, right = (b"".join(text or b"" for text in texts) for texts in (own, theirs))
     starts = _starts(own), _starts(theirs)
     numbers = [0] * len(own), [0] * len(theirs)
@@ -262,14 +266,16 @@ def _spans(
 
 
 def _starts(texts: Sequence[bytes | None]) -> dict[int, int]:
-    """Maps the byte offset at which tokens with text start to the first such token; and the end."""
+    """Maps each byte offset at which tokens with text start to the first of these tokens.
+
+    The end of the text is mapped to the number of tokens, or to the first token of no bytes there.
+    """
     starts: dict[int, int] = {}
     offset = 0
     for token, text in enumerate(texts):
         if text is not None:
             starts.setdefault(offset, token)
             offset += len(text)
-    # A token of no bytes at the end precedes the end.
     starts.setdefault(offset, len(texts))
     return starts
 

@@ -20,13 +20,14 @@ def content_of(
     chat: ChatTemplate | None,
     teacher_chat: ChatTemplate | None,
 ) -> dict[str, Any]:
-    """Describes everything that determines the rows of each example, whatever their order.
+    """Describes everything that determines the rows of the examples, except their order.
 
-    The text of a few examples is included as a digest, so that a change of the task's code counts.
+    A digest of the text of a few examples is included, so that changes of the task's code are
+    noticed.
 
     Args:
       examples: texts of the examples.
-      encoder: makes token ids of the texts.
+      encoder: converts the texts to token ids.
       chat: template of the student's prompts, if any.
       teacher_chat: template of the teacher's prompts, if it differs.
 
@@ -35,8 +36,8 @@ def content_of(
     """
     sample = examples.sample(_HASHED_EXAMPLES)
     texts = [dataclasses.astuple(examples[int(number)]) for number in sample]
-    # Newer settings are left out at their defaults, so that positions saved by earlier versions
-    # remain valid.
+    # Settings that were added later are included only if they differ from their defaults, so that
+    # positions saved by earlier versions remain valid.
     newer: dict[str, Any] = {"inputs_bos": True} if encoder.inputs_bos else {}
     newer |= {"cut_inputs": "left"} if encoder.cut_inputs == "left" else {}
     for name, template in (("chat", chat), ("teacher_chat", teacher_chat)):
