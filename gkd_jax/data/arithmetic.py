@@ -134,7 +134,7 @@ class ArithmeticProblems:
         return _numbers(f"{self.seed}/{self.split}/{draw}")
 
     def _draw_problem(self, numbers: Iterator[int]) -> tuple[int, _Steps]:
-        """Draws a problem of this split by rejection: a held-out split takes 10 tries on average."""
+        """Draws a problem of this split by rejection, on average in 10 tries if it is held out."""
         while True:
             num_steps = _between(numbers, self.min_steps, self.max_steps)
             value = start = _between(numbers, 2, self.max_operand)

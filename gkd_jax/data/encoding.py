@@ -52,7 +52,7 @@ class Encoder:
         eos = self.vocabulary.eos_ids[:1]
         bos_id = self.vocabulary.bos_id if self.inputs_bos else None
         if bos_id is not None and inputs[:1] != [bos_id]:
-            inputs = [bos_id, *inputs]  # A chat template may already contain it.
+            inputs = [bos_id, *inputs]  # A chat template may already contain this token.
         inputs_eos = eos if self.inputs_eos else ()
         over = len(inputs) + len(inputs_eos) - self.inputs_length
         if self.cut_inputs == "left" and over > 0:
@@ -89,7 +89,10 @@ class Encoder:
 def _finish(
     ids: list[int], length: int, eos: tuple[int, ...], *, keep_eos: bool = True
 ) -> tuple[list[int], int]:
-    """Cuts to `length`, including the end of sequence (zero or one token)."""
+    """Appends `eos` (zero or one token) and truncates to `length`; returns the full length too.
+
+    The end of sequence is kept when ids are truncated, unless `keep_eos` is False.
+    """
     full = len(ids) + len(eos)
     if full <= length:
         return [*ids, *eos], full
@@ -100,7 +103,7 @@ def _finish(
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Padded rows of some examples.
+    """Padded rows of token ids of several examples.
 
     Attributes:
       inputs: token ids of the prompts.
@@ -138,13 +141,13 @@ class Rows:
 class RowReader:
     """Reads rows by example number, and encodes each example once if the cache is large enough.
 
-    Can be called from several threads: if two threads make the same row, the results are equal.
+    Can be called from several threads: two threads that encode the same example get equal rows.
 
     Args:
       read_text: maps the number of an example to its text.
       encoder: converts text to token ids.
       num_examples: number of examples.
-      cache_bytes: rows are cached if those of all examples fit in this size.
+      cache_bytes: size limit of the cache. Rows are cached only if those of all examples fit.
 
     Attributes:
       caches: whether rows are cached.

@@ -8,11 +8,11 @@ from gkd_jax.data.task import Task, TextExample
 
 
 class Examples:
-    """Text of the examples of one split, in random access.
+    """The examples of one split as text, with random access.
 
     Args:
       task: the task.
-      split: one of its splits, whose source is opened.
+      split: name of a split of the task; its source is opened.
       num_examples: number of examples to use, from the first; None uses all of them.
 
     Raises:
@@ -68,7 +68,7 @@ class Examples:
             raise
 
     def check_metrics(self) -> None:
-        """Scores two references as predictions, so that a metric that cannot be computed fails now.
+        """Scores the targets of two examples, so that a metric that cannot be computed fails early.
 
         Raises:
           ValueError: the package of a metric is not installed.
@@ -90,7 +90,7 @@ class Examples:
         return self._source.num_sources if isinstance(self._source, MixedSource) else 1
 
     def source_id(self, index: int) -> int:
-        """Returns the number of the source of a mixture that an example comes from."""
+        """Returns the number of an example's source in the mixture; 0 if there is no mixture."""
         return self._source.source_id(index) if isinstance(self._source, MixedSource) else 0
 
     def sample(self, size: int) -> Int[np.ndarray, " N"]:

@@ -21,13 +21,13 @@ TOKENIZER = "tokenizer.json"
 class HFTokenizer:
     """The vocabulary of a tokenizer.json, with special tokens from the files beside it.
 
-    End-of-sequence tokens are those of generation_config.json (chat models have several), or else
-    of config.json or tokenizer_config.json. If there is no padding token, the first end-of-sequence
-    token is used, or else id 0: masks are explicit, so any id is safe.
+    End-of-sequence tokens are read from generation_config.json (chat models have several), or else
+    from config.json or tokenizer_config.json. A tokenizer without a padding token pads with its
+    first end-of-sequence token, or else with id 0. Masks are explicit, so any id is safe.
 
     Attributes:
       path: directory of a checkpoint, its name on the hub, or a tokenizer.json.
-      eos_id: overrides the end-of-sequence tokens by one id.
+      eos_id: the only end-of-sequence token; None reads the tokens from the files.
     """
 
     path: str | os.PathLike[str]
@@ -69,7 +69,7 @@ class HFTokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         pieces = (self._tokenizer.id_to_token(token) or "" for token in range(self.size))
-        # SentencePiece models of T5 with seqio's sentinels use these names.
+        # Renamed as in T5's SentencePiece models with seqio's sentinels, to get equal fingerprints.
         named = (f"▁{piece}" if re.fullmatch(r"<extra_id_\d+>", piece) else piece
                  for piece in pieces)  # fmt: skip
         return fingerprint_of_pieces(piece.encode("utf-8") for piece in named)
@@ -79,7 +79,8 @@ class HFTokenizer:
         """Text of each id, according to the tokenizer's decoder.
 
         Raises:
-          ValueError: the tokens of this kind of tokenizer have no bytes of their own (WordPiece).
+          ValueError: this kind of tokenizer (such as WordPiece) does not define the bytes of each
+            token.
         """
         settings = json.loads(self._tokenizer.to_str())
         decoders = _kinds(settings["decoder"])
@@ -170,7 +171,7 @@ class HFTokenizer:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy loads the tokenizer again.
+        # A pickled copy loads the tokenizer again.
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -191,9 +192,9 @@ def _kinds(decoder: dict[str, Any] | None) -> set[str]:
 
 @functools.cache
 def _byte_letters() -> dict[str, int]:
-    """Maps the letters that byte-level tokenizers use for bytes to those bytes.
+    """Maps each letter that byte-level tokenizers write for a byte to that byte.
 
-    A byte that is a printable character is its own letter.
+    Bytes of printable characters are written as these characters.
     """
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in visible]

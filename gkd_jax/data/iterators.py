@@ -1,11 +1,11 @@
-"""Iterators over batches: order of the examples, rows of a process, exact resumption, on Grain.
+"""Iterators over batches, built on Grain: order of examples, rows of a process, exact resumption.
 
-The state of a training iterator is one number, the position in the global order of examples.
-Position p is an example of epoch p // num_examples; the permutation of an epoch is computed, not
-stored. Process p of N takes the rows [pB/N, (p+1)B/N) of each global batch of B rows, so that
-neither the order nor the rows depend on the number of processes. A packed batch holds as many
-examples as fit (`packed_rows`); every process computes the assignment of examples to rows for the
-whole batch.
+The state of a training iterator is one number: its position in the global order of examples.
+Position i belongs to epoch i // num_examples. The permutation of an epoch is computed from the
+seed, not stored. Process p of N takes the rows [pB/N, (p+1)B/N) of each global batch of B rows.
+Neither the order nor the global batches depend on the number of processes. A packed batch holds as
+many examples as fit (`packed_rows`); every process computes the assignment of examples to rows for
+the whole batch.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class TrainIterator(Iterator[Batch]):
         try:
             batch, num_examples = next(self._batches)
         except BaseException:
-            # Grain has dropped the batch that failed: to go on would skip its examples.
+            # Grain has dropped the batch that failed: continuing would skip its examples.
             self.close()
             raise
         self.position += num_examples
@@ -147,7 +147,7 @@ class BatchIterators:
     def one_pass(
         self, *, process_index: int = 0, process_count: int = 1
     ) -> Iterator[tuple[Batch, Int[np.ndarray, " B"]]]:
-        """Returns an iterator over each example once; see `Dataset.eval_batches`."""
+        """Returns an iterator that visits each example once; see `Dataset.eval_batches`."""
         first_row, num_rows = self._process_rows(process_index, process_count)
 
         def make(start: int) -> tuple[Batch, Int[np.ndarray, " B"]]:
@@ -176,7 +176,7 @@ class BatchIterators:
 def _prefetch(
     starts: range, make: Callable[[int], Any], *, threads: int
 ) -> grain.DatasetIterator[Any]:
-    """Iterates over `make(start)` in the order of `starts`, computed ahead by threads."""
+    """Iterates over `make(start)` for each of `starts`, in order; threads compute results ahead."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     made = grain.MapDataset.range(starts.start, starts.stop, starts.step).map(make)
     return iter(made.to_iter_dataset(options))

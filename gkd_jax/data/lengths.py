@@ -1,4 +1,4 @@
-"""Lengths of examples in tokens: what is truncated, and whether the prompts still differ."""
+"""Report of the lengths of examples in tokens, and a check of the prompts after truncation."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ _CHECKED_EXAMPLES = 32
 
 
 def check_prompts_differ(examples: Examples, rows: RowReader, vocabulary: Vocabulary) -> None:
-    """Checks that truncation leaves the prompts of a sample different.
+    """Checks that truncation does not make all prompts of a sample the same.
 
     Args:
       examples: texts of the examples.
@@ -36,7 +36,7 @@ def check_prompts_differ(examples: Examples, rows: RowReader, vocabulary: Vocabu
 
 
 def report_lengths(examples: Examples, rows: RowReader) -> list[str]:
-    """Reports lengths and truncation of prompts and outputs over a sample, one line for each."""
+    """Reports lengths and truncation in a sample: one line for prompts and one for outputs."""
     sample = examples.sample(_REPORTED_EXAMPLES)
     read = rows.read(sample)
     lines = []

@@ -1,4 +1,4 @@
-"""Sources that combine other sources: templates around examples, and mixtures of sources."""
+"""Sources made from other sources: examples formatted by templates, and mixtures of sources."""
 
 import bisect
 import dataclasses
@@ -24,7 +24,8 @@ class Templated:
       targets: template of the output.
       labels: for each field that holds a class number, the texts of the classes, which are
         templates too (`{'label': ('{choice1}', '{choice2}')}`).
-      unescape_newlines: replaces a backslash followed by n in the data by a newline (FLAN's TSVs).
+      unescape_newlines: whether to replace a backslash followed by n in the data by a newline, as
+        FLAN's TSV files require.
     """
 
     source: SourceConfig
@@ -37,8 +38,8 @@ class Templated:
         """Opens the source and formats its first example, to check the names of fields.
 
         Raises:
-          FileNotFoundError, ValueError: as raised by the source; or a template names a field that
-            the examples do not have.
+          FileNotFoundError, ValueError: the source cannot be opened, or a template names a field
+            that the examples do not have.
         """
         opened = _TemplatedSource(self, self.source.open())
         opened[0]
@@ -94,19 +95,20 @@ def _class_name(names: tuple[str, ...], field: str, number: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """A mixture of several sources in fixed proportions, in random access.
+    """A mixture of several sources in fixed proportions, with random access.
 
-    Without weights each example of each source occurs once. With weights (or `rate_maximum`) the
-    number of examples is divided in proportion to the weights, exact to within one example, and a
-    source that is shorter than its share is repeated. Sources are concatenated; the pipeline
-    shuffles.
+    Without weights each example of each source occurs once. With weights (or `rate_maximum`) each
+    source gets a share of the examples in proportion to its weight, exact to within one example. A
+    source that is shorter than its share is repeated. The shares are concatenated; the pipeline
+    shuffles the result.
 
     Attributes:
       sources: sources of the mixture, at least one.
       weights: one positive number per source; None concatenates the sources.
       max_examples: maximum number of examples of each source, taken from its start.
-      rate_maximum: weights each source by its number of examples, limited to this number: T5's
-        examples-proportional mixing. FLAN 2021 uses 3,000, with `max_examples` 30,000.
+      rate_maximum: if set, the weight of a source is its number of examples, but at most this
+        number (T5's examples-proportional mixing). FLAN 2021 uses 3,000, with `max_examples`
+        30,000.
       num_examples: length of a weighted mixture; None uses the sum over the sources.
     """
 
@@ -144,7 +146,7 @@ class Mixture:
         """Opens all sources.
 
         Raises:
-          FileNotFoundError, ValueError: as raised by the sources.
+          FileNotFoundError, ValueError: a source cannot be opened.
         """
         opened = [source.open() for source in self.sources]
         cap = self.max_examples
@@ -159,7 +161,7 @@ class Mixture:
 
 
 class MixedSource:
-    """A concatenation of sources, of which source k contributes `shares[k]` examples.
+    """A concatenation of sources, with `shares[k]` examples of source k.
 
     Args:
       sources: the sources.

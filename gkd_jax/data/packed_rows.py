@@ -21,7 +21,7 @@ class TokenizedExample:
 
     Attributes:
       number: number of the example in the data set.
-      position: its position in the global order.
+      position: position of the example in the global order.
       features: token ids of the prompt, of the output and, if the teacher reads another prompt, of
         the teacher's prompt.
     """
@@ -44,7 +44,7 @@ class Placement:
       example: the example.
       row: row of the global batch.
       segment: rank of the example within its row, from 1.
-      starts: for each feature, the index in the row of its first token.
+      starts: for each feature, the position in the row at which its first token is placed.
     """
 
     example: TokenizedExample
@@ -59,9 +59,9 @@ def assign_rows(
     """Yields the placements of one global batch after another.
 
     Args:
-      examples: examples in the global order. Those at the end that do not fill a batch are dropped.
+      examples: examples in the global order. The last ones are dropped if they do not fill a batch.
       num_rows: number of rows of a global batch.
-      widths: length of a row for each feature; no feature of an example is longer.
+      widths: for each feature, the length of a row. No example may be longer.
     """
     taken = np.zeros((num_rows, len(widths)), np.int64)
     num_segments = np.zeros(num_rows, np.int64)
@@ -104,7 +104,10 @@ def measure(
     widths: Sequence[int],
     num_examples: int,
 ) -> PackingStatistics:
-    """Measures the packing of whole batches with `num_examples` examples or more."""
+    """Measures how densely rows are filled, over the first batches.
+
+    As many whole batches are measured as are needed for `num_examples` examples.
+    """
     num_placed = num_tokens = num_batches = 0
     for placements in assign_rows(examples, num_rows=num_rows, widths=widths):
         num_batches += 1
@@ -121,7 +124,7 @@ def measure(
 def rows_of_feature(
     placements: Iterable[Placement], feature: int, *, num_rows: int, width: int, pad_id: int
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
-    """Returns the token ids of one feature in all rows, and their segments (0 is padding)."""
+    """Returns the rows of one feature: token ids, and the segment of each (0 on padding)."""
     tokens = np.full((num_rows, width), pad_id, np.int32)
     segments = np.zeros((num_rows, width), np.int32)
     for placement in placements:
@@ -131,7 +134,7 @@ def rows_of_feature(
 
 
 def write(array: np.ndarray, placement: Placement, feature: int, value: Any) -> None:
-    """Writes one value, or one value per token, to the positions of a feature of an example."""
+    """Writes a value, or one value per token, to the positions of a placed example's feature."""
     start = placement.starts[feature]
     length = len(placement.example.features[feature])
     array[placement.row, start : start + length] = value

@@ -1,4 +1,4 @@
-"""Metrics of generated texts: functions of references and predictions that return scores."""
+"""Metrics of generated texts: functions that take references and predictions and return scores."""
 
 from gkd_jax.data.metrics.gsm8k import apply_calculator, gsm8k_accuracy, parse_answer
 from gkd_jax.data.metrics.score import MetricFn, Score

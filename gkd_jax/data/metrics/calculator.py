@@ -2,9 +2,9 @@
 
 Cobbe et al., "Training Verifiers to Solve Math Word Problems" (arXiv 2110.14168) and Wei et al.,
 "Chain-of-Thought Prompting Elicits Reasoning in Large Language Models" (arXiv 2201.11903) evaluate
-models with a calculator: the right-hand side of a generated equation is computed, and a corrected
-number replaces the wrong one in the following text, by string matching. A text that may not be an
-equation (units, percentages, mixed numbers, words inside) is unchanged.
+models with a calculator: the right-hand side of each generated equation is computed, and the
+correct number replaces a wrong one wherever that occurs in the following text. Text that may not be
+an equation (units, percentages, mixed numbers, words inside) is unchanged.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-"""A number in its common notations: 7, 1,234, 0.5, .5. A full stop after it is not part of it."""
+"""A number in common notation: 7, 1,234, 0.5, .5. A full stop after a number is not matched."""
 
 MINUS_SIGN = "\N{MINUS SIGN}"
 _TIMES_SIGN = "\N{MULTIPLICATION SIGN}"
@@ -30,7 +30,7 @@ _TOKEN = re.compile(
     r"|(?P<other>\w+|[^\w])",
     re.DOTALL,
 )
-# Bounds on evaluated expressions: a degenerate output must not cost time or memory.
+# Limits on expressions, so that a degenerate output does not cost time or memory.
 _MAX_TOKENS = 64
 _MAX_NUMBER_LENGTH = 18
 
@@ -54,8 +54,9 @@ def apply_calculator(text: str) -> str:
 
     Handles 'a + b = c' and GSM8K's annotations '<<a+b=c>>c', with + - * / and their typographic
     forms, parentheses, dollar signs and thousands separators. A right-hand side with decimals is
-    kept if it is the result rounded to them. A corrected number replaces the wrong one in later
-    equations and in the answer, until a later equation correctly yields that number.
+    kept if it is the result rounded to the same number of decimals. A corrected number replaces the
+    wrong one in later equations and in the answer. The replacement ends where the wrong number is
+    the correct result of a later equation.
 
     Args:
       text: a generated solution.
@@ -95,7 +96,7 @@ def _tokenize(text: str) -> list[_Token]:
 def _correct_equation(
     tokens: list[_Token], equals: int, corrected: dict[Fraction, Fraction]
 ) -> None:
-    """Computes the equation around tokens[equals], if it is one, and records the correction."""
+    """Corrects the equation around tokens[equals], if there is one, and records the correction."""
     expression = _left_side(tokens, equals)
     value = _evaluate(expression) if expression else None
     right = _right_side(tokens, equals)
@@ -136,7 +137,7 @@ def _left_side(tokens: list[_Token], equals: int) -> list[_Token]:
         if line_start and not attached:
             run = run[1:]  # A dash or star that starts an item of a list.
         elif not (minus and attached) or (before is not None and before.text[-1].isalnum()):
-            return []  # Separated from its left operand by a word or a unit.
+            return []  # A word or a unit separates the operator from its left operand.
     elif run and first > 1 and before is not None and before.text != "\n":
         glued = tokens[first - 2].end == before.start and before.end == run[0].start
         if tokens[first - 2].kind == "number" and (glued or before.text == "and"):
@@ -147,7 +148,7 @@ def _left_side(tokens: list[_Token], equals: int) -> list[_Token]:
 def _right_side(tokens: list[_Token], equals: int) -> int | None:
     """Returns the index of the number that an equation states as its result.
 
-    None if there is no number, or if the equation continues after it.
+    Returns None if there is no number, or if the equation continues after the number.
     """
     index = equals + 1
     if index < len(tokens) and tokens[index].text in ("-", MINUS_SIGN):

@@ -20,10 +20,11 @@ _SENTENCE_END = re.compile(r"\n|[.!?](?:\s|$)")
 def parse_answer(text: str) -> Fraction | None:
     """Returns the final number of a worked solution.
 
-    The first of these that applies: the number after the first '####' (the format of GSM8K), the
-    number in the sentence after the last 'The answer is' (chain-of-thought format), the last number
-    of the text. For a conclusion with an equation, its right-hand side is used. Dollar signs,
-    thousands separators, a trailing full stop and decimals are supported.
+    If the text contains '####' (the format of GSM8K), this is the number after the first '####'.
+    Otherwise, if the text contains 'The answer is' (chain-of-thought format), it is the number in
+    the sentence after the last such phrase. Otherwise it is the last number of the text. If an
+    equation follows '####' or the phrase, its right-hand side is used. Dollar signs, thousands
+    separators, a trailing full stop and decimals are supported.
 
     Args:
       text: a solution, from the data or generated.
@@ -62,12 +63,12 @@ def gsm8k_accuracy(
     Args:
       references: worked solutions, or plain answers.
       predictions: generated solutions.
-      use_calculator: corrects the equations of the predictions first (see `apply_calculator`), as
-        the GKD paper does for GSM8K.
+      use_calculator: whether to correct the equations of the predictions first (see
+        `apply_calculator`), as the GKD paper does for GSM8K.
 
     Returns:
-      `{'gsm8k_accuracy': score}` in percent with its binomial standard error; the detail has the
-      number of predictions without a number.
+      `{'gsm8k_accuracy': score}` in percent with its binomial standard error. `Score.detail` says
+      how many predictions contain no number.
 
     Raises:
       ValueError: the lists differ in length, or a reference has no number.

@@ -28,7 +28,7 @@ class Score:
 
 
 MetricFn: TypeAlias = Callable[[list[list[str]], list[str]], dict[str, Score]]
-"""(references of each example, predictions) -> name to score."""
+"""Function of (references of each example, predictions) that returns a score for each name."""
 
 
 def check_pairs(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> None:
@@ -65,7 +65,8 @@ def mean_score(values: Sequence[float], *, scale: float = 100.0, detail: str = "
       detail: `Score.detail`.
 
     Returns:
-      The mean, with the standard error from the unbiased variance (n - 1), or None for one example.
+      The mean and its standard error, from the unbiased variance (with divisor n - 1). The standard
+      error of a single example is None.
     """
     count = len(values)
     mean = math.fsum(values) / count
@@ -82,7 +83,7 @@ def share_score(num_true: int, count: int, *, detail: str = "") -> Score:
     Args:
       num_true: number of correct examples.
       count: number of all examples, at least one.
-      detail: `Score.detail`; defaults to the two numbers.
+      detail: `Score.detail`; defaults to '<num_true> of <count>'.
     """
     share = num_true / count
     error = 100.0 * math.sqrt(share * (1.0 - share) / count)

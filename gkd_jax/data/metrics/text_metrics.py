@@ -31,7 +31,7 @@ def bleu(
       references: at least one reference for each example.
       predictions: detokenized outputs.
       tokenize: sacrebleu's tokenizer, e.g. '13a', 'intl', 'zh', 'char'.
-      lowercase: ignores case; off in every result of the papers.
+      lowercase: whether to ignore case. All results in the papers of T5 and GKD are cased.
       num_bootstrap: number of resampled test sets; 0 omits the standard error.
       seed: seed of the resampling.
 
@@ -74,9 +74,9 @@ def resampled_bleu(
     """Computes corpus BLEU of bootstrap samples of the test set.
 
     Koehn, "Statistical Significance Tests for Machine Translation Evaluation" (2004). The samples
-    depend only on the seed and the number of sentences. For two systems on one test set they are
-    the same, and the standard deviation of the differences is the standard error of a paired
-    comparison.
+    depend only on the seed and the number of sentences, so that all systems get the same samples of
+    a test set. For two systems, the standard deviation of the differences between their results is
+    the standard error of a paired comparison.
 
     Args:
       references, predictions, tokenize, lowercase: as in `bleu`.
@@ -91,7 +91,7 @@ def resampled_bleu(
     """
     check_pairs(references, predictions)
     sacrebleu = _require("sacrebleu.metrics", "BLEU", "sacrebleu")
-    # Effective order changes no count; it only avoids a warning for each sentence.
+    # The effective order does not change the counts. It only avoids a warning for each sentence.
     metric = sacrebleu.BLEU(tokenize=tokenize, lowercase=lowercase, effective_order=True)
     rows = []
     for texts, prediction in zip(references, predictions, strict=True):
@@ -99,7 +99,8 @@ def resampled_bleu(
         rows.append([sentence.sys_len, sentence.ref_len, *sentence.counts, *sentence.totals])
     statistics = np.asarray(rows, np.int64)
     count = len(rows)
-    # The number of draws of each sentence, so that sums over a sample are one matrix product.
+    # How often each sample contains each sentence. The sums over all samples are then one matrix
+    # product.
     draws = np.random.default_rng(seed).multinomial(
         count, np.full(count, 1.0 / count), size=num_sets
     )
@@ -127,8 +128,8 @@ def rouge(
     mean only by noise.
 
     Args:
-      references: at least one reference for each example; for each type of ROUGE the best one is
-        used.
+      references: at least one reference for each example. Each type of ROUGE uses the reference
+        with the highest score.
       predictions: outputs.
       use_stemmer: whether Porter stems are compared instead of words.
 
