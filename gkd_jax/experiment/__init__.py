@@ -1,8 +1,8 @@
-"""A run as data: the settings that a gin file binds, and the checks before any long work.
+"""Description of a run: its settings, which a gin file binds, and the checks made before it starts.
 
-This room compiles and trains nothing. Start with `experiment.Experiment` and `settings`. `prepare`
-opens the data and checks everything, with the checks in `checks`; `plan` describes the run;
-`gin_files` parses gin files and is the only part that imports gin.
+This package compiles and trains nothing. Start with `experiment.Experiment` and `settings`.
+`prepare` opens the data and makes the checks that `checks` defines. `plan` describes the run as
+text. `gin_files` parses gin files and is the only part that imports gin.
 """
 
 from typing import Any

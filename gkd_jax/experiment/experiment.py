@@ -37,19 +37,20 @@ class Experiment:
       train_data: training examples and the global batch size.
       optimizer: optimizer and learning-rate schedule.
       num_steps: total number of updates.
-      model_dir: folder or bucket of checkpoints, metrics and predictions. A run that was stopped
-        resumes from the last checkpoint in it.
+      model_dir: folder or bucket for checkpoints, metrics and predictions. A run that was stopped
+        resumes from the last checkpoint there.
       teacher: model whose predictions the student is trained to match: one or more frozen networks,
         the student itself (initial, averaged, live), or precomputed distributions
         (`gkd_jax.distillation.teachers`). None for supervised fine-tuning (SFT).
       outputs: share of steps that train on the student's own outputs (lambda of GKD's Algorithm 1).
       rollout: sampling of the student's outputs during training.
       reward: reward of the student's own outputs in addition to the divergence (`RewardMix`, for
-        RL), or the sequence-level reverse KL (`SequenceReverseKL`, for MiniLLM). None minimises the
-        divergence of each token alone.
-      replay: buffer of sampled outputs that are trained on again; None trains on each output once.
+        RL), or the sequence-level reverse KL (`SequenceReverseKL`, for MiniLLM). If None,
+        only the divergence of each token is minimised.
+      replay: buffer of sampled outputs that are trained on again; if None, each output is
+        used once.
       evaluation: evaluation on held-out examples; None for no evaluation.
-      generation: settings of `--run_mode=generate`.
+      generation: settings of `--run_mode=generate` and `--run_mode=interactive`.
       storing: settings of `--run_mode=store_teacher`.
       export: settings of `--run_mode=export`.
       topology: TPU topology that `--run_mode=compile_ahead` compiles for, such as 'v5e:4x4'.
@@ -58,12 +59,13 @@ class Experiment:
       checkpoints: saving of checkpoints.
       alarms: thresholds above which a warning is logged.
       non_finite: handling of steps whose loss or gradient is NaN or infinite.
-      hang_seconds: time in seconds without a finished step or evaluation batch after which each
-        process writes the stacks of its threads and exits; None disables this.
+      hang_seconds: time limit in seconds for each step and each evaluation batch. If none finishes
+        within this time, each process writes the stacks of its threads and exits. None disables
+        the limit.
       profile_steps: first and last step of a profiler trace, counted from 1; None for no trace.
       log_period: steps between lines of training metrics.
-      seed: seed of every random number of the run except the order of examples, for which
-        `train_data` has its own.
+      seed: seed of all random numbers of the run except those for the order of examples, which
+        `train_data.seed` determines.
     """
 
     student: Student
@@ -135,9 +137,9 @@ class Experiment:
     def student_model(self) -> LanguageModel:
         """The student's model, restricted to the vocabulary entries that the teacher has too.
 
-        Training and divergences use it, since a token beyond these entries would have no embedding
-        in the teacher. Without a teacher it is `student.model`, which is also the model that is
-        decoded for evaluation, generation and export.
+        Training and divergences use this model, since the teacher has no embedding for tokens
+        outside the shared entries. Without a teacher it is `student.model` itself. Task metrics,
+        generation and export always use `student.model`.
         """
         sizes: tuple[int, ...] = ()
         if self.teacher is not None and self.objective.divergence.needs_teacher:

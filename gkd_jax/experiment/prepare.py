@@ -1,7 +1,7 @@
-"""Opens the data of an experiment and checks everything that can be checked before long work.
+"""Opens the data of an experiment and checks everything that can be checked beforehand.
 
-All problems are reported at once. One function below for each run mode lists its checks; the checks
-themselves are in `experiment.checks`.
+All problems are reported at once. Each run mode has a function below that lists its checks. The
+checks themselves are in `experiment.checks`.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ __all__ = ["ConfigurationError", "Prepared", "prepare"]
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Data sets of an experiment, opened and checked; None for those that are not read."""
+    """Opened and checked data sets. Those that the run mode does not read are None."""
 
     train_data: Dataset | None = None
     eval_data: Dataset | None = None
@@ -58,10 +58,10 @@ def prepare(
 
     Args:
       experiment: the experiment that is to run.
-      run_mode: 'train', 'eval', 'generate', 'store_teacher', 'export' or 'interactive'; it decides
-        what is opened and checked.
-      made_before: models of the checkpoints that earlier runs will have written, by path. These
-        need not exist yet.
+      run_mode: 'train', 'eval', 'generate', 'store_teacher', 'export' or 'interactive'. It
+        determines which data are opened and what is checked.
+      made_before: models of the checkpoints that other runs of a study will write, by path. These
+        checkpoints need not exist yet.
 
     Returns:
       The data sets that the run mode reads.
@@ -81,7 +81,7 @@ class _Preparation:
     Attributes:
       experiment: the experiment.
       problems: the problems that were found so far.
-      opened: the data sets, by field of `Prepared`.
+      opened: the opened data sets, by the name of their field in `Prepared`.
       models: checks of the student and the teacher.
     """
 
@@ -132,7 +132,7 @@ def _train(preparation: _Preparation) -> None:
 
 
 def _evaluate(preparation: _Preparation) -> None:
-    """Checks the evaluation, a trained student, and the teacher if the divergence needs one."""
+    """Checks the evaluation data, the student's checkpoint, and the teacher if it is needed."""
     experiment = preparation.experiment
     if experiment.evaluation is None:
         preparation.problems.texts.append(
@@ -171,7 +171,7 @@ def _generate(preparation: _Preparation) -> None:
 
 
 def _interactive(preparation: _Preparation) -> None:
-    """Checks the model that answers."""
+    """Checks the model that answers the prompts."""
     generation = preparation.experiment.generation
     if generation is None:
         preparation.problems.texts.append(
@@ -207,7 +207,7 @@ def _check_generating_model(preparation: _Preparation, generation: Generation) -
 
 
 def _store_teacher(preparation: _Preparation) -> None:
-    """Checks the data, a teacher with a model, and the folder of the store."""
+    """Checks the data, the teacher's model and checkpoint, and the folder of the store."""
     collecting = preparation.problems.collecting
     with collecting():
         storing = storing_of(preparation.experiment)
@@ -225,7 +225,7 @@ def _store_teacher(preparation: _Preparation) -> None:
 
 
 def _export(preparation: _Preparation) -> None:
-    """Checks a trained student, the format that is to hold it, and the output directory."""
+    """Checks the student's checkpoint, the export format and the output directory."""
     experiment = preparation.experiment
     with preparation.problems.collecting():
         folder = check_export(experiment)

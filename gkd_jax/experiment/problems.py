@@ -1,4 +1,4 @@
-"""Collects everything that is wrong with an experiment, so that it is reported at once."""
+"""Collects all problems of an experiment, so that they are reported together."""
 
 import contextlib
 from collections.abc import Iterator
@@ -32,10 +32,12 @@ class Problems:
 
     @contextlib.contextmanager
     def collecting(self, where: str = "") -> Iterator[None]:
-        """Collects the errors of its body that a user can cause, so that later checks still run.
+        """Catches and records the errors in a `with` block that a user can cause.
+
+        These are `ValueError` and `OSError`. Later checks then still run.
 
         Args:
-          where: prefix of their texts.
+          where: prefix of the recorded texts.
         """
         try:
             yield

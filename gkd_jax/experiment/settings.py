@@ -1,4 +1,4 @@
-"""Settings of an experiment: frozen dataclasses that check their values when they are made."""
+"""Settings of an experiment: frozen dataclasses that check their values on construction."""
 
 import dataclasses
 import types
@@ -19,7 +19,8 @@ def require_positive(owner: object, *names: str, otherwise: str = "") -> None:
     Args:
       owner: a dataclass.
       *names: names of its fields.
-      otherwise: what to set instead by someone who gave 0 to switch it off.
+      otherwise: end of the error message, for users who set 0 to switch a feature off: what to set
+        instead.
     """
     for name in names:
         value = getattr(owner, name)
@@ -32,10 +33,14 @@ def require_positive(owner: object, *names: str, otherwise: str = "") -> None:
 
 
 def check_kinds(owner: Any) -> None:
-    """Checks the fields of a dataclass for None and for instances of other classes than annotated.
+    """Checks that the fields of a dataclass have values of the annotated types.
+
+    A field may be None only if its annotation allows it. The class of another value is checked only
+    if the annotation consists of dataclasses.
 
     Raises:
-      ValueError: a field is None and may not be, or is not an instance of its dataclass.
+      ValueError: a field is None although its annotation excludes None, or is not an instance of
+        the annotated dataclass.
     """
     for field in dataclasses.fields(owner):
         name = f"{type(owner).__name__}.{field.name}"
@@ -66,8 +71,9 @@ class Student:
     Attributes:
       model: the student's model.
       initial_checkpoint: checkpoint of gkd_jax, T5X or Hugging Face from which training starts.
-        GKD starts from a student that was fine-tuned on the task. None starts from random
-        parameters. A model with adapters (`LoRA`) reads its base from here at every start.
+        GKD starts from a student that was fine-tuned on the task. If None, training starts
+        from random parameters. The frozen base of a model with adapters (`LoRA`) is read from this
+        checkpoint at every start, also when a run resumes.
     """
 
     model: LanguageModel
@@ -83,12 +89,12 @@ class Evaluation:
 
     Attributes:
       data: held-out examples.
-      period: steps between evaluations. There is also one before the first step and one after the
-        last; without any, `Experiment.evaluation` is None.
+      period: number of steps between evaluations. There is also an evaluation before the first step
+        and one after the last. For no evaluation, set `Experiment.evaluation` to None.
       method: decoding method for the task's metrics.
-      num_divergence_examples: number of examples on which the objective is measured, rounded up to
-        whole batches: on the data's outputs and, if there is a teacher, on the student's samples.
-        0 skips both.
+      num_divergence_examples: number of examples for which the objective is measured, rounded up to
+        whole batches. The objective is measured on the data's outputs and, if there is a teacher
+        that can score them, on the student's samples. 0 skips both.
     """
 
     data: DatasetConfig
@@ -111,8 +117,8 @@ class Checkpoints:
     """Saving of checkpoints, and which of them are kept.
 
     Attributes:
-      period: steps between checkpoints. The last step is always saved and, with `best_metric`,
-        every step that is evaluated.
+      period: number of steps between checkpoints. The last step is always saved. With
+        `best_metric`, every step that is evaluated is saved as well.
       keep: number of recent checkpoints to keep; None keeps all.
       best_metric: evaluation metric, for example 'bleu', whose best checkpoint is kept as well;
         None keeps recent checkpoints only.
@@ -135,12 +141,12 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class Alarms:
-    """Thresholds above which a warning is logged, since outputs may collapse or never end.
+    """Thresholds for warnings about degenerate outputs. A share above its threshold is logged.
 
     Attributes:
-      truncated_share: threshold of the share of sampled outputs that do not end within the target
+      truncated_share: threshold for the share of sampled outputs that do not end within the target
         length.
-      repetition: threshold of the share of repeated 4-grams within sampled outputs.
+      repetition: threshold for the share of repeated 4-grams within sampled outputs.
     """
 
     truncated_share: float = 0.5
@@ -154,7 +160,8 @@ class Alarms:
 class NonFinite:
     """Handling of steps whose loss or gradient is NaN or infinite.
 
-    In any case the batch is written to `non_finite/` in the run's folder, as text and as arrays.
+    With either action, the batch is written to `non_finite/` in the run's folder, as text and as
+    arrays.
 
     Attributes:
       action: 'stop' ends the run; 'skip' continues with parameters and optimizer state unchanged.
@@ -181,12 +188,15 @@ class Generation:
       data: prompts, vocabulary and lengths.
       output: JSON lines file to write, with the fields `inputs` (the whole prompt), `targets` (the
         sampled text), `references`, `log_prob` and `index`. The task `recipes.instruction` over a
-        `JsonLines` source reads it as training data, with the prompts unchanged.
-      model: 'student' or 'teacher'. Sequence-level distillation trains on the teacher's outputs.
+        `JsonLines` source reads the file as training data, with unchanged prompts.
+      model: model that generates, 'student' or 'teacher'. The teacher's outputs are the training
+        data of sequence-level distillation.
       method: decoding method.
       num_samples: number of outputs per prompt.
-      prompts: file of prompts to use instead of the data's, each the whole text that the model
-        reads: one per line, JSON lines with the field 'inputs' (.jsonl), or '-' for standard input.
+      prompts: file of prompts to use instead of those in `data`; '-' reads standard input. A file
+        with the suffix .jsonl has JSON lines with the field 'inputs'. Other files have one prompt
+        per line.
+        Each prompt is the whole text that the model reads.
     """
 
     data: DatasetConfig
@@ -214,14 +224,15 @@ class Generation:
 class Storing:
     """Settings of `--run_mode=store_teacher`, which writes the teacher's distributions.
 
-    They are those for the data's outputs, at the objective's teacher temperature.
-    `teachers.StoredTeacher` reads them.
+    There is one distribution for each token of the data's outputs, at the objective's teacher
+    temperature. `teachers.StoredTeacher` reads them in training.
 
     Attributes:
-      data: examples, such as those of training. Their order does not matter.
+      data: examples whose outputs the teacher scores, such as the training examples. Their order
+        does not matter.
       output: folder to write.
-      sparsification: entries of each distribution that are stored: the whole vocabulary, the most
-        likely tokens, or draws.
+      sparsification: choice of the entries of each distribution that are stored: the whole
+        vocabulary, the most likely tokens, or tokens drawn from the distribution.
     """
 
     data: DatasetConfig
@@ -245,13 +256,13 @@ class Export:
 
     Attributes:
       output: local directory to create. It must not exist.
-      format: 'hf' for a directory that `transformers` loads, or 't5x' for a directory with the
-        native T5X checkpoint `checkpoint_<step>` of a T5.
+      format: 'hf' for a directory that `transformers` loads, or 't5x' for a directory with a
+        native T5X checkpoint, `checkpoint_<step>`. 't5x' is for T5 models only.
       dtype: dtype of the weights, 'bfloat16' or 'float32'.
-      tokenizer: checkpoint directory whose tokenizer files are copied; None copies those of the
-        training data's vocabulary.
+      tokenizer: checkpoint directory whose tokenizer files are copied. If None, the files of the
+        training data's vocabulary are copied.
       shard_bytes: maximum size in bytes of a weights file in format 'hf'.
-      adapters: whether only the adapters are written, in the format in which PEFT loads them.
+      adapters: whether only the adapters are written, in PEFT's format.
     """
 
     output: str

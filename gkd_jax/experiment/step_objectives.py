@@ -17,7 +17,9 @@ from gkd_jax.objectives.token_classes import Classes, Vocabularies
 
 
 def measured_objective(experiment: Experiment, vocabulary: Vocabulary) -> Objective:
-    """Returns the objective without a reward; it is on spans if the teacher has its own tokens.
+    """Returns the objective without a reward.
+
+    If the teacher has its own tokenizer, the objective compares spans of equal text, not tokens.
 
     Args:
       experiment: the experiment.
@@ -37,7 +39,7 @@ def measured_objective(experiment: Experiment, vocabulary: Vocabulary) -> Object
 
 
 def on_policy_objective(experiment: Experiment) -> Objective:
-    """Returns the objective of a step on the student's own outputs, with its reward if any."""
+    """Returns the objective of a step on the student's own outputs, including any reward."""
     objective, reward = experiment.objective, experiment.reward
     if reward is None:
         return measured_objective(experiment, experiment.train_data.vocabulary)
@@ -49,7 +51,7 @@ def on_policy_objective(experiment: Experiment) -> Objective:
 def common_text_of(experiment: Experiment, vocabulary: Vocabulary) -> CommonText | None:
     """Returns the texts that are tokens of both student and teacher.
 
-    Returns None if the teacher has no tokens of its own.
+    Returns None if the teacher has no tokenizer of its own, or training uses no teacher.
     """
     teacher, model = experiment.teacher, experiment.teacher_model
     if teacher is None or model is None or not experiment.objective.divergence.needs_teacher:
@@ -58,14 +60,18 @@ def common_text_of(experiment: Experiment, vocabulary: Vocabulary) -> CommonText
     if own is None:
         return None
     sizes = (experiment.student.model.vocab_size, model.vocab_size)
-    # Vocabularies are frozen dataclasses.
+    # Typed as Any, since the cached `common_text` needs hashable arguments. Vocabularies are frozen
+    # dataclasses and so hashable.
     both: Any = (vocabulary, own.vocabulary)
     return common_text(*both, sizes)
 
 
 @functools.lru_cache(maxsize=8)
 def _vocabularies(common: CommonText) -> Vocabularies:
-    """Returns the vocabularies of spans: one object for equal texts, so that nothing recompiles."""
+    """Returns the token classes of student and teacher for a `SpanObjective`.
+
+    Cached: equal texts give the same object, so that functions are not compiled again.
+    """
 
     def both(table: Table) -> tuple[Classes, Classes]:
         rest = len(table.numbers)

@@ -13,10 +13,10 @@ from gkd_jax.models.base import LanguageModel
 
 
 def check_base(experiment: Experiment) -> None:
-    """Checks that a student with adapters has a base to restore.
+    """Checks that a student with adapters has an initial checkpoint with its base.
 
     Raises:
-      ValueError: it has none.
+      ValueError: the initial checkpoint is not set.
     """
     student = experiment.student
     if lora.has_adapters(student.model) and student.initial_checkpoint is None:
@@ -38,7 +38,7 @@ def describe_frozen(frozen: Params | None) -> dict[str, Any]:
 def check_frozen(
     experiment: Experiment, described: Mapping[str, Any], host: Mapping[str, Any]
 ) -> None:
-    """Compares the restored base with the one on which the adapters of a checkpoint were trained.
+    """Checks that the restored base is the one on which a checkpoint's adapters were trained.
 
     Args:
       experiment: the experiment.
@@ -46,7 +46,7 @@ def check_frozen(
       host: metadata of the checkpoint.
 
     Raises:
-      ValueError: they are different.
+      ValueError: the bases are different.
     """
     if described.get("base") != host.get("base"):
         raise ValueError(
@@ -58,16 +58,16 @@ def check_frozen(
 
 
 def check_whole(setting: str, path: str, *models: LanguageModel | None) -> None:
-    """Checks that a checkpoint holds a whole model and not the adapters of a run.
+    """Checks that a checkpoint holds a whole model, not only adapters.
 
     Args:
       setting: the setting that gives the path, for messages.
       path: the checkpoint.
-      models: models whose parameters it is to hold, or will hold. If there are none, the
-        checkpoint itself is read.
+      models: models whose parameters the checkpoint must hold or will hold; None is skipped. If no
+        models are given, the shapes in the checkpoint itself are inspected.
 
     Raises:
-      ValueError: it holds adapters alone.
+      ValueError: the checkpoint holds adapters alone.
     """
     if models:
         is_whole = not any(lora.has_adapters(model) for model in models)

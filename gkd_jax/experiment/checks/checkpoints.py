@@ -27,20 +27,20 @@ def check_checkpoint(
 ) -> bool:
     """Checks the shapes and the vocabulary of a checkpoint without reading its parameters.
 
-    The checkpoint of a model with adapters holds the adapters alone.
+    If the model has adapters, only their shapes are checked: its checkpoint holds nothing else.
 
     Args:
       setting: the setting that gives the path, for messages.
       path: the checkpoint.
-      model: the model that its parameters are for.
+      model: the model that is to use the checkpoint's parameters.
       vocabulary: the vocabulary of the data.
-      made_before: models of the checkpoints that earlier runs will have written, by path.
+      made_before: models of the checkpoints that other runs of a study will write, by path.
 
     Returns:
-      Whether the checkpoint tells the vocabulary that it was trained with, or will tell it.
+      Whether the checkpoint records, or will record, the vocabulary that it was trained with.
 
     Raises:
-      ValueError: the checkpoint is missing, or is of another model or vocabulary.
+      ValueError: the checkpoint is missing, or belongs to another model or vocabulary.
     """
     if setting != "Experiment.model_dir":
         adapters.check_whole(setting, path, model, made_before.get(path))
@@ -90,7 +90,7 @@ def _check_same_shapes(
 def _unstacked_params(model: LanguageModel) -> Params:
     """Returns a model's shapes with one entry per layer, whether or not its layers are scanned.
 
-    A checkpoint of either form can be restored into the other.
+    A checkpoint with scanned layers can be restored into a model without, and vice versa.
     """
     return stacking.unstack(model.abstract_params(), lambda array, _: layer_shape(array))
 
@@ -101,10 +101,10 @@ def _check_same_config(setting: str, path: str, model: LanguageModel) -> None:
     Two models may have the same shapes and differ otherwise, for example in their rotary base.
 
     Raises:
-      ValueError: naming the settings that differ.
+      ValueError: settings differ; the message names them.
     """
     config = model.config
-    # config.json does not have the settings that leave the computed numbers unchanged.
+    # These settings are not part of the architecture in config.json, and are not compared.
     there = hf.hf_model(
         path, dtype=config.dtype, dropout_rate=config.dropout_rate,
         scan_layers=config.scan_layers, remat_policy=config.remat_policy,
@@ -128,16 +128,16 @@ def _check_same_config(setting: str, path: str, model: LanguageModel) -> None:
 
 
 def _check_same_tokenizer(path: str, vocabulary: Vocabulary, *, setting: str) -> bool:
-    """Compares the tokenizer of a Hugging Face checkpoint with the data's vocabulary, by pieces.
+    """Checks that a Hugging Face checkpoint's tokenizer has the pieces of the data's vocabulary.
 
-    The ids that pad and end a sequence are not compared: those of the data's vocabulary apply, and
-    a chat model's tokenizer has others.
+    The ids for padding and end of sequence are not compared. The run uses those of the data's
+    vocabulary, and the tokenizer of a chat model may have different ones.
 
     Returns:
       Whether the checkpoint has a tokenizer.
 
     Raises:
-      ValueError: their ids mean different pieces.
+      ValueError: an id stands for different pieces in the two vocabularies.
     """
     if not (epath.Path(path) / TOKENIZER).exists():
         return False

@@ -21,8 +21,8 @@ def check_export(experiment: Experiment) -> epath.Path:
       The folder in which the export's directory is to be created.
 
     Raises:
-      ValueError: there are no settings, the directory exists already or is not local, or the format
-        cannot hold the student.
+      ValueError: `Experiment.export` is None, the directory exists already or is not local, or the
+        format cannot represent the student.
     """
     export = experiment.export
     if export is None:
@@ -63,7 +63,7 @@ def tokenizer_files(experiment: Experiment) -> dict[str, epath.Path]:
     """Returns the paths of the tokenizer files to copy, by their names in the export.
 
     Raises:
-      FileNotFoundError: the directory `Export.tokenizer` has none.
+      FileNotFoundError: the tokenizer's directory has no tokenizer files.
     """
     assert experiment.export is not None
     vocabulary = experiment.train_data.vocabulary

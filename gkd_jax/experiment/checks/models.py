@@ -16,10 +16,11 @@ from gkd_jax.models.base import LanguageModel
 
 
 class ModelChecks:
-    """Checks of the models of one experiment. Each collects its problems and does not raise.
+    """Checks of the models of one experiment. Each method records problems and does not raise.
 
-    Methods with the suffix `_to_train` are for training, which makes the student; those with
-    `_to_use` are for the other run modes, which restore it.
+    Methods with the suffix `_to_train` are for training, which starts from the student's initial
+    checkpoint. Methods with the suffix `_to_use` are for the other run modes, which restore the
+    student from the newest checkpoint of the run.
     """
 
     def __init__(
@@ -29,8 +30,8 @@ class ModelChecks:
 
         Args:
           experiment: the experiment.
-          made_before: models of the checkpoints that earlier runs will have written, by path.
-          problems: where problems are collected.
+          made_before: models of the checkpoints that other runs of a study will write, by path.
+          problems: collection to which problems are added.
         """
         self._experiment = experiment
         self._made_before = made_before
@@ -43,7 +44,11 @@ class ModelChecks:
         self._initial_checkpoint(vocabulary)
 
     def teacher_to_train(self, vocabulary: Vocabulary) -> None:
-        """Checks every network of the teacher; one made from the student is checked as that is."""
+        """Checks every network of the teacher.
+
+        If the teacher is the initial student or its frozen base, checks the student's initial
+        checkpoint.
+        """
         if self._experiment.teacher is None:
             return
         own = self._experiment.teacher.own_tokens
@@ -58,7 +63,7 @@ class ModelChecks:
             self._initial_checkpoint(vocabulary)
 
     def student_to_use(self, vocabulary: Vocabulary) -> None:
-        """Checks the student in the newest checkpoint of the run, or else the initial one."""
+        """Checks the run's newest checkpoint or, if there is none, the initial checkpoint."""
         experiment, collecting = self._experiment, self._problems.collecting
         with collecting():
             check_vocab_size(experiment.student.model, vocabulary)
@@ -77,7 +82,10 @@ class ModelChecks:
                 self._initial_checkpoint(vocabulary)
 
     def teacher_to_use(self, vocabulary: Vocabulary) -> None:
-        """Checks the teacher; the checkpoint must hold what it reads of the train state."""
+        """Checks the teacher's networks, and the fields of the train state that the teacher reads.
+
+        The newest checkpoint of the run must contain these fields.
+        """
         experiment, teacher = self._experiment, self._experiment.teacher
         self.teacher_to_train(vocabulary)
         if teacher is None:

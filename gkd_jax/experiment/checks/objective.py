@@ -1,4 +1,4 @@
-"""Checks that the objective fits the outputs it is trained on, and that metrics are measured."""
+"""Checks that the objective fits the training outputs, and that the best metric is measured."""
 
 from gkd_jax.distillation.rewards import RewardMix
 from gkd_jax.experiment.experiment import Experiment
@@ -9,7 +9,7 @@ from gkd_jax.sampling.methods import Sample
 
 
 def check_objective(experiment: Experiment) -> None:
-    """Checks the divergence against the teacher, the share of student outputs and the rollout.
+    """Checks that the divergence fits the teacher, the share of student outputs and the rollout.
 
     Raises:
       ValueError: the divergence needs a teacher that is not set, or does not fit the outputs.
@@ -23,7 +23,7 @@ def check_objective(experiment: Experiment) -> None:
         )
     parts = divergence.divergences if isinstance(divergence, WeightedSum) else (divergence,)
     fraction = experiment.outputs.student_data_fraction
-    # With an alpha of 0 the student's own outputs are used by the reward alone.
+    # If alpha is 0, the loss on the student's own outputs has the reward and no divergence.
     reward = experiment.reward
     is_measured = not (isinstance(reward, RewardMix) and reward.alpha == 0)
     has_likelihood = any(isinstance(part, NegativeLogLikelihood) for part in parts)
@@ -60,10 +60,10 @@ def _check_per_example(experiment: Experiment) -> None:
 
 
 def check_best_metric(experiment: Experiment) -> None:
-    """Checks that there is an evaluation if checkpoints are kept by a metric of it.
+    """Checks that there is an evaluation if `Checkpoints.best_metric` is set.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no evaluation.
     """
     name = experiment.checkpoints.best_metric
     if name is not None and experiment.evaluation is None:

@@ -13,10 +13,11 @@ from gkd_jax.sampling.teacher_assisted import TeacherMixed
 
 
 def check_policy(experiment: Experiment) -> None:
-    """Checks that the teacher can assist the rollout, if it is set to.
+    """Checks that the teacher can assist the rollout if `Rollout.teacher_assistance` is set.
 
     Raises:
-      ValueError: there is no such teacher, or it cannot be asked for its next token.
+      ValueError: no teacher is used in training, the teacher cannot predict the next token of the
+        student's output, or the divergence needs outputs that the student draws alone.
     """
     assistance, teacher = experiment.rollout.teacher_assistance, experiment.teacher
     if assistance is None:
@@ -61,7 +62,7 @@ def check_policy(experiment: Experiment) -> None:
 
 
 def check_packing(experiment: Experiment) -> None:
-    """Checks that rows are not packed if the student answers their prompts.
+    """Checks that data whose prompts the student answers are not packed.
 
     Raises:
       ValueError: rows are packed and student outputs are used, or evaluation data are packed.
@@ -78,14 +79,16 @@ def check_packing(experiment: Experiment) -> None:
 
 
 def check_not_packed(setting: str, data: DatasetConfig) -> None:
-    """Checks that rows of data whose prompts are answered are not packed.
+    """Checks that data whose prompts a model answers are not packed.
+
+    Each row must have one prompt.
 
     Args:
       setting: the setting that has the data, for messages.
       data: the data.
 
     Raises:
-      ValueError: they are packed.
+      ValueError: the data are packed.
     """
     if data.pack:
         raise ValueError(
@@ -99,8 +102,8 @@ def check_replay(experiment: Experiment) -> None:
     """Checks that the replay buffer is used, and fits the objective.
 
     Raises:
-      ValueError: no outputs are sampled, none would be replayed, or the divergence needs outputs of
-        the present student.
+      ValueError: no whole batches of outputs are sampled, no output would be replayed, or the
+        divergence needs outputs of the current student.
     """
     replay, outputs = experiment.replay, experiment.outputs
     if replay is None:
@@ -125,8 +128,8 @@ def check_reward(experiment: Experiment) -> None:
     """Checks that the reward is used, and that its gradient is unbiased.
 
     Raises:
-      ValueError: no outputs are sampled, or they do not come from the present student's own
-        distribution, or the objective does not fit.
+      ValueError: no whole batches of outputs are sampled, the outputs do not come from the current
+        student's own distribution, or the objective does not fit the reward.
     """
     reward, outputs = experiment.reward, experiment.outputs
     if experiment.objective.divergence.needs_advantages:

@@ -1,4 +1,4 @@
-"""Checks that a stored teacher fits the objective and the data; data that a teacher reads."""
+"""Checks that a stored teacher fits the run, and adds to data sets what the teacher reads."""
 
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.teacher_store import StoreReader
@@ -7,7 +7,9 @@ from gkd_jax.experiment.settings import Storing
 
 
 def check_stored_teacher(experiment: Experiment) -> None:
-    """Checks that a stored teacher is used for the data's outputs alone, which it has stored.
+    """Checks that a run with a stored teacher trains on the data's outputs alone.
+
+    The store has distributions for no other outputs.
 
     Raises:
       ValueError: the run also trains on the student's own outputs.
@@ -26,17 +28,18 @@ def check_stored_teacher(experiment: Experiment) -> None:
 def attach_teacher(experiment: Experiment, name: str, dataset: Dataset) -> None:
     """Adds to a data set's batches the fields that the teacher reads.
 
-    These are stored distributions, the source of each example in a mixture, or prompts in the
+    The fields are stored distributions, the source of each example in a mixture, or prompts in the
     teacher's own tokens.
 
     Args:
       experiment: the experiment.
-      name: 'train_data', 'eval_data' or 'storing_data'. No teacher reads other data.
+      name: 'train_data', 'eval_data' or 'storing_data'. Other data sets get no fields.
       dataset: the opened data set.
 
     Raises:
       FileNotFoundError, ValueError: the store does not exist, or does not fit the data, the
-        student, the temperature or the divergence; or the data are not the teacher's mixture.
+        student, the temperature or the divergence; or the data are not the mixture that the teacher
+        needs.
     """
     teacher, objective = experiment.teacher, experiment.objective
     if teacher is None:
@@ -91,7 +94,8 @@ def storing_of(experiment: Experiment) -> Storing:
     """Returns the settings of `--run_mode=store_teacher`.
 
     Raises:
-      ValueError: there are none, or the teacher has no model, or not the student's tokens.
+      ValueError: `Experiment.storing` is None, the teacher has no model, or the teacher has a
+        tokenizer of its own.
     """
     if experiment.storing is None:
         raise ValueError(

@@ -14,7 +14,7 @@ def check_vocab_size(
     """Checks that a model's output layer has an entry for each id of its vocabulary.
 
     Raises:
-      ValueError: it has fewer entries than the vocabulary has ids.
+      ValueError: the output layer has fewer entries than the vocabulary has ids.
     """
     if model.vocab_size < vocabulary.size:
         raise ValueError(
@@ -96,7 +96,7 @@ def describe_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> str |
 
 
 def describe_padding(experiment: Experiment) -> str | None:
-    """Describes the entries that are cut if output layers differ in size; None if they do not."""
+    """Describes the entries that are cut off if output layers differ in size, else returns None."""
     student, teacher = experiment.student.model, experiment.teacher
     if teacher is None or not experiment.objective.divergence.needs_teacher:
         return None
