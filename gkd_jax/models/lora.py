@@ -7,9 +7,10 @@
 W is frozen. A is initialised at random and B to zero, so that training starts exactly at the base
 model.
 
-The parameters are two trees: `adapters`, which are trained, have optimizer state and are saved; and
-`base`, which is restored at every start and is not saved. The functions of the model take both,
-joined by `join`; training and checkpointing `split` them.
+The parameters consist of two trees. `adapters` are trained, have optimizer state and are saved in
+checkpoints. `base` is not saved; it is restored whenever a run starts. `join` combines both trees
+to the parameters that the model's functions take, and `split` separates them for training and
+checkpointing.
 """
 
 import dataclasses
@@ -47,10 +48,10 @@ class LoRA(ModelWrapper):
     Attributes:
       model: the base model.
       rank: columns of A and rows of B.
-      alpha: the product of the adapters is multiplied by alpha / rank.
-      targets: the products that have adapters, as the last parts of their path in the parameter
-        tree: 'query', 'wi*', 'self_attention/value', 'layers_0/mlp/wo'. `*` matches any letters.
-        The output layer cannot have adapters.
+      alpha: scale of the adapters: their output is multiplied by alpha / rank.
+      targets: the matrix products that have adapters. Each is given by the last parts of its path
+        in the parameter tree, such as 'query', 'wi*', 'self_attention/value' or
+        'layers_0/mlp/wo'. `*` matches any characters. The output layer cannot have adapters.
       base_dtype: dtype of the base's parameters, 'bfloat16' or 'float32'.
 
     Raises:
@@ -63,14 +64,14 @@ class LoRA(ModelWrapper):
     base_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        # Gin may give a list, which cannot be hashed.
+        # A gin file may give a list, which cannot be hashed.
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
         _check_settings(self)
 
     @functools.cached_property
     def kernels(self) -> dict[str, tuple[tuple[int, ...], jax.sharding.PartitionSpec]]:
-        """Shape and logical axes of the kernel of each product with adapters, by path.
+        """Maps the path of each product with adapters to its kernel's shape and logical axes.
 
         Kernels of stacked layers have the layers as an additional first axis.
         """
@@ -83,7 +84,7 @@ class LoRA(ModelWrapper):
 
     @property
     def scale(self) -> float:
-        """Factor of the product of the adapters, alpha / rank."""
+        """Factor that the output of the adapters is multiplied by, alpha / rank."""
         return self.alpha / self.rank
 
     @property
@@ -102,7 +103,8 @@ class LoRA(ModelWrapper):
             bound = 1.0 / math.sqrt(inputs)
 
             def random(name: str, inputs: int = inputs, bound: float = bound) -> Array:
-                # Keys depend on the name, so that other targets do not change these values.
+                # The key depends only on the name of the product, so that the initial values do not
+                # change with the choice of targets.
                 own = jax.random.fold_in(key, zlib.crc32(name.encode()))
                 return jax.random.uniform(own, (inputs, self.rank), jnp.float32, -bound, bound)
 
@@ -125,7 +127,11 @@ class LoRA(ModelWrapper):
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
-        """Returns logical axis names: A has those of the kernel's inputs, B of its outputs."""
+        """Returns the logical axis names of the parameters.
+
+        A is named by the input axis of its kernel, and B by the output axis. The axis of the rank
+        has no name.
+        """
         spec = jax.sharding.PartitionSpec
         adapters = {
             path: {A: spec(*axes[:-1], None), B: spec(*axes[:-2], None, axes[-1])}
@@ -137,13 +143,13 @@ class LoRA(ModelWrapper):
     def merge(self, params: Params) -> Params:
         """Merges the adapters into the base: W + alpha / rank * A B.
 
-        The base model computes with the result what this model computes.
+        With the merged parameters, the base model computes the same function as this model.
 
         Args:
           params: adapters and base.
 
         Returns:
-          Parameters of the base model; kernels that had adapters are float32.
+          Parameters of the base model. Kernels that adapters were merged into are float32.
         """
         pairs = pairs_of(params[_ADAPTERS])
         flat = traverse_util.flatten_dict(params[_BASE], sep="/")
@@ -153,7 +159,7 @@ class LoRA(ModelWrapper):
         return traverse_util.unflatten_dict(flat, sep="/")
 
     def tracing(self, params: Params) -> Any:
-        """Returns a context in which traced functions of the base add the adapters."""
+        """Returns a context in which traced functions of the base model apply the adapters."""
         pairs = pairs_of(params[_ADAPTERS])
 
         def add(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -171,7 +177,10 @@ class LoRA(ModelWrapper):
 
 
 def join(trained: Params, frozen: Params | None) -> Params:
-    """Joins trained and frozen parameters as a model takes them; `frozen` may be None."""
+    """Joins trained and frozen parameters to the parameters of the model.
+
+    If `frozen` is None, all parameters are trained, and `trained` is returned.
+    """
     return trained if frozen is None else {_ADAPTERS: trained, _BASE: frozen}
 
 
@@ -193,7 +202,7 @@ def split(model: LanguageModel, params: PyTree[Any]) -> tuple[PyTree[Any], PyTre
 
 
 def init_trained(model: LanguageModel, key: Key[Array, ""]) -> Params:
-    """Makes the trained parameters at random: a model's adapters, or all if it has none."""
+    """Makes random trained parameters: the adapters, or all parameters if there are no adapters."""
     return model.init_adapters(key) if isinstance(model, LoRA) else model.init(key)
 
 
@@ -203,20 +212,21 @@ def has_adapters(model: LanguageModel | None) -> bool:
 
 
 def base_of(model: LanguageModel) -> LanguageModel:
-    """Returns the model without adapters; unchanged if it has none."""
+    """Returns the base model of a LoRA. A model without adapters is returned unchanged."""
     return model.model if isinstance(model, LoRA) else model
 
 
 def are_adapters(names: Iterable[str]) -> bool:
-    """Returns whether parameters with these names, e.g. 'layers_0/mlp/wo/lora_a', are adapters."""
+    """Returns whether any of the names is an adapter's, such as 'layers_0/mlp/wo/lora_a'."""
     return any(name.rpartition("/")[2] == A for name in names)
 
 
 def fingerprint(params: Params) -> str:
-    """Returns a digest of parameters, which identifies a base on any mesh.
+    """Returns a digest that identifies the parameters of a base model.
 
-    It contains a weighted sum of the bits of each array as integers, which is exact in any order.
-    Stacked layers have the same digest as separate ones.
+    It is computed from a weighted sum of the bits of each array. The sum is over integers, so it is
+    the same for any order of summation, and therefore on any mesh. Stacked layers have the same
+    digest as separate layers.
     """
     params = stacking.unstack(params)
     digest = hashlib.sha256()
@@ -229,25 +239,25 @@ def fingerprint(params: Params) -> str:
 def _sum_of_bits(leaf: Array) -> Array:
     width = 8 * leaf.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
-    # Weighted by row, so that the same rows in another order are another model.
+    # Weighted by row, so that the digest changes if rows are permuted.
     row = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, 0) if leaf.ndim else jnp.uint32(0)
     return jnp.sum(bits * (2 * row + 1), dtype=jnp.uint32)
 
 
 def pairs_of(adapters: Params) -> dict[str, tuple[Array, Array]]:
-    """Returns A and B of each product, by path."""
+    """Maps the path of each product with adapters to its A and B."""
     flat = traverse_util.flatten_dict(adapters, sep="/")
     paths = [name.removesuffix(f"/{A}") for name in flat if name.endswith(f"/{A}")]
     return {path: (flat[f"{path}/{A}"], flat[f"{path}/{B}"]) for path in paths}
 
 
-@functools.lru_cache(maxsize=64)  # It traces the model, and is called for every equal model.
+@functools.lru_cache(maxsize=64)  # Cached because it traces the model and is called often.
 def products(
     model: LanguageModel,
 ) -> dict[str, tuple[tuple[int, ...], jax.sharding.PartitionSpec]]:
-    """Returns shape and logical axes of the kernel of every matrix product, by path.
+    """Maps the path of every matrix product to its kernel's shape and logical axes.
 
-    The output layer is left out, since losses compute its product themselves.
+    The output layer is excluded, since losses compute its product themselves.
     """
     shapes = traverse_util.flatten_dict(model.abstract_params(), sep="/")
     axes = traverse_util.flatten_dict(model.logical_axes(), sep="/")
@@ -260,7 +270,7 @@ def products(
 
 
 def _names(target: str, path: str) -> bool:
-    """Returns whether a target matches the last parts of a path."""
+    """Returns whether a target, such as 'mlp/wi*', matches the last parts of a path."""
     wanted, parts = target.split("/"), path.split("/")
     ends = zip(reversed(parts), reversed(wanted), strict=False)
     return len(wanted) <= len(parts) and all(fnmatch.fnmatchcase(*pair) for pair in ends)

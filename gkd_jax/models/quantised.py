@@ -2,8 +2,9 @@
 
     W_ij ≈ s_j q_ij with s_j = max_i |W_ij| / 127, so y_j = s_j (x q)_j
 
-Activations are not quantised, and integers up to 127 are exact in bfloat16. Embeddings, norms and
-the output layer are not quantised; losses read the output layer directly.
+Activations are not quantised. Products are computed in the model's dtype; integers up to 127 are
+exact even in bfloat16. Embeddings, norms and the output layer are not quantised. (Losses read the
+output layer directly.)
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ _LARGEST = 127
 class Int8(ModelWrapper):
     """A model whose matrix products have int8 weights; a `LanguageModel` for inference.
 
-    The parameters are two trees: `weights`, the model's parameters with int8 kernels, and `scales`,
-    the float32 scales of the kernels by path.
+    The parameters consist of two trees. `weights` are the model's parameters, with int8 kernels.
+    `scales` maps the path of each int8 kernel to its float32 scales.
 
     Attributes:
       model: the model that is quantised.
@@ -61,7 +62,7 @@ class Int8(ModelWrapper):
         return jax.eval_shape(self.quantise, self.model.abstract_params())
 
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
-        """Returns logical axis names; scales have those of their kernels' outputs."""
+        """Returns the logical axis names. Scales are named by the output axis of their kernel."""
         spec = jax.sharding.PartitionSpec
         scales = {
             path: spec(*axes[:-2], axes[-1]) for path, (_, axes) in products(self.model).items()
@@ -69,7 +70,7 @@ class Int8(ModelWrapper):
         return {"weights": self.model.logical_axes(), "scales": scales}
 
     def tracing(self, params: Params) -> Any:
-        """Returns a context in which traced functions of the model scale their products."""
+        """Returns a context in which traced functions of the model multiply products by scales."""
         scales = params["scales"]
 
         def scale(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -98,7 +99,11 @@ class Int8(ModelWrapper):
 def quantise_kernel(
     kernel: Float[Array, "*n I O"],
 ) -> tuple[Int[Array, "*n I O"], Float[Array, "*n O"]]:
-    """Rounds a kernel to int8, with a float32 scale for each column, 1 for columns of zeros."""
+    """Rounds a kernel to int8.
+
+    Returns:
+      The integers, and a float32 scale for each column. The scale of a column of zeros is 1.
+    """
     kernel = kernel.astype(jnp.float32)
     largest = jnp.max(jnp.abs(kernel), axis=-2)
     scales = jnp.where(largest == 0, 1.0, largest / _LARGEST)

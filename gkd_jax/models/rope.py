@@ -38,7 +38,7 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, " K/2"], f
 
 
 def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
-    """Scales long wavelengths, keeps short ones, and interpolates in between (Llama 3.1)."""
+    """Scales long wavelengths, keeps short ones, and interpolates between both (Llama 3.1)."""
     wavelengths = 2 * math.pi / plain
     low, high = rope.low_freq_factor, rope.high_freq_factor
     share = (rope.original_length / wavelengths - low) / (high - low)
@@ -47,7 +47,10 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
-    """Scales by a ramp over dimensions, by how often each rotates within the original length."""
+    """Scales slowly rotating dimensions, keeps fast ones, and interpolates between them (YaRN).
+
+    A dimension is slow or fast by the number of its rotations within the original context length.
+    """
 
     def dimension(turns: float) -> float:
         wavelength = rope.original_length / (turns * 2 * math.pi)
@@ -57,7 +60,7 @@ def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
-    width = max(last - first, 0.001)  # As in the reference; avoids a division by 0.
+    width = max(last - first, 0.001)  # As in YaRN's code; avoids a division by 0.
     stretched = np.clip((np.arange(head_dim // 2) - first) / width, 0.0, 1.0)
     return (stretched * plain / rope.factor + (1 - stretched) * plain).astype(np.float32)
 
@@ -65,7 +68,10 @@ def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
 def rotations(
     rope: Rope, head_dim: int, positions: Int[Array, "B L"]
 ) -> tuple[Float[Array, "B 1 L K/2"], Float[Array, "B 1 L K/2"]]:
-    """Computes cosines and sines of each position's angles in float32, the same for all heads."""
+    """Computes float32 cosines and sines of each position's angles, which all heads share.
+
+    Both are multiplied by the scale of queries and keys, see `frequencies`.
+    """
     per_position, scale = frequencies(rope, head_dim)
     angles = positions[:, None, :, None].astype(jnp.float32) * per_position[None, None, None]
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
@@ -74,7 +80,7 @@ def rotations(
 def rotate(
     x: Float[Array, "B H L K"], rotation: tuple[Array, Array] | None
 ) -> Float[Array, "B H L K"]:
-    """Rotates dimension i with dimension i + K/2 (Hugging Face's order of pairs), in float32.
+    """Rotates each pair of dimensions (i, i + K/2) in float32. Hugging Face pairs them in this way.
 
     Returns `x` unchanged if there is no rotation.
     """

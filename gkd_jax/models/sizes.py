@@ -8,7 +8,8 @@ from gkd_jax.models.t5_config import T5Config
 T5_VOCAB_SIZE = 32_128
 """T5's 32,000 pieces and 100 sentinels, padded to a multiple of 128."""
 
-# Name: (emb_dim, num_heads, layers of the encoder and of the decoder each, head_dim, mlp_dim).
+# Name: (emb_dim, num_heads, layers, head_dim, mlp_dim). The encoder and the decoder each have this
+# number of layers.
 # Source: the gin files of T5X, t5x/examples/t5/t5_1_0 and t5_1_1.
 _SIZES = {
     "t5_1_0-small": (512, 8, 6, 64, 2048),
@@ -37,7 +38,7 @@ def t5_config(
 ) -> T5Config:
     """Returns the configuration of a released T5.
 
-    FLAN-T5 has the sizes of T5 1.1.
+    FLAN-T5 has the same sizes as T5 1.1.
 
     Args:
       name: `t5_1_1-small` to `-xxl` (gated GELU, separate output layer), `t5_1_0-small` to `-11b`
@@ -77,7 +78,8 @@ def t5_config(
 
 # Name: (emb_dim, layers, num_heads, num_kv_heads, mlp_dim, whether the output layer is tied to the
 # embedding).
-# Source: config.json of meta-llama/Meta-Llama-3-*, Qwen/Qwen3-*; base and chat models are equal.
+# Source: config.json of meta-llama/Meta-Llama-3-* and Qwen/Qwen3-*. Base and chat models have the
+# same sizes.
 _DECODER_SIZES = {
     "llama3-8b": (4096, 32, 32, 8, 14336, False),
     "llama3-70b": (8192, 80, 64, 8, 28672, False),
@@ -106,8 +108,8 @@ def decoder_config(
 ) -> DecoderConfig:
     """Returns the configuration of a released decoder-only model.
 
-    It equals the one that `checkpoints.hf.hf_model` reads from the checkpoint's `config.json`, and
-    needs no checkpoint.
+    No checkpoint is needed. `checkpoints.hf.hf_model` returns the same configuration if it reads
+    the `config.json` of the model's checkpoint.
 
     Args:
       name: `llama3-8b`, `llama3-70b`, `qwen3-0.6b` to `qwen3-32b`.

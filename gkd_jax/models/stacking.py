@@ -1,8 +1,9 @@
-"""Two forms of the parameters of layers: 'layers_0/...', 'layers_1/...', or 'layers/...' stacked.
+"""Two forms of the layers' parameters: separate ('layers_0/...', 'layers_1/...') or stacked.
 
-A network that loops over its layers (`lax.scan`) compiles one layer instead of all, and its layers'
-parameters are stacked along a new first axis. Other networks, and exported checkpoints, have the
-parameters of each layer separately. A checkpoint of either form can be loaded in the other.
+A network that loops over its layers (`lax.scan`) compiles one layer instead of all. The parameters
+of its layers are stacked along a new first axis and named 'layers/...'. Other networks and exported
+checkpoints have separate parameters for each layer. Checkpoints of one form can be loaded into
+networks of the other.
 """
 
 import dataclasses
@@ -51,18 +52,20 @@ class Section:
 def sections(kinds: Sequence[Any]) -> tuple[Section, ...]:
     """Divides layers into sections so that few layers have to be compiled.
 
-    The layers of one period are compiled for each section. The 26 layers of Gemma 3 1B, of which
-    every sixth is of another kind, are four turns of six layers and then two turns of one.
+    For each section, only the layers of one period are compiled. For example, every sixth of the 26
+    layers of Gemma 3 1B is of another kind. They are divided into four turns of six layers and then
+    two turns of one layer.
 
     Args:
-      kinds: the kind of each layer, hashable.
+      kinds: the kind of each layer, a hashable value.
     """
     return _sections(tuple(kinds))
 
 
 @functools.lru_cache(maxsize=64)
 def _sections(kinds: tuple[Any, ...]) -> tuple[Section, ...]:
-    # The best division of the first n layers: its cost, how many layers are compiled, its sections.
+    # best[n] is the best division of the first n layers: its cost, the number of layers to compile,
+    # and its sections.
     best: list[tuple[int, int, tuple[Section, ...]]] = [(0, 0, ())]
     for end in range(1, len(kinds) + 1):
         candidates = []
@@ -81,12 +84,12 @@ def _sections(kinds: tuple[Any, ...]) -> tuple[Section, ...]:
 
 
 def are_stacked(names: Iterable[str]) -> bool:
-    """Returns whether these names, such as 'decoder/layers/mlp/wo/kernel', are stacked layers'."""
+    """Returns whether any name is one of stacked layers, such as 'decoder/layers/mlp/wo/kernel'."""
     return any(STACKED in name.split("/") for name in names)
 
 
 def names_of_layers(name: str, depth: int) -> list[str]:
-    """Lists the names, one for each layer, of what is called 'decoder/layers/mlp' if stacked."""
+    """Converts a name in stacked layers, such as 'decoder/layers/mlp', to one name per layer."""
     return [
         re.sub(rf"(^|/){STACKED}(?=/|$)", rf"\g<1>{STACKED}_{number}", name)
         for number in range(depth)
@@ -98,7 +101,8 @@ def stack(params: PyTree[Any], join: Callable[..., Any] | None = None) -> PyTree
 
     Args:
       params: nested dictionaries with 'layers_0', 'layers_1', ...
-      join: makes one leaf from the leaves of all layers; None stacks arrays along a new first axis.
+      join: function that joins the leaves of all layers into one leaf. None stacks arrays along a
+        new first axis.
     """
     if not isinstance(params, dict):
         return params
@@ -118,8 +122,8 @@ def unstack(params: PyTree[Any], take: Callable[[Any, int], Any] | None = None) 
 
     Args:
       params: nested dictionaries with 'layers'.
-      take: makes the leaf of one layer from the stacked leaf and the layer's index; None indexes
-        the array.
+      take: function of a stacked leaf and a layer's index that returns the leaf of the layer. None
+        indexes the first axis of arrays.
     """
     if not isinstance(params, dict):
         return params

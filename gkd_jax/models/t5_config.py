@@ -22,12 +22,12 @@ class T5Config:
       decoder_start_id: the token that starts every output; 0 (padding) in every T5.
       scan_layers: whether layers run in a loop over stacked parameters, so that the size of the
         compiled program does not grow with the depth.
-      remat_policy: which activations are computed again in the backward pass: 'none'; 'minimal'
-        (all except the products with weights); 'full' (all except the hidden states between
-        layers).
+      remat_policy: which activations are recomputed in the backward pass: 'none' of them;
+        'minimal', all except the outputs of matrix products with weights; 'full', all except the
+        hidden states between layers.
 
     Raises:
-      ValueError: a size is below 1, or a setting has a value that it may not have.
+      ValueError: a size is below 1, or the value of a setting is not supported.
     """
 
     vocab_size: int
@@ -46,7 +46,7 @@ class T5Config:
     remat_policy: str = "none"
 
     def __post_init__(self) -> None:
-        # A gin file may give a list; the model needs something hashable.
+        # A gin file may give a list, but models must be hashable.
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         sizes = (
             "vocab_size",
@@ -92,8 +92,8 @@ def check_remat_policy(config: str, policy: str) -> None:
     """Checks the rematerialisation policy of a configuration.
 
     Args:
-      config: name of the configuration's class, for the message.
-      policy: its setting.
+      config: name of the configuration's class, for the error message.
+      policy: the configuration's `remat_policy`.
 
     Raises:
       ValueError: there is no such policy.

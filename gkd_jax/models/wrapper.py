@@ -1,7 +1,7 @@
-"""Models that wrap another model and change part of what it does.
+"""Models that wrap another model and change a part of its behaviour.
 
-`ModelWrapper` passes everything on; `RestrictedVocabulary`, `lora.LoRA` and `quantised.Int8` are
-its subclasses.
+`ModelWrapper` delegates everything to the wrapped model. Its subclasses are `RestrictedVocabulary`,
+`lora.LoRA` and `quantised.Int8`.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from gkd_jax.models.linen import LinenModel
 
 @dataclasses.dataclass(frozen=True)
 class ModelWrapper:
-    """A `LanguageModel` that computes what another one does, except for what a subclass overrides.
+    """A `LanguageModel` that delegates to another model. Subclasses override parts of it.
 
     Attributes:
       model: the wrapped model.
@@ -28,7 +28,11 @@ class ModelWrapper:
     model: LanguageModel
 
     def inner(self, params: Params) -> Params:
-        """Returns the wrapped model's part of this model's parameters, or of its `head`."""
+        """Extracts the wrapped model's parameters.
+
+        Args:
+          params: the parameters of this model, or the part of them that `head` returns.
+        """
         return params
 
     def tracing(self, params: Params) -> contextlib.AbstractContextManager[Any]:
@@ -81,7 +85,7 @@ class ModelWrapper:
         *,
         max_length: int,
     ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Reads the prompts."""
+        """Processes the prompts."""
         with self.tracing(params):
             return self.model.prefill(
                 self.inner(params), inputs, inputs_mask, max_length=max_length
@@ -94,13 +98,16 @@ class ModelWrapper:
         tokens: Int[Array, " B"],
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Feeds the output tokens at position `index`."""
+        """Feeds the output tokens at position `index` to the model."""
         with self.tracing(params):
             return self.model.decode_step(self.inner(params), state, tokens, index)
 
 
 def with_remat_policy(model: LanguageModel, policy: str) -> LanguageModel:
-    """Returns the model with another rematerialisation policy; unchanged if it has no policy."""
+    """Returns the model with another rematerialisation policy.
+
+    A model without such a setting is returned unchanged.
+    """
     if isinstance(model, ModelWrapper):
         return dataclasses.replace(model, model=with_remat_policy(model.model, policy))
     if isinstance(model, LinenModel):
@@ -110,7 +117,9 @@ def with_remat_policy(model: LanguageModel, policy: str) -> LanguageModel:
 
 
 def restrict_vocabulary(model: LanguageModel, vocab_size: int) -> LanguageModel:
-    """Restricts a model to the first `vocab_size` entries; returns it unchanged if it has no more.
+    """Restricts a model to the first `vocab_size` entries of its vocabulary.
+
+    A model that has no more entries is returned unchanged.
 
     Args:
       model: any model.
@@ -121,18 +130,19 @@ def restrict_vocabulary(model: LanguageModel, vocab_size: int) -> LanguageModel:
 
 @dataclasses.dataclass(frozen=True)
 class RestrictedVocabulary(ModelWrapper):
-    """A model's distribution given that the token is one of the first entries.
+    """A model whose softmax is restricted to the first entries of its vocabulary.
 
     Output layers are padded to sizes that suit the hardware. Two models with the same vocabulary
-    but different padding share their first entries, and are compared and sampled over those alone:
-    the softmax is taken over them, so that both distributions sum to 1.
+    but different padding share only their first entries. They are compared and sampled over these
+    entries alone. The softmax is also taken over these entries, so that both distributions sum to
+    1.
 
-    The parameters are those of the wrapped model. The logits are sliced, not the output layer: a
-    slice that is read where it is used costs nothing, while a slice of the layer would be a copy,
-    and so would its gradient.
+    The parameters are the same as in the wrapped model. The logits are sliced instead of the output
+    layer. XLA fuses a slice of the logits into the operations that read it, at no cost. A slice of
+    the layer would be a copy, and so would its gradient.
 
     Attributes:
-      model: the model with more entries.
+      model: the wrapped model, whose vocabulary is larger.
       vocab_size: number of entries that are kept.
     """
 
