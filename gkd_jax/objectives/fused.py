@@ -1,9 +1,10 @@
 """The loss of `weighted_loss` in chunks, without an array over all positions and the vocabulary.
 
-A chunk is a few positions that have weight. One pass over it computes the logits of both models,
-the divergence and its gradient in the student's logits, and from that the gradients of the
-student's hidden states and output layer; only those are kept. The backward pass computes nothing
-again: it multiplies the gradients by the cotangent of the loss. Positions of weight 0 cost nothing.
+A chunk holds some of the positions that have weight. For each chunk, the forward pass computes the
+logits of both models, the divergence and its gradient with respect to the student's logits, and
+from that gradient the gradients of the student's hidden states and output layer. Only the latter
+are kept. The backward pass recomputes nothing: it multiplies the gradients by the cotangent of the
+loss. Positions of weight 0 cost nothing.
 """
 
 import dataclasses
@@ -24,26 +25,29 @@ from gkd_jax.objectives.objective import Objective, Predictions, check_predictio
 from gkd_jax.objectives.per_token import TokenTeacher, check_advantages
 
 CHUNK_ENTRIES = 1 << 22
-"""Logits that one model computes at a time on a CPU, so that they fit its caches: 16 MB in
+"""Number of logits of one model in a chunk on a CPU, chosen to fit the CPU's caches: 16 MB in
 float32."""
 ACCELERATOR_CHUNK_ENTRIES = 1 << 25
-"""The same on a TPU or GPU, per device: 128 MB. Each chunk reads the output layer and adds to its
-gradient. In chunks of fewer than a few hundred positions, this makes the bandwidth of device memory
-the limit rather than the matrix units."""
+"""The same on a TPU or GPU, per device: 128 MB. Each chunk reads the whole output layer and adds to
+its whole gradient. If a chunk has fewer than a few hundred positions, this memory traffic takes
+longer than the matrix products."""
 MIN_CHUNK, MAX_CHUNK = 8, 1024
 
 GROUP_ENTRIES = 1 << 18
-"""Number of logits from which a CPU computes divergences at a time: 1 MB. Matrix products are
-fastest over a whole chunk, but the dozen arrays between logits and gradient should stay in the
-cache of one core: otherwise XLA writes each to memory, which takes two to three times as long."""
+"""Number of logits in a group, the part of a chunk whose divergences a CPU computes at a time:
+1 MB. Matrix products are fastest over a whole chunk, but the dozen arrays between logits and
+gradient should stay in the cache of one core: otherwise XLA writes each of them to memory, which
+takes two to three times as long."""
 
 
 def chunk_positions(vocab_size: int, num_positions: int, *, platform: str) -> int:
-    """Returns the number of positions in a chunk: from 8 to 1,024, a multiple of 8.
+    """Returns the number of positions in a chunk.
+
+    It is a multiple of 8 from 8 to 1,024, or `num_positions` if that is smaller.
 
     Args:
       vocab_size: vocabulary entries per device.
-      num_positions: number of positions in all; a chunk has no more.
+      num_positions: total number of positions.
       platform: 'cpu', 'tpu' or 'gpu'.
     """
     entries = CHUNK_ENTRIES if platform == "cpu" else ACCELERATOR_CHUNK_ENTRIES
@@ -52,10 +56,10 @@ def chunk_positions(vocab_size: int, num_positions: int, *, platform: str) -> in
 
 
 def group_positions(vocab_size: int, chunk: int, *, platform: str) -> int:
-    """Returns how many positions of a chunk have their divergences computed at a time.
+    """Returns the number of positions in a group, whose divergences are computed at a time.
 
-    On a CPU there are at least two, because XLA is slower if the logits are a vector (one position)
-    than if they are a matrix. On other platforms all positions of the chunk are computed at once.
+    On a CPU a group has at least two positions, because XLA is slower on a vector of logits (one
+    position) than on a matrix. On other platforms the whole chunk is one group.
 
     Args:
       vocab_size: vocabulary entries per device.
@@ -74,11 +78,12 @@ def fused_weighted_loss(
     weights: Float[Array, "B T"],
     advantages: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """Computes `weighted_loss`: same arguments, values, gradients and errors.
+    """Computes `weighted_loss` in chunks. Arguments, values, gradients and errors are the same.
 
-    On a mesh whose axes have roles (`common.mesh_axes`), rows and positions are sharded over the
-    axes with the roles `rows` and `sequence`, whose sizes must divide them; the vocabulary may be
-    sharded over those with the role `width`. Second derivatives are not supported.
+    On a mesh whose axes have roles (`common.mesh_axes`), rows are sharded over the axes with the
+    role `rows`, and positions over those with the role `sequence`. The number of shards must divide
+    the number of rows, and likewise the number of positions. The vocabulary may be sharded over the
+    axes with the role `width`. Second derivatives are not supported.
     """
     check_predictions(objective.divergence, student, teacher, weights)
     check_advantages(objective.divergence, advantages, targets)
@@ -120,18 +125,18 @@ def chunked_loss(
     This is `fused_weighted_loss` for any kind of teacher, without the checks of the arguments.
 
     Args:
-      objective: gives value and gradient of the positions of a chunk.
+      objective: its `value_and_gradient` is called on the positions of a chunk.
       student: hidden states and output layer, which get gradients.
       teacher: None, or a pair: a tree of arrays [B, T, ...] with the teacher's data at each
         position, and the parameters of the teacher's output layer.
-      make_teacher: function of (output layer, the tree at the positions of a chunk) that returns
-        the teacher as `objective.value_and_gradient` takes it.
+      make_teacher: function of (parameters of the output layer, tree at the positions of a chunk)
+        that returns the argument `teacher` of `objective.value_and_gradient`.
       targets: output tokens.
       weights: final weights; nothing is computed at positions where they are 0.
       advantages: advantages of the output tokens, or None.
 
     Returns:
-      The loss and the divergence per token, as `weighted_loss`.
+      The loss and the divergence per token, as returned by `weighted_loss`.
     """
     functions = _Functions(objective, student.unembed, make_teacher)
     states, teacher_head = (None, None) if teacher is None else teacher
@@ -184,7 +189,7 @@ _Teacher: TypeAlias = tuple[Any, Params]
 _Constants: TypeAlias = tuple[_Positions, Params]
 # The loss, and the divergence per token.
 _Values: TypeAlias = tuple[Float[Array, ""], Float[Array, "B T"]]
-# Function that returns values and gradients; the latter are a _Student, or None if not requested.
+# Function that returns values and gradients. The gradients are a _Student, or None if not needed.
 _Run: TypeAlias = Callable[[_Student, _Constants], tuple[_Values, Any]]
 
 
@@ -222,8 +227,8 @@ def _over_shards(
 ) -> tuple[_Values, Any]:
     """Runs the chunks of each shard separately; sums the loss and the head's gradient over shards.
 
-    Left to the compiler, a chunk would take positions from all devices, and the head's gradient
-    would be summed over them in every chunk.
+    If the sharding were left to the compiler, each chunk would take positions from all devices, and
+    the head's gradient would be summed over all devices once per chunk.
     """
     run: _Run = functools.partial(_run_chunks, functions, with_gradients=with_gradients)
     mesh = jax.sharding.get_abstract_mesh()
@@ -238,7 +243,7 @@ def _over_shards(
     values, gradients = run(student, constants)
     if with_gradients:
         hidden_gradient, head_gradient = gradients
-        # Summed over chunks and shards in float32; cast to the parameters' dtype only now.
+        # The sums over chunks and shards are float32. They are cast to the parameters' dtype here.
         head_gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), head_gradient, student[1])
         gradients = (hidden_gradient, head_gradient)
     return values, gradients
@@ -251,7 +256,7 @@ def _split_positions(
     student: _Student,
     with_gradients: bool,
 ) -> _Run:
-    """Maps `run` over shards of rows and positions; `split` has the mesh axes of both."""
+    """Maps `run` over shards; `split` has the mesh axes of the rows and those of the positions."""
     _check_divisible(mesh, split, student[0].shape)
     axes = (*split[0], *split[1])
 
@@ -295,7 +300,7 @@ def _run_chunks(
     """Computes values and gradients of the positions with weight, one chunk at a time."""
     (hidden, head), (positions, teacher_head) = student, constants
     shape = hidden.shape
-    # All positions in one axis: [B * T, ...].
+    # Merges rows and positions into one axis: [B * T, ...].
     hidden, positions = jax.tree.map(
         lambda x: x.reshape(shape[0] * shape[1], *x.shape[2:]), (hidden, positions)
     )
@@ -322,7 +327,7 @@ def _run_chunks(
 
     gradients = None
     if with_gradients:
-        # Sums over many chunks: in float32, whatever the dtype of the parameters.
+        # Sums over many chunks are computed in float32, whatever the dtype of the parameters.
         head_gradient = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
         gradients = (jnp.zeros((chunks.num_slots, shape[-1]), hidden.dtype), head_gradient)
     start = (jnp.zeros((), jnp.float32), jnp.zeros(chunks.num_slots, jnp.float32), gradients)
@@ -336,14 +341,14 @@ def _run_chunks(
 def _chunk_and_group(
     unembed: Callable[[Params, Array], Array], head: Params, hidden: Float[Array, "N D"]
 ) -> tuple[int, int]:
-    """Returns the positions per chunk and per group; the first is a multiple of the second."""
+    """Returns the positions per chunk and per group. A chunk is a whole number of groups."""
     vocab_size = jax.eval_shape(unembed, head, hidden[:1]).shape[-1]
-    # If the number of shards does not divide the vocabulary's size, it is not sharded.
+    # A vocabulary whose size is not divisible by the number of shards is not sharded.
     mesh = jax.sharding.get_abstract_mesh()
     shards = num_shards(mesh.shape, current_mesh_axes().width)
     if vocab_size % shards == 0:
         vocab_size //= shards
-    # The mesh's device: a program may be compiled for other devices than this machine's.
+    # The mesh's device, if any: a program may be compiled for devices that this machine lacks.
     device = mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform
     size = chunk_positions(vocab_size, len(hidden), platform=platform)
@@ -356,7 +361,7 @@ def _chunk_loss(
 ) -> tuple[Float[Array, " C"], Float[Array, ""], Float[Array, "C V"]]:
     """Computes the divergence of each position, the loss, and its gradient in the logits.
 
-    One group of positions is computed at a time; its gradients overwrite its logits to save memory.
+    Groups are computed one after another. A group's gradients overwrite its logits to save memory.
     """
     size = len(chunk.targets)
     if group == size:

@@ -1,4 +1,4 @@
-"""The source of a step's outputs: the coin of GKD's Algorithm 1 and its probability lambda.
+"""Source of a step's outputs, data or student: GKD's Algorithm 1 and its probability lambda.
 
 "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (GKD,
 arXiv 2306.13649).
@@ -28,11 +28,12 @@ class RisingFraction:
 
         lambda = 1 - base^(step / num_steps).
 
-    The schedule of "Autoregressive Knowledge Distillation through Imitation Learning" (ImitKD,
-    arXiv 2009.07253). It begins with the data's outputs alone and ends at 1 - base.
+    This is the schedule of "Autoregressive Knowledge Distillation through Imitation Learning"
+    (ImitKD, arXiv 2009.07253). Training begins with the data's outputs alone; at the end the
+    fraction is 1 - base.
 
     Attributes:
-      base: r in (0, 1); 1 - base is the fraction at `num_steps`.
+      base: r in the paper, in (0, 1); 1 - base is the fraction at `num_steps`.
       num_steps: number of training steps, I in the paper.
 
     Raises:
@@ -73,10 +74,10 @@ class OutputMix:
     from the student, otherwise they come from the data.
 
     Attributes:
-      student_data_fraction: lambda, a number in [0, 1] or a schedule. 1 trains on the student's
-        outputs at every step, 0 never.
-      per_example: whether each example of a batch tosses a coin of its own. The expected loss is
-        the same and varies less, but outputs are sampled at every step.
+      student_data_fraction: lambda, a number in [0, 1] or a schedule. With 1 every step trains on
+        the student's outputs; with 0 no step does.
+      per_example: whether a separate coin is tossed for each example of a batch. The loss then has
+        the same expectation and a lower variance, but outputs are sampled at every step.
 
     Raises:
       ValueError: the fraction is a number outside [0, 1].
@@ -94,7 +95,7 @@ class OutputMix:
     per_example: bool = False
 
     def __post_init__(self) -> None:
-        # A class is callable too: gin passes one if a schedule is named without its brackets.
+        # A class is callable too: gin passes a class if a schedule is named without its brackets.
         is_schedule = callable(self.student_data_fraction)
         if not is_schedule or isinstance(self.student_data_fraction, type):
             _check_fraction(self.student_data_fraction)
@@ -103,7 +104,7 @@ class OutputMix:
         """Returns lambda at a step.
 
         Raises:
-          ValueError: a schedule gave a value outside [0, 1].
+          ValueError: a schedule returned a value outside [0, 1].
         """
         if callable(self.student_data_fraction):
             return _check_fraction(self.student_data_fraction(step))
@@ -112,8 +113,8 @@ class OutputMix:
     def is_on_policy(self, step: int, *, seed: int) -> bool:
         """Tosses the coin of one step, on the host.
 
-        It depends on (seed, step) alone, so all hosts agree without communication, and a resumed
-        run tosses the same.
+        The result depends on (seed, step) alone, so all hosts agree without communication, and a
+        resumed run gets the same result at each step.
 
         Args:
           step: number of the training step, from 0.
@@ -125,21 +126,21 @@ class OutputMix:
         Raises:
           ValueError: the seed or the step is negative.
         """
-        # 1 - random() is in (0, 1]: a fraction of 0 is never hit, a fraction of 1 always.
+        # 1 - random() is in (0, 1], so the result is never True for a fraction of 0, always for 1.
         coin = 1.0 - host_generator(_COIN_STREAM, seed=seed, step=step).random()
         return bool(coin <= self.fraction(step))
 
 
 def host_generator(stream: int, *, seed: int, step: int, use: int = 0) -> np.random.Generator:
-    """Returns random numbers on the host that are a function of (stream, seed, step, use).
+    """Returns a host random generator that is determined by (stream, seed, step, use).
 
-    All hosts agree on them without communication, and a resumed run draws the same.
+    All hosts draw the same numbers without communication, and so does a resumed run.
 
     Args:
-      stream: separates one purpose from others with the same seed.
+      stream: constant of the purpose, so that each purpose has numbers of its own.
       seed: the run's seed.
       step: number of the training step, from 0.
-      use: separates several draws for one purpose at one step.
+      use: index of the generator, if a purpose needs several at one step.
 
     Raises:
       ValueError: the seed or the step is negative.
@@ -150,7 +151,7 @@ def host_generator(stream: int, *, seed: int, step: int, use: int = 0) -> np.ran
                 f"{name} must be between 0 and 2**63 - 1; got {value}. Set {name} to such a number."
             )
     key = np.array([seed, stream], dtype=np.uint64)
-    # The low word counts the draws within a step, so that steps never share one.
+    # The lowest word counts the draws of one generator, so that generators never overlap.
     counter = np.array([0, step, use, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 

@@ -55,7 +55,7 @@ class TotalVariation(Divergence):
 
 
 def _teacher_minus_student(entries: VocabularyEntries) -> Array:
-    """Returns p - q, exactly 0 where they differ by no more than rounding."""
+    """Returns p - q, or exactly 0 where p and q differ by no more than a rounding error."""
     ratio = entries.log_ratio
     size = 1.0 + jnp.minimum(jnp.abs(entries.student_log_probs), 1e3)
     difference = entries.teacher_probs - entries.student_probs
@@ -69,8 +69,8 @@ class SkewForwardKL(Divergence):
         KL(P || alpha P + (1 - alpha) Q).
 
     "DistiLLM: Towards Streamlined Distillation for Large Language Models" (arXiv 2402.03898).
-    It is at most -log(alpha), also if the student excludes an entry. Its gradient is smaller than
-    that of the forward KL where q is far below p.
+    It is at most -log(alpha), even if the student excludes an entry. Where q is far below p, its
+    gradient is smaller than the gradient of the forward KL.
 
     Attributes:
       alpha: the teacher's share of the mixture, 0 < alpha < 1; DistiLLM takes 0.1.
@@ -112,7 +112,7 @@ class SkewReverseKL(Divergence):
         KL(Q || alpha Q + (1 - alpha) P).
 
     "DistiLLM: Towards Streamlined Distillation for Large Language Models" (arXiv 2402.03898).
-    It is at most -log(alpha), also if the teacher excludes an entry.
+    It is at most -log(alpha), even if the teacher excludes an entry.
 
     Attributes:
       alpha: the student's share of the mixture, 0 < alpha < 1; DistiLLM takes 0.1.
@@ -226,14 +226,15 @@ class RenyiDivergence(Divergence):
     are disjoint. Orders above 1 are +inf if the student excludes an entry to which the teacher
     gives probability.
 
-    It is a function of a sum over the whole row, not itself a sum over entries. Its gradient in the
-    student's logits is q_v - w_v, with w the distribution proportional to p^alpha q^(1 - alpha).
+    It is the logarithm of a sum over entries, not a sum over entries. Its gradient with respect to
+    the student's logits is q_v - w_v, with w the distribution proportional to
+    p^alpha q^(1 - alpha).
 
     Attributes:
-      alpha: the order, above 0 and not 1.
+      alpha: the order, above 0, finite and not 1.
 
     Raises:
-      ValueError: `alpha` is not such a number.
+      ValueError: `alpha` is outside this range.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -258,7 +259,7 @@ class RenyiDivergence(Divergence):
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """The divergence of the row, distributed over its entries in proportion to p."""
         value = self._log_sum(entries) / (self.alpha - 1.0)
-        # The value may be infinite: 0 times it would be NaN.
+        # The value may be infinite, and the product of 0 and infinity would be NaN.
         return times_log(entries.teacher_probs, value)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
@@ -272,12 +273,12 @@ class RenyiDivergence(Divergence):
 
     def _log_sum(self, entries: VocabularyEntries) -> Float[Array, "*n 1"]:
         """Returns log(sum of p^alpha q^(1 - alpha)) of each row, exactly 0 where P = Q."""
-        # Excluded entries have a finite log-probability (EXCLUDED_LOG_PROB): if all other products
-        # are 0, it would be the result instead of -inf.
+        # Excluded entries have a finite log-probability (EXCLUDED_LOG_PROB). If all other products
+        # are 0, the result would be that number instead of -inf.
         logs = jnp.where(entries.is_excluded, -jnp.inf, _log_product(entries, self.alpha))
         log_sum = jax.nn.logsumexp(logs, axis=-1, keepdims=True)
-        # The logarithm of a rounded sum near 1 is inaccurate. There it is computed from 1 minus the
-        # sum, which `_missing_product` gives without cancellation.
+        # If the sum is near 1, its rounding makes the logarithm inaccurate. The logarithm is then
+        # computed from 1 minus the sum, which `_missing_product` gives without cancellation.
         missing = jnp.sum(_missing_product(entries, self.alpha), axis=-1, keepdims=True)
         near = jnp.abs(log_sum) < 0.5
         return jnp.where(near, jnp.log1p(-jnp.where(near, missing, 0.0)), log_sum)
@@ -341,8 +342,8 @@ class SampledReverseKL(Divergence):
         -A grad log q_y,  A = log p_y - log q_y,
 
     which is an unbiased estimate of the gradient of KL(Q || P). Both estimates are far noisier than
-    `ReverseKL`, which sums over the vocabulary. They are for methods that see only the
-    log-probability of the output token.
+    `ReverseKL`, which sums over the vocabulary. Use them only for methods in which no more than the
+    log-probability of the output token is known.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -355,11 +356,11 @@ class SampledReverseKL(Divergence):
     """
 
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """-A on the output token, 0 elsewhere."""
+        """-A at the output token, 0 elsewhere."""
         return jnp.where(entries.is_target, -entries.log_ratio, 0.0)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """-A on the output token. Not the derivative of the term: the advantage is held fixed."""
+        """-A at the output token. This is not the derivative of the term, since A is held fixed."""
         return jax.lax.stop_gradient(self.term(entries))
 
 

@@ -1,7 +1,7 @@
-"""Rewards in the loss: a policy gradient as one more term, on the output token.
+"""Rewards in the loss: a policy gradient as one more term, at the output token.
 
-It combines with a divergence to the objective of RL with GKD (`with_policy_gradient`) or to
-MiniLLM's (`with_returns`).
+Together with a divergence, the policy gradient forms the objective of RL with GKD
+(`with_policy_gradient`) or of MiniLLM (`with_returns`).
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ class PolicyGradient(Divergence):
 
         gradient = -A grad log q_y.
 
-    For outputs sampled from the student: y is the sampled token and A its advantage, which is held
-    fixed. Its mean is the gradient of minus the expected return, even if a baseline that does not
-    depend on y was subtracted from the return. The return itself cannot be told from the advantages
-    of single tokens, so the value is 0; it is measured where the advantages are made.
+    The outputs must be sampled from the student: y is the sampled token and A its advantage, which
+    is held fixed. The expected value of this gradient is the gradient of minus the expected return,
+    even if a baseline that does not depend on y was subtracted from the return. The value of the
+    loss is 0, because the return cannot be computed from the advantages of single tokens. The
+    return is measured where the advantages are computed.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -49,7 +50,7 @@ class PolicyGradient(Divergence):
         return jnp.zeros_like(entries.student_log_probs)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
-        """-A on the output token, 0 elsewhere."""
+        """-A at the output token, 0 elsewhere."""
         assert entries.advantages is not None, "a divergence that reads them needs_advantages"
         return jnp.where(entries.is_target, -entries.advantages, 0.0)
 
@@ -61,11 +62,12 @@ def with_policy_gradient(objective: Objective, alpha: float) -> Objective:
 
         E_x[(1 - alpha) E_{y~Q}[r(y)] - alpha E_{y~Q}[D(P || Q)(y|x)]].
 
-    The result is the negative: alpha D, and (1 - alpha) times the gradient of minus the return.
+    The resulting objective is minimised instead: alpha D plus (1 - alpha) `PolicyGradient`.
 
     Args:
-      objective: gives D, its divergence; all other settings stay unchanged.
-      alpha: from 0 to 1. 1 returns the objective itself, 0 leaves out D and with it the teacher.
+      objective: objective whose divergence is D. Its other settings are kept.
+      alpha: weight of D, from 0 to 1. With 1 the objective is returned unchanged. With 0 the
+        resulting objective has neither D nor a teacher.
 
     Returns:
       An objective that needs advantages, unless `alpha` is 1.
@@ -75,7 +77,7 @@ def with_policy_gradient(objective: Objective, alpha: float) -> Objective:
     divergence: Divergence = PolicyGradient()
     if alpha > 0.0:
         divergence = WeightedSum((objective.divergence, divergence), (alpha, 1.0 - alpha))
-    # Without a teacher its temperature must be 1.
+    # An objective without a teacher must have a teacher temperature of 1.
     teacher_temperature = objective.teacher_temperature if divergence.needs_teacher else 1.0
     return dataclasses.replace(
         objective, divergence=divergence, teacher_temperature=teacher_temperature
@@ -83,10 +85,10 @@ def with_policy_gradient(objective: Objective, alpha: float) -> Objective:
 
 
 def with_returns(objective: Objective) -> Objective:
-    """Adds the gradient of minus the return to an objective, with weight 1.
+    """Adds a policy gradient to an objective, with weight 1: MiniLLM.
 
-    With `ReverseKL` and the returns of `returns_to_go` these are the two parts of MiniLLM's
-    gradient (arXiv 2306.08543).
+    If the objective's divergence is `ReverseKL` and the advantages are computed by `returns_to_go`,
+    the sum is MiniLLM's gradient (arXiv 2306.08543).
 
     Returns:
       An objective that needs advantages.
@@ -98,9 +100,9 @@ def with_returns(objective: Objective) -> Objective:
 def divergence_alone(
     divergence: Divergence, per_token: Float[Array, "B T"]
 ) -> Float[Array, "B T"] | None:
-    """Returns D per token, from the values alpha D of an objective of `with_policy_gradient`.
+    """Recovers D per token from the values alpha D, for an objective of `with_policy_gradient`.
 
-    Returns None if the divergence is not such a sum, but D itself or the policy gradient alone.
+    Returns None if `divergence` is D alone or the policy gradient alone, and not their sum.
     """
     if not (isinstance(divergence, WeightedSum) and len(divergence.divergences) == 2):
         return None
@@ -114,9 +116,10 @@ def token_advantages(
 ) -> Float[Array, "B T"]:
     """Distributes the advantages of outputs over their tokens, undoing the loss's reduction.
 
-    The policy gradient of an output is A * sum over t of grad log q_t, and the loss is to be its
-    mean over outputs. The reduction of the loss divides by more, with 'per_sequence' by an output's
-    length; each token's advantage is multiplied by what it divides by.
+    The policy gradient of an output is A * sum over t of grad log q_t, and the loss must be the
+    mean of this over outputs. The reduction of the loss divides by other numbers; 'per_sequence',
+    for example, also divides by the length of the output. The advantage of each token is multiplied
+    by a factor that compensates for this.
 
     Args:
       advantages: advantage of each output.

@@ -1,6 +1,6 @@
 """Reverse KL of whole outputs by policy gradient: MiniLLM's returns and importance weights.
 
-With r_t = log p_t - log q_t of the output tokens, the reverse KL of whole outputs is
+With r_t = log p_t - log q_t at the output token t, the reverse KL of whole outputs is
 
     KL(Q || P) = -E_{y~Q} sum over t of r_t.
 
@@ -24,14 +24,14 @@ from gkd_jax.common.array_types import Array, Float
 def returns_to_go(
     log_ratio: Float[Array, "B T"], loss_weights: Float[Array, "B T"], *, length_normalized: bool
 ) -> Float[Array, "B T"]:
-    """Computes the advantage of each token t: the return R_{t+1} of the tokens after it.
+    """Computes the advantage of each token t: the return R_{t+1} of the tokens after t.
 
     Args:
       log_ratio: r_t = log p_t - log q_t of the output tokens; only tokens with weight are used.
       loss_weights: 1 up to and including the end of an output, 0 after it.
       length_normalized: whether to take the mean of r_u over the tokens u > t, as MiniLLM does,
-        instead of the sum. On average r_u is negative, so that with sums long outputs have lower
-        returns, and the student learns to write short ones.
+        instead of the sum. Since r_u is negative on average, sums give long outputs lower returns,
+        and the student would learn to write short outputs.
 
     Returns:
       Advantages without gradient; 0 on the last token of an output and after it.
@@ -43,7 +43,7 @@ def returns_to_go(
         ones = mask.astype(own.dtype)
         following = following / jnp.maximum(_reversed_cumsum(ones) - ones, 1.0)
     is_followed = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
-    # Exactly 0 where nothing follows, not a rounding error away from it.
+    # If no token follows, the result must be exactly 0, without a rounding error.
     return jax.lax.stop_gradient(jnp.where(mask & is_followed, following, 0.0))
 
 
@@ -58,8 +58,9 @@ def importance_weights(
 
         w_t = q_t / ((1 - s) q_t + s p_t).
 
-    MiniLLM's approximation: the ratio of the token itself, without the ratios of the tokens before
-    it, whose product would vary too much. It is at most 1 / (1 - s), so nothing is clipped.
+    This is MiniLLM's approximation, which uses the ratio of the token alone. The product with the
+    ratios of all earlier tokens would have too high a variance. A weight is at most 1 / (1 - s), so
+    weights are not clipped.
 
     Args:
       student_log_probs: log q of the output tokens.

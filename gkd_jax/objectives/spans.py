@@ -1,12 +1,16 @@
 """Divergence between models with different vocabularies: one per span of equal text.
 
 A span is the text between two neighbouring positions at which the tokenizations of student and
-teacher both have a boundary. At its beginning both models have read the same text and predict what
-follows. Their next-token distributions are compared over classes of tokens that both vocabularies
-have in common, and one more entry: the span's own text, whose probability is the product over its
-tokens (the chain rule), unless that text is itself a class. What is left of the first token's
-probability stays in that token's class. Both are distributions over the same events; with a single
-vocabulary they are the next-token distributions themselves.
+teacher both have a boundary. At the beginning of a span, both models have read the same text and
+predict how it continues. Their predictions are compared over the same entries:
+
+- the classes of tokens that both vocabularies have in common (`token_classes`);
+- the span's own text, unless that text is itself a class. Its probability is the product of the
+  probabilities of its tokens (the chain rule).
+
+The probability of a span's first token is divided: the part that continues as the span's text
+belongs to that text, and the rest belongs to the class of the first token. With a single
+vocabulary, the distributions compared are the next-token distributions themselves.
 """
 
 import dataclasses
@@ -27,8 +31,8 @@ from gkd_jax.objectives.per_token import tempered_log_probs, term_and_slope
 from gkd_jax.objectives.token_classes import Classes, Vocabularies, logaddexp
 
 _HIGHEST_LOG_PROB = -1e-6
-"""Upper limit of the log-probability of a span's tokens after its first. Float32 rounds higher ones
-to 0, which would leave no probability for other continuations of the first token."""
+"""Upper limit of the log-probability of a span's tokens after the first. Float32 would round higher
+values to 0, which would leave no probability for other continuations of the first token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ class SpanObjective(Objective):
       vocabularies: classes over which tokens of student and teacher are compared.
 
     Raises:
-      ValueError: no vocabularies are given, or a z-loss, which is one of tokens.
+      ValueError: `vocabularies` is None, or `z_loss`, which is defined for tokens only, is not 0.
     """
 
     vocabularies: Vocabularies | None = None
@@ -64,8 +68,8 @@ class SpanObjective(Objective):
         """Computes the divergence of each span, and its gradient in `logits`.
 
         Args:
-          logits: the student's logits at the span's first token, followed by the log-probability
-            of the span's further tokens; 0 if it has none.
+          logits: the student's logits at the span's first token, followed by one more feature: the
+            log-probability of the span's further tokens, 0 if the span is one token.
           teacher: a `_TeacherSpans`.
           targets: the student's first token of each span.
           advantages: None.
@@ -99,9 +103,9 @@ class _TeacherSpans:
 
     Attributes:
       logits: logits at the span's first token; hidden states until the output layer is applied.
-      further: log-probability of the span's further tokens; 0 if it has none.
+      further: log-probability of the span's tokens after the first; 0 if the span is one token.
       targets: the teacher's first token of the span.
-      labels: the entry that the span's text counts to.
+      labels: index of the entry that the probability of the span's text is added to.
       at_start: True if the span begins the output.
     """
 
@@ -114,7 +118,7 @@ class _TeacherSpans:
 
 @dataclasses.dataclass(frozen=True)
 class _Spans:
-    """One model's spans: as `_TeacherSpans`, with log-probabilities instead of logits."""
+    """Spans of one model, as in `_TeacherSpans`, but with log-probabilities instead of logits."""
 
     log_probs: Float[Array, "*n V"]
     further: Float[Array, "*n"]
@@ -138,7 +142,8 @@ def _entries(
         target_class = jnp.where(at_start, jnp.asarray(first.of_tokens)[targets], target_class)
     text = jnp.full((*sums.shape[:-1], 1), -jnp.inf, sums.dtype)
     entries = jnp.concatenate([sums, text], axis=-1)
-    # The first token was left out: it continues as the span's text, or otherwise.
+    # The first token is not in the sums. Its probability is divided between continuations that
+    # differ from the span's text, which belong to its class, and the span's text.
     further = spans.further[..., None]
     is_single = further == 0
     otherwise = jnp.where(is_single, -jnp.inf, _log1mexp(jnp.where(is_single, -1.0, further)))
@@ -147,19 +152,19 @@ def _entries(
 
 
 def _add(entries: Array, index: Int[Array, "*n 1"], log_prob: Float[Array, "*n 1"]) -> Array:
-    """Adds a probability to one entry of each row."""
+    """Adds a probability, given as its logarithm, to one entry of each row."""
     total = logaddexp(jnp.take_along_axis(entries, index, axis=-1), log_prob)
     return jnp.put_along_axis(entries, index, total, axis=-1, inplace=False)
 
 
 def _is_entry(index: Int[Array, "*n 1"], size: int) -> Bool[Array, "*n E"]:
-    """Returns a mask that is True on one entry of each row."""
+    """Returns a mask that is True at the entry `index` of each row."""
     shape = (*index.shape[:-1], size)
     return index == jax.lax.broadcasted_iota(index.dtype, shape, index.ndim - 1)
 
 
 def _log1mexp(x: Array) -> Array:
-    """log(1 - exp(x)) for x < 0."""
+    """Returns log(1 - exp(x)) for x < 0."""
     is_near = x > -0.693
     near = jnp.log(-jnp.expm1(jnp.where(is_near, x, -1.0)))
     return jnp.where(is_near, near, jnp.log1p(-jnp.exp(jnp.where(is_near, -1.0, x))))
@@ -176,15 +181,16 @@ def span_loss(
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """Sums weights * divergence over all spans.
 
-    Runs in chunks of spans and of tokens, as `fused_weighted_loss`. The student's output layer is
-    applied to the further tokens of spans twice, for their probability and for its gradient.
+    Spans and tokens are processed in chunks, as in `fused_weighted_loss`. The student's output
+    layer is applied twice to the tokens after a span's first token: once for their probability, and
+    once for its gradient.
 
     Args:
       objective: the divergence and its settings; its reduction is already in `weights`.
       student: hidden states and output layer, which get gradients.
-      teacher: hidden states at the teacher's own tokens and output layer, without gradient.
+      teacher: hidden states at the teacher's own tokens, and output layer. They get no gradient.
       targets: the student's tokens.
-      tokens: the teacher's tokens, and the spans of both.
+      tokens: the teacher's tokens, and the spans of both models.
       weights: final weights; those at the first token of each span are used.
 
     Returns:
@@ -240,7 +246,7 @@ def _teacher_spans(
 def _at_first_tokens(
     per_span: Float[Array, "B K"], spans: Int[Array, "B T"], starts: Int[Array, "B K"]
 ) -> Float[Array, "B T"]:
-    """Moves values of spans to their first tokens; 0 at all other tokens."""
+    """Returns the value of each span at the span's first token, and 0 at all other tokens."""
     index = jnp.maximum(spans - 1, 0)
     per_token = jnp.take_along_axis(jnp.pad(per_span, ((0, 0), (0, 1))), index, axis=1)
     positions = jnp.arange(spans.shape[1])[None, :]
@@ -251,7 +257,7 @@ def _at_first_tokens(
 def _with_further(
     student: Predictions, starts: Int[Array, "B K"], further: Float[Array, "B K"]
 ) -> Predictions:
-    """Returns predictions at spans, with the further tokens' log-probability as a last feature."""
+    """Returns the predictions at each span, with `further` appended as one more feature."""
     hidden = _take_positions(student.hidden, starts).astype(jnp.float32)
     dtype = student.hidden.dtype
 
@@ -272,7 +278,7 @@ def _take_positions(
 def _span_starts(
     spans: Int[Array, "B T"], num_spans: int
 ) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
-    """Returns the position of each span's first token, and whether there is such a span."""
+    """Returns the position of each span's first token, and a mask of the spans that exist."""
     length = spans.shape[1]
 
     def row_starts(row: Array) -> Array:
@@ -291,7 +297,7 @@ def _further_log_probs(
     *,
     temperature: float,
 ) -> Float[Array, "B K"]:
-    """Returns the log-probability of each span's tokens after its first; 0 if it has none."""
+    """Returns the log-probability of each span's tokens after the first; 0 for a single token."""
     index = jnp.maximum(spans - 1, 0)
     positions = jnp.arange(tokens.shape[1])[None, :]
     is_further = (spans > 0) & (jnp.take_along_axis(starts, index, axis=1) != positions)
@@ -318,10 +324,10 @@ _Tokens: TypeAlias = tuple[Int[Array, "B T"], Bool[Array, "B T"]]
 def _log_probs(
     functions: _LikelihoodFunctions, model: _Model, tokens: _Tokens
 ) -> Float[Array, "B T"]:
-    """Returns the log-probability of tokens under the mask, 0 for others; in chunks of the former.
+    """Returns the log-probability of tokens where the mask is True, and 0 elsewhere.
 
-    Its gradient is made in a second pass over the chunks, since it needs the cotangent of each
-    token.
+    Computed in chunks of the tokens in the mask. The gradient needs the cotangent of each token, so
+    the backward pass computes it in a second pass over the chunks.
     """
     ids, mask = tokens
     _, negative = _likelihood(functions, model, ids, mask.astype(jnp.float32))
@@ -365,10 +371,10 @@ def span_metrics(
     """Measures how well the two tokenizations of outputs agree.
 
     Returns:
-      Pairs (sum, weight) by name: 'covered_share' is the share of the student's tokens that are in
-      any span; 'one_to_one_share' the share whose span is one token of both models;
-      'tokens_per_span' and 'teacher_tokens_per_span' are the means of the student's and of the
-      teacher's tokens in a span.
+      Pairs (sum, weight) by name. 'covered_share' is the share of the student's tokens that are in
+      any span. 'one_to_one_share' is the share of the student's tokens whose span is a single token
+      of each model. 'tokens_per_span' is the mean number of the student's tokens in a span, and
+      'teacher_tokens_per_span' the mean number of the teacher's tokens.
     """
     num_spans = min(tokens.spans.shape[1], tokens.targets.shape[1])
 

@@ -1,8 +1,8 @@
 """Classes of tokens that two vocabularies have in common.
 
-Student and teacher with different vocabularies are compared on classes: the tokens of either that
-begin with the same text (`data.common_text` finds them). A class has a probability under both
-models, the sum over its tokens.
+Student and teacher with different vocabularies are compared on classes. A class consists of the
+tokens of both vocabularies that begin with the same text (`data.common_text` finds the classes).
+The probability of a class under a model is the sum over the model's tokens in the class.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ class Classes:
     """The class of each entry of one model's output layer.
 
     Attributes:
-      of_tokens: class of each token, from 0 to `num_classes`; the last one is that of tokens which
-        begin with no common text.
-      num_classes: number of classes without that last one.
+      of_tokens: class of each token, from 0 to `num_classes`. The last class, `num_classes`, holds
+        the tokens that begin with no common text.
+      num_classes: number of classes, not counting that last class.
     """
 
     of_tokens: Int[np.ndarray, " V"]
@@ -30,7 +30,7 @@ class Classes:
 
     @functools.cached_property
     def _tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One token of each class (-1 if it has none); the other tokens by class; their classes."""
+        """One token per class (-1 if empty); the other tokens, sorted by class; their classes."""
         firsts = np.full(self.num_classes + 1, -1, np.int32)
         classes, where = np.unique(self.of_tokens, return_index=True)
         firsts[classes] = where
@@ -41,7 +41,8 @@ class Classes:
     def sums(self, log_probs: Float[Array, "*n V"]) -> Float[Array, "*n E1"]:
         """Returns the log of each class's probability; -inf for a class without tokens.
 
-        Most classes have one token, which is a gather; only the others are summed.
+        Most classes have one token, whose log-probability is gathered. Only the further tokens of
+        other classes are summed.
         """
         firsts, others, classes = self._tokens
         first_log_probs = log_probs[..., np.maximum(firsts, 0)]
@@ -49,7 +50,7 @@ class Classes:
         first_log_probs = jnp.where(missing, -jnp.inf, first_log_probs)
         if not others.size:
             return first_log_probs
-        # Relative to each class's own largest: a sum of small probabilities must not underflow.
+        # Divided by the largest of the class, so that sums of small probabilities do not underflow.
         other_log_probs = jnp.moveaxis(log_probs[..., others], -1, 0)
         add = functools.partial(
             jax.ops.segment_sum, segment_ids=classes, num_segments=self.num_classes + 1,
@@ -73,8 +74,9 @@ class Vocabularies:
     Attributes:
       student: classes of the student's tokens.
       teacher: classes of the teacher's tokens.
-      first: classes (student, teacher) for the first token of an output, if one vocabulary begins
-        it with a space that is not shown and the other does not; None if it compares as all others.
+      first: classes (student, teacher) for the first token of an output. They differ from the other
+        two if only one of the vocabularies begins an output with a space that is not shown. None if
+        the first token has the same classes as all others.
     """
 
     student: Classes
@@ -83,12 +85,12 @@ class Vocabularies:
 
     @property
     def num_entries(self) -> int:
-        """Number of entries compared: all classes, the last one too, and the span's own text."""
+        """Number of entries compared: all classes, including the last, and the span's own text."""
         return self.student.num_classes + 2
 
 
 def logaddexp(x: Array, y: Array) -> Array:
-    """log(exp(x) + exp(y)), with gradient 0 where both are -inf."""
+    """Returns log(exp(x) + exp(y)), with gradient 0 where both are -inf."""
     is_nothing = jnp.isneginf(x) & jnp.isneginf(y)
     total = jnp.logaddexp(jnp.where(is_nothing, 0.0, x), jnp.where(is_nothing, 0.0, y))
     return jnp.where(is_nothing, -jnp.inf, total)
