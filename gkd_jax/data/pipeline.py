@@ -1,8 +1,8 @@
 """Batches from a task: the configuration of a data set, and the opened data set.
 
-`DatasetConfig` names a task, feature lengths and a vocabulary; `Dataset` opens it. Texts come from
-`examples`, token ids from `encoding`, batches from `batches`; order and exact resumption are
-implemented in `iterators`.
+`DatasetConfig` names a task, feature lengths and a vocabulary; `Dataset` opens such a
+configuration. Texts come from the module `examples`, token ids from `encoding`, and batches from
+`batches`; order and exact resumption are implemented in `iterators`.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _TEACHER = "teacher_inputs"
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """A split of a task, its order, feature lengths and vocabulary.
+    """Configuration of a data set: split of a task, order, feature lengths and vocabulary.
 
     Attributes:
       task: a task, or the name of a registered task (`MIXTURE_OR_TASK_NAME`).
@@ -48,7 +48,7 @@ class DatasetConfig:
       seed: seed of the order.
       num_examples: number of examples to use, from the first of the split; None uses all.
       task_module: module to import first if `task` is a name (`MIXTURE_OR_TASK_MODULE`).
-      eos_after_cut_targets: whether an output that is too long is cut to end with the
+      eos_after_cut_targets: whether an output that was cut because it is too long ends with the
         end-of-sequence token, as in seqio. False omits the token, so that a student is not trained
         to stop in the middle of a sentence.
       inputs_eos: whether prompts end with the end-of-sequence token; None uses the task's setting
@@ -60,13 +60,15 @@ class DatasetConfig:
       chat: template of a chat model, in which the task's prompt is the user's message; None uses
         the prompt unchanged.
       teacher_chat: the teacher's template, if the teacher was trained with another one.
-      cache_bytes: token ids are cached in memory if those of all examples fit in this size.
+      cache_bytes: size limit of the cache of token ids in host memory. Token ids are cached only if
+        those of all examples fit.
       read_threads: number of threads that prefetch batches; 0 makes each batch when it is
         requested.
-      pack: whether several examples share a row of a training batch, for steps on the data's
+      pack: whether several examples share a row of a training batch, in steps on the data's
         outputs. `feature_lengths` are then the lengths of the rows. Each example is placed in the
-        first row with room for it, and a batch ends at the first example that fits in no row, so
-        its number of examples varies. Evaluation and stores have one example per row.
+        first row with room for it. A batch ends at the first example that fits in no row, so the
+        number of examples varies between batches. Without effect on evaluations and on the writing
+        of teacher stores, which have one example per row.
     """
 
     task: Task | str
@@ -136,7 +138,7 @@ class DatasetConfig:
 
     @property
     def teacher_inputs_length(self) -> int:
-        """Maximum length of the teacher's prompt; defaults to that of the student's prompt."""
+        """Maximum length of the teacher's prompt; by default that of the student's prompt."""
         return self.feature_lengths.get(_TEACHER, self.feature_lengths["inputs"])
 
     @property
@@ -210,7 +212,7 @@ class Dataset:
     ) -> RowReader:
         def read(index: int) -> TextExample:
             example = self.raw(index)
-            if as_text:  # The ids are those of the student's vocabulary.
+            if as_text:  # Token ids in an example are of the student's vocabulary.
                 example = dataclasses.replace(example, inputs_ids=None, targets_ids=None)
             if chat is None:
                 return example
@@ -227,8 +229,8 @@ class Dataset:
           path: folder of the store.
 
         Raises:
-          FileNotFoundError, ValueError: the store does not exist, is incomplete, or belongs to
-            other data.
+          FileNotFoundError: there is no store in this folder.
+          ValueError: the store is incomplete, or belongs to other data.
         """
         store = StoreReader(path)
         store.check_data(self.config.vocabulary, self.content)
@@ -247,7 +249,7 @@ class Dataset:
         inputs_eos: bool | None,
         inputs_bos: bool,
     ) -> None:
-        """Adds each prompt in the tokens of a teacher with another vocabulary to all batches.
+        """Adds the prompts, encoded with the teacher's vocabulary, to all batches from now on.
 
         Args:
           vocabulary: the teacher's vocabulary.
@@ -275,7 +277,7 @@ class Dataset:
         self._teacher_vocabulary = vocabulary
 
     def use_source_ids(self, num_sources: int) -> None:
-        """Adds the source of each example in a mixture, `source_id`, to all batches from now on.
+        """Adds `source_id`, the source of each example in a mixture, to all batches from now on.
 
         Args:
           num_sources: number of sources that the mixture is expected to have.
@@ -308,7 +310,7 @@ class Dataset:
             )
 
     def raw(self, index: int) -> TextExample:
-        """Returns the text of an example by its number in the source.
+        """Returns the text of the example with a given number in the source.
 
         Raises:
           ValueError: the raw example lacks a field that the task reads.
@@ -320,12 +322,12 @@ class Dataset:
         self._examples.check_metrics()
 
     def source_index(self, position: int) -> int:
-        """Returns the number in the source of the example at a position of the training order."""
+        """Maps a position in the training order to the number of the example in the source."""
         return self._iterators.example_at(position)
 
     @functools.cached_property
     def content(self) -> dict[str, Any]:
-        """Everything that determines the rows of each example, whatever their order."""
+        """Describes everything that determines the rows of the examples, except their order."""
         return content_of(
             self._examples,
             self._encoder,
@@ -335,7 +337,10 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Everything that determines the rows at each position, as JSON; not the batch size."""
+        """JSON with everything that determines the row at each position of the training order.
+
+        The batch size is not included.
+        """
         fields = self.content | {
             "shuffle": self.config.shuffle,
             "seed": self.config.seed,
@@ -362,8 +367,9 @@ class Dataset:
         """Returns an endless iterator over the rows of this process.
 
         Args:
-          position: number of examples consumed before, over all processes. With the value of
-            `TrainIterator.position` the iterator continues an interrupted run exactly.
+          position: number of examples that all processes together have consumed before. With the
+            saved value of `TrainIterator.position` the iterator continues an interrupted run
+            exactly.
           process_index: index of this process.
           process_count: number of processes.
 
@@ -377,7 +383,7 @@ class Dataset:
 
     @property
     def packing(self) -> packed_rows.PackingStatistics:
-        """How densely packed training rows are filled, measured on the first examples."""
+        """Statistics of how full the packed training rows are, measured on the first examples."""
         return self._iterators.packing
 
     @property
@@ -389,7 +395,7 @@ class Dataset:
     def eval_batches(
         self, *, process_index: int = 0, process_count: int = 1
     ) -> Iterator[tuple[Batch, Int[np.ndarray, " B"]]]:
-        """Iterates over all examples once, in the order of the source, over all processes.
+        """Iterates over all examples once, in the order of the source, divided among the processes.
 
         All processes yield the same number of batches. The last batch is completed by filler rows
         with weights 0 and a prompt of one token.
@@ -399,8 +405,9 @@ class Dataset:
           process_count: number of processes.
 
         Returns:
-          An iterator over pairs of a batch and the number in the source of each row's example, -1
-          for filler rows. `example_id` has the same numbers.
+          An iterator over pairs (batch, numbers). For each row of the batch, `numbers` has the
+          number of its example in the source, or -1 for a filler row. `example_id` has the same
+          values.
         """
         return self._iterators.one_pass(process_index=process_index, process_count=process_count)
 

@@ -15,15 +15,17 @@ STANDARD_INPUT = "-"
 
 
 def prompts_task(prompts: str | Sequence[str]) -> Task:
-    r"""Returns a task with one split, 'prompts', of complete prompts.
+    r"""Returns a task whose only split, 'prompts', consists of complete prompts.
 
     Args:
       prompts: a sequence of texts, or the name of a file: JSON lines with the field 'inputs'
-        ('.jsonl', '.json', plain or '.gz'), or text with one prompt per line; '-' is standard
-        input. In text a backslash followed by n stands for a newline, and blank lines are prompts.
+        ('.jsonl', '.json', plain or '.gz'), or text with one prompt per line. The name '-' is
+        standard input, which is read as text. In prompts that are not from JSON, a backslash
+        followed by n stands for a newline. A blank line of text is a prompt too.
 
     Raises:
-      FileNotFoundError, ValueError: the file does not exist or is empty.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is empty.
     """
     return Task("prompts", {SPLIT: _source(prompts)}, _to_text)
 
@@ -36,7 +38,8 @@ def with_prompts(config: DatasetConfig, prompts: str | Sequence[str]) -> Dataset
       prompts: as for `prompts_task`.
 
     Raises:
-      FileNotFoundError, ValueError: as `prompts_task`; or the task of `config` is unknown.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is empty, or the task of `config` is unknown.
     """
     task = config.task
     if not isinstance(task, Task):

@@ -70,8 +70,9 @@ def seqio_task(
 ) -> Task:
     """Converts a seqio task or mixture into a task, with its splits, tokens and metrics.
 
-    Metrics are those of the seqio task that take (targets, predictions), with its postprocessing.
-    A mixture has the metrics that all of its tasks share.
+    The metrics are those of the seqio task that take (targets, predictions); the task's
+    postprocessing is applied first. A mixture has metrics only if all of its tasks have the same
+    metrics and postprocessing.
 
     Args:
       name: name in seqio's registry.
@@ -79,8 +80,8 @@ def seqio_task(
       feature_lengths: seqio's sequence lengths, for tasks whose preprocessors need them (span
         corruption, packing). None leaves truncation to the pipeline, which truncates as seqio does.
       seed: seed of random preprocessors and of the choices of a mixture.
-      num_examples: number of examples of each split, which is repeated if it is shorter. None reads
-        a task once, and a mixture until its first task is exhausted.
+      num_examples: number of examples to read of each split; a shorter split is repeated. None
+        reads a task once, and a mixture until its first task is exhausted.
       cache_dir: folder of the token files; None uses `~/.cache/gkd_jax/seqio`.
 
     Returns:
@@ -128,7 +129,7 @@ def seqio_vocabulary(
       A vocabulary with the same ids. SentencePiece and byte vocabularies do not need TensorFlow.
 
     Raises:
-      ValueError: as `seqio_task`.
+      ValueError: see `seqio_task`.
     """
     provider = _find(name, module)
     _check_features(provider)
@@ -201,10 +202,10 @@ class SeqioSource:
             )
 
     def open(self) -> Source:
-        """Opens the token files, which are written first if none with this fingerprint exist.
+        """Opens the token files. If there are none with this fingerprint, they are written first.
 
         Raises:
-          ValueError: as `seqio_task`; or the task's pipeline fails or is empty.
+          ValueError: see `seqio_task`; or the task's pipeline fails or gives no example.
         """
         provider = _find(self.name, self.module)
         _check_features(provider)
@@ -262,7 +263,8 @@ class SeqioSource:
     def _dataset(self, provider: Any) -> Any:
         import tensorflow as tf
 
-        # Seeds operations without a seed of their own: functions as sources often take none.
+        # Seeds TensorFlow operations that have no seed of their own. They occur in sources that are
+        # functions, which often take no seed.
         tf.random.set_seed(self.seed)
         arguments: dict[str, Any] = {
             "sequence_length": None if self.feature_lengths is None else dict(self.feature_lengths),
@@ -274,7 +276,7 @@ class SeqioSource:
         if isinstance(provider, _seqio().Mixture):
             try:
                 dataset = provider.get_dataset(**arguments, copy_pretokenized=True)
-            except (TypeError, ValueError):  # Not all of its tasks include their text.
+            except (TypeError, ValueError):  # Some tasks do not keep the text before tokenization.
                 dataset = provider.get_dataset(**arguments)
         else:
             dataset = provider.get_dataset(**arguments)
@@ -282,7 +284,10 @@ class SeqioSource:
 
 
 def _takes_seed(provider: Any) -> bool:
-    """Returns whether all sources accept a seed: seqio refuses one for functions without it."""
+    """Returns whether all sources accept a seed.
+
+    seqio raises an error if it gets a seed for a function without such a parameter.
+    """
     function_source = _seqio().FunctionDataSource
     return all(
         "seed" in inspect.signature(task.source._dataset_fn).parameters

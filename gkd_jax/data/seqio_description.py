@@ -1,4 +1,4 @@
-"""Description of everything that determines the content of a seqio dataset, as plain data."""
+"""Description, as plain data, of everything that determines the content of a seqio dataset."""
 
 import functools
 import hashlib
@@ -18,8 +18,8 @@ def describe(provider: Any, split: str) -> dict[str, Any]:
     """Describes a seqio task or mixture: sources, files, preprocessors, vocabularies, rates.
 
     Code is described by its source text and its closure, local files by size and modification time.
-    Anything else that a function reads (another module, a file) is not included: remove the cached
-    folder after changing it.
+    Other modules and files that a function reads are not included: remove the cached folder after
+    changing them.
     """
     import seqio
 
@@ -50,7 +50,7 @@ def _describe_task(task: Any, split: str) -> dict[str, Any]:
 
 
 def _describe_source(source: Any) -> list[Any]:
-    # Not all attributes: a TFDS source sets some of them when it is first read.
+    # Other attributes are left out: a TFDS source sets some of them when it is first read.
     functions = {
         name: value
         for name, value in vars(source).items()
@@ -68,7 +68,7 @@ def _describe_file(path: Any) -> list[Any]:
 
 
 def describe_value(value: Any, depth: int = 0) -> Any:
-    """Describes functions by their code and objects by their attributes, without addresses.
+    """Describes functions by their code and objects by their attributes, not by memory addresses.
 
     Args:
       value: any object.
@@ -117,7 +117,7 @@ def _describe_function(function: Any, depth: int) -> list[Any]:
         for cell in one.__closure__ or ():
             try:
                 cells.append(cell.cell_contents)
-            except ValueError:  # Not yet bound.
+            except ValueError:  # The variable is not bound yet.
                 continue
     return [
         f"{wrapped.__module__}.{wrapped.__qualname__}",

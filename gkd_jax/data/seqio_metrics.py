@@ -17,7 +17,7 @@ _JSON_PREFIX = "json:"
 
 
 def encode_reference(target: Any) -> str:
-    """Encodes a postprocessed target as text: strings are unchanged, all else becomes JSON.
+    """Encodes a postprocessed target as text: strings are unchanged, other types become JSON.
 
     Raises:
       ValueError: the target does not consist of text, numbers, lists and dictionaries.
@@ -55,7 +55,7 @@ class SeqioMetric:
 
     Attributes:
       task_name: name of a registered seqio task.
-      number: index in its `predict_metric_fns`.
+      number: index of the metric in the task's `predict_metric_fns`.
     """
 
     task_name: str

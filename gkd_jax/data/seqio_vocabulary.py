@@ -8,10 +8,10 @@ from gkd_jax.data import vocabularies
 
 
 def wrap_vocabulary(vocabulary: Any) -> vocabularies.Vocabulary:
-    """Wraps a seqio vocabulary; returns an equal vocabulary without TensorFlow if there is one."""
+    """Converts a seqio vocabulary, if possible to an equal one that does not need TensorFlow."""
     import seqio
 
-    # Exact classes: a subclass may map other ids.
+    # Not isinstance: a subclass may map text to other ids.
     if type(vocabulary) is seqio.ByteVocabulary and not vocabulary.extra_ids:
         return vocabularies.ByteVocabulary()
     if type(vocabulary) is seqio.SentencePieceVocabulary:
@@ -22,7 +22,7 @@ def wrap_vocabulary(vocabulary: Any) -> vocabularies.Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class _SeqioVocabulary:
-    """A wrapper of other seqio vocabularies."""
+    """Wrapper of a seqio vocabulary of any other class."""
 
     vocabulary: Any
 

@@ -1,7 +1,8 @@
-"""Recipes: functions that return the tasks of the GKD paper and the quickstart's arithmetic.
+"""Recipes: functions that return the tasks of the GKD paper and the arithmetic of the quickstart.
 
-By default the sources of a task are TFDS data sets. Other sources, such as local files, are given
-in Python or by a gin binding: `recipes.wmt14_en_de.train = @train/sources.ParallelText()`.
+By default the sources of the paper's tasks are TFDS data sets. Other sources, such as local files,
+are passed as arguments in Python or bound in gin:
+`recipes.wmt14_en_de.train = @train/sources.ParallelText()`.
 """
 
 from gkd_jax.data.recipes.instructions import final_answer, flan2021, flan_cot_tsv, instruction

@@ -16,7 +16,7 @@ _ANSWER_PHRASE = re.compile(r"the\s+(?:final\s+)?answer\s+is:?\s*", re.IGNORECAS
 def final_answer(output: str) -> str:
     """Returns the text after the last 'the answer is' without its full stop, or the whole text.
 
-    An output parser for chain-of-thought data, so that metrics compare answers and not reasons.
+    As the output parser of chain-of-thought data, it makes metrics compare only final answers.
     """
     phrases = list(_ANSWER_PHRASE.finditer(output))
     if not phrases:
@@ -48,7 +48,8 @@ def instruction(
       name: name of the task.
       inputs_field: field with the whole prompt.
       targets_field: field with the response.
-      output_parser: applied to predictions and references before metrics, e.g. `final_answer`.
+      output_parser: function that is applied to predictions and references before metrics are
+        computed, e.g. `final_answer`.
       metrics: metric functions of evaluations.
 
     Returns:
@@ -86,8 +87,8 @@ def flan_cot_tsv(
     return Templated(source, inputs, targets, unescape_newlines=True)
 
 
-# Maps a TFDS data set to the templates of prompt and output and to the names of classes: a few of
-# FLAN 2021's 62 data sets, one or two of each kind, with wordings of our own.
+# A few of FLAN 2021's 62 data sets, one or two of each kind, with templates of our own. Maps the
+# name of a data set in TFDS to the templates of prompt and output and to the names of classes.
 _FLAN_TEMPLATES: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
     "glue/rte": (
         "{sentence1}\n\nDoes it follow that {sentence2}\nOptions:\n- yes\n- no",
@@ -143,10 +144,10 @@ def flan2021(
     """Returns a task of instruction tuning similar to FLAN 2021.
 
     Wei et al., "Finetuned Language Models Are Zero-Shot Learners" (arXiv 2109.01652). The default
-    is a mixture of eight of its data sets from TFDS with our own wordings, with at most 30,000
-    examples of each and examples-proportional rates up to 3,000, as in the paper. It is a small
-    substitute: for the whole collection, bind `train` to exported files or use FLAN's own seqio
-    mixture.
+    is a mixture of eight of FLAN's data sets from TFDS, with templates of our own. As in the paper,
+    at most 30,000 examples of each data set are used, and mixing is examples-proportional with a
+    maximum rate of 3,000. The default is a small substitute: for the whole collection, bind `train`
+    to exported files or use FLAN's own seqio mixture.
 
     Args:
       name: name of the task.
@@ -154,8 +155,8 @@ def flan2021(
       validation: validation examples; None uses up to 200 validation examples of each data set of
         the default mixture.
       test: test examples; None omits the split.
-      output_parser: applied to outputs before metrics, e.g. `final_answer` for chain-of-thought
-        data.
+      output_parser: function that is applied to predictions and references before metrics are
+        computed, e.g. `final_answer` for chain-of-thought data.
       metrics: metric functions of evaluations.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Arithmetic reasoning: GSM8K, and problems of the generator in `data.arithmetic`."""
+"""Arithmetic reasoning: GSM8K, and the generated problems of `data.arithmetic`."""
 
 import dataclasses
 import re
@@ -50,8 +50,8 @@ class GSM8KText:
 
     Attributes:
       question_field: field with the question.
-      answer_field: field with the answer: in GSM8K's format (steps, '####', number), a worked
-        answer in another format, or with `rationale_field` the number alone.
+      answer_field: field with the answer: a worked answer in GSM8K's format (steps, '####',
+        number) or in another format. If `rationale_field` is set, the number alone.
       rationale_field: field with the steps if they are separate, as in FLAN's TSVs.
       answer_format: 'chain_of_thought' makes sentences that end with 'The answer is N.';
         'original' keeps newlines, annotations and '####', which T5's vocabulary cannot represent.
@@ -132,8 +132,8 @@ def gsm8k(
       validation: held-out examples; None omits the split, since GSM8K has none.
       test: test examples; None uses the test split of TFDS, on which the GKD paper reports.
       num_exemplars: number of solved problems before each question; 4 in the GKD paper.
-      exemplars: source of other exemplars, of which the first are used; None uses those of Wei et
-        al., of which four are included here.
+      exemplars: source of other exemplars, of which the first are used; None uses the first four of
+        Wei et al. (`CHAIN_OF_THOUGHT_EXEMPLARS`).
       question_field, answer_field, rationale_field, answer_format: see `GSM8KText`.
       metrics: metric functions of evaluations.
 
@@ -170,7 +170,7 @@ def gsm8k(
 def _exemplars(
     config: SourceConfig, to_text: GSM8KText, num_exemplars: int
 ) -> tuple[tuple[str, str], ...]:
-    """Reads exemplars, and one more that replaces an exemplar which is itself the question."""
+    """Reads `num_exemplars` exemplars and one more, which is used if a question is among them."""
     source = config.open()
     examples = [source[index] for index in range(min(num_exemplars + 1, len(source)))]
     return tuple(

@@ -1,4 +1,4 @@
-"""Text of an example from its fields: a prefix, the field of the prompt, that of the output."""
+"""Text of an example, read from two of its fields: prompt (with a prefix) and output."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,14 +10,16 @@ from gkd_jax.data.task import RawExample, TextExample, unchanged
 class FieldsToText:
     """Reads prompt and output from two fields of the raw example.
 
-    Examples with the fields 'inputs' and 'targets', such as those of parallel text and of
-    templates, are accepted under any settings, so that local files need no renaming.
+    Examples with the fields 'inputs' and 'targets', such as those of `ParallelText` and
+    `Templated`, are accepted whatever the settings, so that fields of local files need not be
+    renamed.
 
     Attributes:
       inputs_field: field with the prompt's text.
       targets_field: field with the output.
       prefix: prepended to the prompt's text.
-      output_parser: makes the reference for metrics from the output, e.g. its final answer.
+      output_parser: function of the output that returns the reference for metrics, e.g. the final
+        answer.
     """
 
     inputs_field: str = "inputs"

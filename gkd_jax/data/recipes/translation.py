@@ -21,8 +21,8 @@ def wmt14_en_de(
 ) -> Task:
     """Returns the task WMT14 English to German with cased BLEU, as in T5 and GKD.
 
-    Any split may use local files, e.g. `ParallelText('train.en', 'train.de')`. With another prefix
-    and other fields it becomes a task of any other pair of languages.
+    Any split may use local files, e.g. `ParallelText('train.en', 'train.de')`. For another pair of
+    languages, set the sources, the prefix and, unless they are 'inputs' and 'targets', the fields.
 
     Args:
       name: name of the task.
