@@ -1,7 +1,7 @@
 """Metrics of seqio tasks as metric functions.
 
-A seqio metric receives postprocessed targets and predictions, which may have any type. References
-are text in gkd_jax, so a target that is not text is encoded as JSON.
+A seqio metric receives postprocessed targets and predictions, which may have any type. In gkd_jax
+references are text, so a postprocessed target of another type is encoded as JSON.
 """
 
 import dataclasses

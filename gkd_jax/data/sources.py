@@ -1,7 +1,7 @@
-"""Sources of raw examples: local or remote files, TFDS, memory.
+"""Sources of raw examples: local or remote files, TFDS data sets, and examples in memory.
 
-Each class is a frozen dataclass that only names the data. Its `open` checks all of the data, so
-that an error in a file is reported before training, with its line.
+Each public class is a frozen dataclass that only names the data. The method `open` checks all of
+the data, so that an error in a file is reported before training, with the number of its line.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Path = str | os.PathLike[str]
 
 
 class _LineSource:
-    """A source that makes each example from one line of text (or one line of each file)."""
+    """A source that makes each example from its index, such as the number of a line."""
 
     def __init__(
         self,
@@ -73,7 +73,8 @@ class JsonLines:
 
         Raises:
           FileNotFoundError: a file is missing.
-          ValueError: no example, broken JSON, not an object, or a missing field; says the line.
+          ValueError: there is no example, or a line is not a JSON object or lacks a field; the
+            message names the line.
         """
         lines = TextLines(as_paths(self.path), setting="JsonLines.path")
         indices = [index for index in range(len(lines)) if self._check(lines, index)]
@@ -115,8 +116,8 @@ def _parse_json(lines: TextLines, index: int) -> RawExample:
 class Tsv:
     r"""Examples from files with one example per line, in tab-separated columns.
 
-    Blank lines are skipped. Quotes are ordinary characters and nothing is unescaped (FLAN's files
-    write a newline as `\n`, which their task replaces).
+    Blank lines are skipped. Quotes are ordinary characters, and nothing is unescaped. FLAN's files
+    write a newline as `\n`: use `Templated.unescape_newlines` for them.
 
     Attributes:
       path: one file or several, plain or '.gz', a local path or a URL.
@@ -188,10 +189,10 @@ class Tsv:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelText:
-    """Pairs of lines of two files (or of several on each side).
+    """Pairs of lines of two files, or of two sequences of files.
 
-    Line i of one side corresponds to line i of the other. Examples have the fields 'inputs' and
-    'targets'. Blank lines are kept, since dropping one would shift all following lines.
+    Line i of the prompts corresponds to line i of the outputs. Examples have the fields 'inputs'
+    and 'targets'. Blank lines are kept, since dropping one would shift all following lines.
 
     Attributes:
       inputs_path: one file or several with the prompts.
@@ -263,11 +264,11 @@ class TfdsSource:
     data_dir: str | None = None
 
     def open(self) -> Source:
-        """Opens the data set, which is prepared first if necessary.
+        """Opens the data set. If it is not prepared yet, it is downloaded and prepared first.
 
         Raises:
-          ValueError: TFDS is not installed, the data set or split does not exist, or it is prepared
-            in a format without random access.
+          ValueError: TFDS is not installed, the data set or split does not exist, or the data were
+            prepared in a format without random access.
         """
         setting = (
             f"TfdsSource(name={self.name!r}, split={self.split!r}, data_dir={self.data_dir!r})"
@@ -289,7 +290,7 @@ class TfdsSource:
                 "empty folder, or prepare it with `tfds build --file_format=array_record`. "
                 f"TFDS says: {error}"
             ) from error
-        except Exception as error:  # TFDS raises many types, for networks and for names.
+        except Exception as error:  # TFDS has many types of errors, of networks and of names.
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
             raise ValueError(
                 f"{setting} cannot be opened: {reason} Check the name, the split and data_dir; "
@@ -306,7 +307,7 @@ class TfdsSource:
 
 
 def _to_text(value: Any) -> Any:
-    """Converts bytes and arrays of TFDS to str, lists and Python numbers."""
+    """Converts values read from TFDS (bytes, NumPy arrays) to str, lists and Python numbers."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, Mapping):

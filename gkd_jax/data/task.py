@@ -13,14 +13,15 @@ from typing import Any, Protocol, TypeAlias
 from gkd_jax.common.moved import load_moved
 
 RawExample: TypeAlias = Mapping[str, Any]
-"""Field name to a str or a list of str, as stored in the source."""
+"""Maps each field name to its value in the source, usually a str or a list of str."""
 
 MetricFn: TypeAlias = Callable[[list[list[str]], list[str]], Mapping[str, Any]]
-"""(references of each example, predictions) -> metric name to `data.metrics.score.Score`."""
+"""Function of (references of each example, predictions) that returns a `data.metrics.score.Score`
+for each metric name."""
 
 
 class Source(Protocol):
-    """Raw examples in random access. Can be read from several threads."""
+    """Raw examples with random access. Can be read from several threads."""
 
     @property
     def fingerprint(self) -> str:
@@ -35,7 +36,7 @@ class Source(Protocol):
 class SourceConfig(Protocol):
     """A frozen dataclass that names examples without reading them.
 
-    A source that costs nothing to open may be its own configuration: its `open` returns itself.
+    A source that costs nothing to open may be its own configuration: `open` then returns `self`.
     """
 
     def open(self) -> Source:
@@ -55,11 +56,11 @@ class TextExample:
     Attributes:
       inputs: the whole prompt, including prefix and exemplars.
       targets: the output to learn.
-      references: texts that metrics compare a prediction with, in the form that the task's
+      references: texts with which metrics compare a prediction, in the form that the task's
         `output_parser` returns (for example only the final number); defaults to `(targets,)`.
       inputs_ids: token ids of `inputs`, from a source that is already tokenized (a seqio task).
-        They are used instead of encoding the text. The final end-of-sequence token is optional;
-        the batch contains it exactly once in both cases.
+        They are used instead of encoding the text. They may end with the end-of-sequence token or
+        not: the batch contains this token exactly once in both cases.
       targets_ids: token ids of `targets`, likewise.
     """
 
@@ -109,11 +110,11 @@ class Task:
         example. Must be a pure function: it is called in every epoch and from several threads.
         `FieldsToText` reads both from fields of the example.
       metrics: functions of (references, parsed predictions).
-      output_parser: applied to each decoded prediction before the metrics are computed. The
-        references that `to_text` returns are already in this form.
+      output_parser: function that is applied to each decoded prediction before the metrics are
+        computed. The references that `to_text` returns are already in its output format.
       inputs_eos: whether the prompt ends with the end-of-sequence token, as in T5.
-      vocabulary_fingerprint: fingerprint of the vocabulary that the sources were tokenized with,
-        if they contain token ids; a `DatasetConfig` with another vocabulary is refused.
+      vocabulary_fingerprint: fingerprint of the vocabulary with which the sources were tokenized,
+        if they contain token ids. A `DatasetConfig` with another vocabulary is then an error.
     """
 
     name: str

@@ -1,10 +1,10 @@
-"""A store: files with a teacher's next-token distributions for the outputs of a data set.
+"""Teacher store: files with a teacher's next-token distributions for the outputs of a data set.
 
 `meta.json` describes the store: teacher, data, vocabulary, temperature, and the packing into bytes.
 `distributions.bin` contains one block of bytes per example, in the order of the data set.
-`index.bin` contains for each block its end, its checksum and the checksum of the tokens it belongs
-to. A block is written before its index entry, so that a block that an interrupted run wrote only in
-part is detected and written again.
+`index.bin` contains one entry per block, with the offset of its end, its checksum and a checksum of
+the example's tokens. A block is written before its index entry. If a run is interrupted while it
+writes a block, the incomplete block is detected and written again.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Block:
 
     Attributes:
       content: the distributions, packed into bytes.
-      num_entries: largest number of vocabulary entries of a token.
+      num_entries: largest number of vocabulary entries stored for one token.
       inputs: token ids of the prompt, without padding.
       targets: token ids of the output, one for each distribution.
     """
@@ -78,7 +78,7 @@ class StoreWriter:
           description: everything that determines the content of the store, as JSON.
         """
         self._folder = pathlib.Path(folder)
-        # In the form in which it is read back: tuples become lists.
+        # Converted to JSON and back, since tuples are read back as lists.
         wanted = json.loads(json.dumps({"format": _FORMAT, **description}))
         if (self._folder / _META).exists():
             found = json.loads((self._folder / _META).read_text(encoding="utf-8"))
@@ -104,7 +104,7 @@ class StoreWriter:
         scratch.rename(self._folder / _META)
 
     def _repair(self) -> tuple[int, int]:
-        """Removes incomplete blocks; returns the number of examples and the end of the last."""
+        """Removes incomplete blocks; returns the number of those left and the end of the last."""
         for name in (_DATA, _INDEX):
             (self._folder / name).touch()
         index = _read_index(self._folder)
@@ -247,10 +247,10 @@ class StoreReader:
         starts: Sequence[tuple[int, int]] | None = None,
         num_rows: int | None = None,
     ) -> TeacherDistributions:
-        """Returns the distributions at the outputs of some examples, as NumPy arrays.
+        """Returns the distributions at the output tokens of examples, as NumPy arrays.
 
         Args:
-          examples: numbers of the examples in the data set; -1 is a filler row.
+          examples: numbers of the examples in the data set; -1 stands for a filler row.
           tokens: prompt and output of each example, without padding.
           target_length: T, the padded length of the outputs.
           starts: for packed rows, the row and the first position of each output. None gives each
@@ -288,7 +288,7 @@ class StoreReader:
 
 
 def _from(rows: TeacherDistributions, start: int) -> TeacherDistributions:
-    """Returns views of the arrays from position `start` on, through which they can be written."""
+    """Returns writable views of the arrays, from position `start` on."""
     views: dict[str, Any] = {}
     for field in dataclasses.fields(rows):
         array = getattr(rows, field.name)

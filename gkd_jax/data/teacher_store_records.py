@@ -17,12 +17,12 @@ class Packing(abc.ABC):
 
     @abc.abstractmethod
     def empty(self, num_rows: int, target_length: int, num_entries: int) -> Any:
-        """Returns empty distributions [B, T, E], which `unpack` fills.
+        """Returns distributions [B, T, E] without content, to be filled by `unpack`.
 
         Args:
           num_rows: B.
           target_length: T.
-          num_entries: E, the largest number of entries of a token in the store.
+          num_entries: E, the largest number of entries that the store has for a token.
         """
 
     @abc.abstractmethod
@@ -30,7 +30,7 @@ class Packing(abc.ABC):
         """Writes the distributions of a block to the first `num_tokens` positions of a row."""
 
     def describe(self) -> dict[str, Any]:
-        """Returns a JSON description, from which `packing_of` makes the packing."""
+        """Returns a JSON description, from which `packing_of` makes an equal packing."""
         return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
 
@@ -62,7 +62,7 @@ class Whole(Packing):
 
 @dataclasses.dataclass(frozen=True)
 class Entries(Packing):
-    """A fixed number of entries per token, and the tail: ids, log-probabilities, log tail.
+    """A fixed number of entries per token (ids and log-probabilities), and the log of the tail.
 
     Attributes:
       vocab_size: V, which determines the number of bytes of an id.
@@ -102,7 +102,7 @@ class Entries(Packing):
 
 @dataclasses.dataclass(frozen=True)
 class Counts(Packing):
-    """The distinct tokens that were drawn at each position, with their counts.
+    """The distinct tokens that were sampled at each position, with their counts.
 
     The number of entries varies by position.
 
@@ -159,14 +159,14 @@ class Counts(Packing):
 
 
 def packing_of(description: dict[str, Any]) -> Packing:
-    """Returns the packing with a description that `Packing.describe` returned."""
+    """Returns the packing that `Packing.describe` described."""
     kinds = {one.kind: one for one in (Whole, Entries, Counts)}
     settings = {name: value for name, value in description.items() if name != "kind"}
     return kinds[description["kind"]](**settings)
 
 
 def id_bytes(vocab_size: int) -> int:
-    """Returns the size in bytes of the smallest integer that holds every id: 1, 2, 3 or 4."""
+    """Returns the number of bytes (1 to 4) that every id of the vocabulary fits in."""
     return max(1, -(-(vocab_size - 1).bit_length() // 8))
 
 

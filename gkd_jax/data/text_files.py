@@ -1,8 +1,8 @@
-"""Lines of text files in random access: plain or gzip, local or in a bucket.
+"""Random access to the lines of text files: plain or gzip, local or in a bucket.
 
 A file is scanned once to index its lines, to compute a digest of its content and to check that it
-is UTF-8. Lines of a plain local file are then read from disk on request, which takes 8 bytes of
-memory per line; compressed and remote files are kept in memory.
+is UTF-8. Lines of a plain local file are then read from disk on request; only the index is kept in
+memory, with 8 bytes per line. Compressed and remote files are kept in memory as a whole.
 """
 
 import bisect
@@ -34,7 +34,7 @@ def open_bytes(path: str, *, setting: str) -> IO[bytes]:
 
     Args:
       path: a local path, or a URL ('gs://bucket/file'), which is opened by etils or fsspec.
-      setting: name of the setting with the path, for messages.
+      setting: name of the setting that contains the path, for error messages.
 
     Raises:
       FileNotFoundError: the file does not exist.
@@ -61,7 +61,7 @@ def _open_raw(path: str) -> IO[bytes]:
     if scheme in _EPATH_SCHEMES:
         from etils import epath
 
-        # Read as a whole, since files in buckets do not always support the reads that gzip needs.
+        # Read as a whole, since files in buckets do not always support the operations of gzip.
         return io.BytesIO(epath.Path(path).read_bytes())
     import fsspec
 
@@ -90,7 +90,7 @@ def blocks(path: str, *, setting: str) -> Iterator[bytes]:
 
 
 class TextFile:
-    """The lines of one file, including blank ones, without their ends (LF or CR LF).
+    """The lines of one file, including blank lines, without line endings (LF or CR LF).
 
     Args:
       path: a local path, or a URL.
@@ -141,7 +141,7 @@ class TextFile:
         try:
             decoder.decode(block, final=final)
         except UnicodeDecodeError as error:
-            # The offset of the error includes bytes of the previous block that the decoder kept.
+            # The error's offset also counts bytes that the decoder kept from the previous block.
             start = max(0, error.start - (len(error.object) - len(block)))
             line = lines_before + block.count(b"\n", 0, start) + 1
             raise ValueError(
@@ -158,8 +158,8 @@ class TextFile:
         if self._content is not None:
             line = self._content[start : start + length]
         else:
-            # Positioned reads instead of a memory map: threads need no lock, and a file that was
-            # truncated meanwhile is an error that Python can report.
+            # Positioned reads need no lock between threads. If the file was truncated meanwhile,
+            # they return too few bytes, which can be reported; a memory map would end the process.
             line = os.pread(self._descriptor, length, start)
             if len(line) != length:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Tokenized examples in files with random access, which are written atomically."""
+"""Files of tokenized examples, with random access. They are written atomically."""
 
 import array
 import dataclasses
@@ -22,8 +22,8 @@ def write_token_files(
 ) -> None:
     """Writes examples to a temporary folder, which is renamed when it is complete.
 
-    If several processes write the same folder, the first one wins and the files of the others,
-    which are the same, are removed.
+    If several processes write the same folder, the files of the first are kept. The files of the
+    others have the same content and are removed.
 
     Args:
       folder: folder to create; its parent is created if it does not exist.
@@ -81,7 +81,7 @@ def _write(scratch: pathlib.Path, examples: Iterable[TextExample]) -> dict[str, 
 
 
 class TokenFiles:
-    """A source in files of `write_token_files`. Can be read from several threads.
+    """A source that reads the files of `write_token_files`. Can be read from several threads.
 
     Args:
       folder: folder of the files.
@@ -133,7 +133,7 @@ def _map(path: pathlib.Path, dtype: str, length: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TokensToText:
-    """Returns the tokens and the text of an example of `TokenFiles` unchanged."""
+    """The `to_text` of a task with `TokenFiles`: keeps tokens and text of an example unchanged."""
 
     def __call__(self, example: RawExample) -> TextExample:
         return TextExample(

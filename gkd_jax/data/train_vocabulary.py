@@ -77,7 +77,7 @@ def train_sentencepiece(
 
 
 def _train(sentences: Iterator[str], *, vocab_size: int, model_type: str, **options: Any) -> bytes:
-    """Returns a serialized model; `options` are options of SentencePiece."""
+    """Returns a serialized model; `options` are passed to SentencePiece's trainer."""
     model = io.BytesIO()
     try:
         import_sentencepiece().SentencePieceTrainer.train(
@@ -124,7 +124,7 @@ def task_texts(task: Task, *, split: str = "train") -> Iterator[str]:
 
 
 def define_flags() -> None:
-    """Defines the flags of the command. Not done on import, since their names are common."""
+    """Defines the command's flags; not called on import, where common names could clash."""
     flags.DEFINE_list("inputs", None, "Text files, plain or .gz, separated by commas.")
     flags.DEFINE_string("task", None, "A registered task whose text is used instead.")
     flags.DEFINE_string("task_module", None, "Module that registers the task.")

@@ -15,8 +15,9 @@ from gkd_jax.data.text_files import blocks
 
 Piece: TypeAlias = bytes | str | None
 """The text of a token id: its bytes, or the name of a token without text, or None for an unused id.
-The concatenated bytes of tokens are those of the text that the tokens decode to, except for a space
-at its start. Vocabularies that support this have `pieces`, one for each id in order."""
+The concatenated bytes of several tokens are the text that these tokens decode to, except for a
+space at the start. Vocabularies that know their pieces have an attribute `pieces`, with one piece
+for each id in order."""
 
 
 class Vocabulary(Protocol):
@@ -34,12 +35,12 @@ class Vocabulary(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """Padding token. May be an end-of-sequence token: nothing is inferred from padding."""
+        """Padding token. May be an end-of-sequence token: no mask is inferred from padding."""
         ...
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """End-of-sequence tokens, of which the pipeline appends the first; may be empty."""
+        """End-of-sequence tokens; may be empty. The pipeline appends the first of them."""
         ...
 
     @property
@@ -62,7 +63,7 @@ class Vocabulary(Protocol):
 
 
 def fingerprint_of_pieces(pieces: Iterable[bytes]) -> str:
-    """Returns the hex digest of a table of pieces in the order of their ids."""
+    """Returns the hex digest of pieces, which are given in the order of their ids."""
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(struct.pack("<I", len(piece)) + piece)
@@ -93,12 +94,12 @@ def byte_of(piece: str) -> bytes:
 def check_same_vocabulary(
     student: Vocabulary, other: Vocabulary, *, whose: str = "teacher"
 ) -> None:
-    """Checks that the ids of two vocabularies mean the same pieces; equal sizes are not enough.
+    """Checks that each id means the same piece in two vocabularies; equal sizes are not enough.
 
     Args:
       student: vocabulary of the training data.
       other: vocabulary to compare with it.
-      whose: owner of the other vocabulary, for messages.
+      whose: owner of the other vocabulary, for error messages.
 
     Raises:
       ValueError: the pieces, the padding tokens or the end-of-sequence tokens differ.
@@ -173,8 +174,8 @@ class ByteVocabulary:
 class SentencePieceVocabulary:
     """A SentencePiece model, with its ids for end of sequence, padding and unknown.
 
-    If the model has no padding token (Llama), its end-of-sequence token is used, or else id 0:
-    masks are explicit, so either is safe.
+    A model without a padding token (Llama) pads with its end-of-sequence token, or else with id 0.
+    Masks are explicit, so either id is safe.
 
     Attributes:
       path: the model file, a local path or a URL ('gs://...').
@@ -251,15 +252,16 @@ class SentencePieceVocabulary:
 
     def decode(self, ids: Sequence[int]) -> str:
         tokens = up_to_eos(ids, self.eos_ids)
-        # Ids beyond the size belong to a padded output layer; SentencePiece raises for them. Only
-        # the model's own padding token is skipped: a substitute for it has a meaning.
+        # Ids beyond the size belong to a padded output layer; SentencePiece raises an error for
+        # them. Only the model's own padding token is skipped: a substitute for it is a token with
+        # a meaning of its own.
         padding = self._processor.pad_id()
         return self._processor.decode(
             [token for token in tokens if 0 <= token < self.size and token != padding]
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy loads the processor again.
+        # A pickled copy loads the processor again.
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -270,7 +272,7 @@ def import_sentencepiece() -> ModuleType:
     """Imports the optional package sentencepiece.
 
     Raises:
-      ValueError: it is not installed; the message says how to install it.
+      ValueError: the package is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module("sentencepiece")
@@ -289,7 +291,7 @@ def _load_sentencepiece(path: str, extra_ids: int) -> Any:
     model = b"".join(blocks(path, setting=setting))
     sentencepiece = import_sentencepiece()
     try:
-        # SentencePiece takes an empty model for one that is loaded later.
+        # SentencePiece raises no error for an empty model, as if one were to be loaded later.
         if not model:
             raise ValueError("the file is empty")
         processor = sentencepiece.SentencePieceProcessor()
@@ -309,9 +311,9 @@ def _load_sentencepiece(path: str, extra_ids: int) -> Any:
 def _sentinels(extra_ids: int) -> bytes:
     """Returns the extra pieces in serialized form, to be appended to a serialized model.
 
-    Concatenated protocol buffers are one buffer whose repeated fields are concatenated, so adding
-    the pieces (field 1: piece = 1, score = 2, type = 3 with 4 for user-defined) needs no protobuf
-    library.
+    Concatenating serialized protocol buffers concatenates their repeated fields. Therefore no
+    protobuf library is needed to add pieces, which are entries of field 1 of the model. Their own
+    fields are 1 (piece), 2 (score) and 3 (type, which is 4 for user-defined pieces).
     """
     pieces = []
     for number in reversed(range(extra_ids)):
