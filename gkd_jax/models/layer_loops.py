@@ -1,4 +1,4 @@
-"""Running a network's layers: one after the other, or in loops over stacked parameters."""
+"""Runs the layers of a network: one after the other, or in loops over stacked parameters."""
 
 import contextlib
 import contextvars
@@ -16,16 +16,17 @@ from gkd_jax.common.array_types import Array, Int, Key, PyTree
 from gkd_jax.models import stacking
 
 Layers = Sequence[nn.Module] | nn.Module
-"""The layers of a network, or the one module that stands for all if parameters are stacked."""
+"""The layers of a network; if parameters are stacked, one module with the parameters of all."""
 
 Index = int | Int[Array, ""]
 """Index of a layer; traced if parameters are stacked."""
 
 Body = Callable[[Any, Any, Index, Any], tuple[Any, Any]]
-"""Maps `(layer, carry, index of the layer, kind of the layer)` to the new carry and an output."""
+"""Function of `(layer, carry, index of the layer, kind of the layer)` that returns the new carry
+and an output."""
 
-# The activations of a layer that are saved for the backward pass; all others are computed again.
-# The names are T5X's.
+# Which activations of a layer are saved for the backward pass. All others are recomputed. The names
+# of the policies are the same as in T5X.
 _REMAT_POLICIES = {
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -38,7 +39,7 @@ class _Loop:
 
     Attributes:
       number: index of the layer; traced.
-      body: index of the first layer that runs through this body of the loop; static.
+      body: index of the layer that this body of the loop computes in the first turn; static.
     """
 
     number: Index
@@ -58,21 +59,22 @@ def run_layers(
 ) -> tuple[Any, Any]:
     """Runs all layers: one after the other, or in loops if their parameters are stacked.
 
-    If the kinds of stacked layers repeat, such as five sliding windows and one full attention, the
-    loop runs over periods: each turn runs one body for each layer of the period. So the kind of
-    each body is static, and the body computes nothing that only another kind needs.
+    The kinds of stacked layers may repeat with a period, such as five layers with sliding windows
+    and one with full attention. The loop then runs over periods: each turn runs one body for each
+    layer of the period. The kind of each body is static, so a body computes only what its own kind
+    needs.
 
     Args:
-      layers: the layers in order, or the one module that stands for all.
+      layers: the layers in order, or one module with the stacked parameters of all.
       body: computes one layer, see `Body`.
       carry: carry that the first layer receives.
-      kinds: the kind of each layer, equal where layers compute the same function of their
-        parameters; its length is the depth.
-      remat_policy: rematerialisation policy of each layer, as in the configurations.
+      kinds: the kind of each layer, with one entry per layer. Layers of the same kind compute the
+        same function of their parameters.
+      remat_policy: rematerialisation policy of each layer, see `DecoderConfig.remat_policy`.
 
     Returns:
-      The last carry, and the outputs of all layers: a tuple, or, if parameters are stacked, arrays
-      with the layers as their second axis.
+      The last carry, and the outputs of all layers. The outputs are a tuple with one entry per
+      layer, or, if parameters are stacked, arrays with the layers as their second axis.
     """
     if isinstance(layers, nn.Module):
         sections = stacking.sections(kinds)
@@ -82,7 +84,7 @@ def run_layers(
             numbers = section.start + section.period * jnp.arange(section.turns)
             carry, output = loop(layers, carry, numbers)
             outputs.append(output)
-        # [B, turns, period, ...] of each section to [B, layers, ...].
+        # Reshapes the outputs of each section from [B, turns, period, ...] to [B, layers, ...].
         flat = [
             jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), output)
             for output in outputs
@@ -113,9 +115,14 @@ def _rematerialised(
 def _make_loop(
     body: Body, section: stacking.Section, remat_policy: str, *, is_all: bool
 ) -> Callable[..., Any]:
-    """Returns a function of the stacked layers, the carry, and the first layer of each turn."""
-    # With one layer per turn the loop itself slices the stack. Otherwise each body reads its layer
-    # where it is stored: slicing out sections or periods beforehand would copy the parameters.
+    """Returns the loop over the layers of a section.
+
+    The loop is a function of the stacked layers, the carry, and the index of the first layer of
+    each turn.
+    """
+    # If one section with one layer per turn has all layers, the loop itself slices the stack.
+    # Otherwise each body indexes the whole stack, since slicing out sections or periods before the
+    # loop would copy the parameters.
     is_sliced = is_all and section.period == 1
 
     def turn(stack: nn.Module, carry: Any, first: Index) -> tuple[Any, Any]:
@@ -128,9 +135,10 @@ def _make_loop(
                 with _within(_Loop(number, section.start + offset)):
                     return body(layer, carry, number, kind)
 
-            # The layer is read within the rematerialised function: its parameters would be saved
-            # otherwise. Common subexpressions of forward and backward pass are in different loops,
-            # unless there is one turn, which the compiler unrolls.
+            # The parameters of the layer are read within the rematerialised function. Otherwise
+            # they would be saved for the backward pass. Common subexpression elimination must be
+            # prevented only if there is one turn, whose loop the compiler unrolls. Otherwise the
+            # forward and the backward pass are in different loops.
             own = _rematerialised(
                 one if is_sliced else _reading_own_layer(one), remat_policy,
                 prevent_cse=section.turns == 1,
@@ -152,7 +160,7 @@ def _make_loop(
 
 
 def _reading_own_layer(one: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `one` with the parameters of its own layer in place of those of all layers."""
+    """Returns a function of the stacked layers that calls `one` with one layer's parameters."""
 
     def read(stack: nn.Module, carry: Any, number: Index) -> tuple[Any, Any]:
         def take(params: PyTree) -> PyTree:
@@ -178,8 +186,9 @@ def slice_of_layer(array: Array, ndim: int) -> Array:
     """Returns the current layer's slice of an array that the loop over layers does not slice.
 
     Args:
-      array: has the layers as its first axis; an array without this axis is returned unchanged.
-      ndim: number of axes of one layer's slice.
+      array: array with the layers as its first axis, or an array of a single layer, which is
+        returned unchanged.
+      ndim: number of axes of the slice for one layer.
     """
     loop = _loop.get()
     if array.ndim == ndim or loop is None:
@@ -190,15 +199,15 @@ def slice_of_layer(array: Array, ndim: int) -> Array:
 def key_of_layer(key: Key[Array, ""]) -> Key[Array, ""]:
     """Derives a key for the current layer from the key that Flax gives to a turn of the loop.
 
-    Flax gives different keys to the turns of a loop, but the same keys to all bodies of a turn and
-    to successive loops.
+    Flax gives different keys to the turns of a loop. However, all bodies of a turn have the same
+    key, and successive loops have the same keys.
     """
     loop = _loop.get()
     return key if loop is None or loop.body == 0 else jax.random.fold_in(key, loop.body)
 
 
 def take_layer(outputs: Any, number: Index) -> Any:
-    """Returns one layer's output from those that `run_layers` returned."""
+    """Selects the output of one layer from the outputs that `run_layers` returns."""
     if isinstance(number, int):
         return outputs[number]
     return jax.tree.map(
@@ -210,14 +219,14 @@ def extend_cache(cache: Any, new: Any, number: Index, slot: Int[Array, ""]) -> t
     """Writes the keys and values of one decode step into the cache.
 
     Args:
-      cache: keys and values of all layers, in the form in which `run_layers` returns outputs: a
-        tuple of arrays [B, H, L, K], or stacked arrays.
-      new: this layer's keys and values of the tokens that are fed, [B, H, 1, K].
+      cache: keys and values of all layers, in the form of the outputs of `run_layers`: a tuple with
+        arrays [B, H, L, K] for each layer, or stacked arrays [B, layers, H, L, K].
+      new: keys and values of the fed tokens in the layer, [B, H, 1, K].
       number: index of the layer.
-      slot: index on axis L.
+      slot: index on axis L that is written.
 
     Returns:
-      The keys and values of this layer, and the new cache.
+      All keys and values of the layer, and the new cache.
     """
     if isinstance(number, int):
         layer = jax.tree.map(
@@ -226,7 +235,7 @@ def extend_cache(cache: Any, new: Any, number: Index, slot: Int[Array, ""]) -> t
             new,
         )
         return layer, (*cache[:number], layer, *cache[number + 1 :])
-    # In place: only the slot is written, and the layer is read without a copy.
+    # XLA updates the cache in place: it writes only the slot, and reads the layer without a copy.
     cache = jax.tree.map(
         lambda old, x: lax.dynamic_update_slice(old, x[:, None], (0, number, 0, slot, 0)),
         cache,

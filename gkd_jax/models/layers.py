@@ -1,8 +1,8 @@
-"""Layers of T5, and functions and layers that decoder-only models share with it.
+"""Layers of T5, and the layers and functions that decoder-only models share with T5.
 
-Parameter names, initialisers and logical axes are those of T5X's minimal T5. Parameters are
-initialised in float32 and cast where they are used, so that parameters restored in bfloat16 work,
-too.
+Parameter names, initialisers and logical axes are the same as in T5X's minimal T5. Parameters are
+initialised in float32 and cast where they are used. Parameters restored in bfloat16 therefore work
+as well.
 """
 
 import functools
@@ -21,8 +21,8 @@ from gkd_jax.common.array_types import Array, Bool, Float, Int
 from gkd_jax.models.layer_loops import key_of_layer
 
 MASKED = -1e10
-"""Added to the attention logits of masked keys. It is finite, as in T5X, so that the attention of a
-query without keys (a padded one) is uniform instead of NaN."""
+"""Number added to the attention logits of masked keys. It is finite, as in T5X. A query whose keys
+are all masked, as for padding, therefore has uniform attention weights instead of NaN."""
 
 NUM_BUCKETS = 32
 MAX_DISTANCE = 128
@@ -32,23 +32,23 @@ variance_scaling = nn.initializers.variance_scaling
 
 
 def mask_to_bias(mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Converts a mask, True on keys that may be seen, to a bias of the attention logits."""
+    """Converts a mask, True on keys that may be attended to, to a bias of the attention logits."""
     return jnp.where(mask, 0.0, MASKED).astype(jnp.float32)
 
 
 def same_segment(queries: Int[Array, "B Q"], keys: Int[Array, "B L"]) -> Bool[Array, "B 1 Q L"]:
-    """Returns whether query and key belong to the same example of a packed row."""
+    """Returns for each pair of query and key whether both belong to the same example of a row."""
     return (queries[:, :, None] == keys[:, None, :])[:, None]
 
 
 def starts_of_segments(segments: Int[Array, "B L"]) -> Bool[Array, "B L"]:
-    """Returns whether a position is the first of an example of a packed row, or of the padding."""
+    """Returns whether each position is the first of an example in a packed row, or of padding."""
     changes = segments[:, 1:] != segments[:, :-1]
     return jnp.concatenate([jnp.ones_like(changes, shape=(len(segments), 1)), changes], axis=1)
 
 
 def positions_in_segments(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """Returns positions within each example of a packed row, from 0."""
+    """Returns the position of each token within its example of a packed row, from 0."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1])[None], segments.shape)
     starts = jnp.where(starts_of_segments(segments), index, 0)
     return index - lax.cummax(starts, axis=1)
@@ -74,19 +74,19 @@ def soft_cap(logits: Float[Array, "*shape"], cap: float | None) -> Float[Array, 
 def project(
     hidden: Float[Array, "*n D"], kernel: Array, *, axis: int, divisor: float = 1.0
 ) -> Float[Array, "*n V"]:
-    """Computes logits in float32: hidden states times an output layer, divided by `divisor`.
+    """Computes float32 logits: the product of hidden states and output layer, over `divisor`.
 
     Args:
       hidden: hidden states of any dtype.
       kernel: output layer, [D, V] or [V, D].
       axis: axis D of the kernel.
-      divisor: divisor of the product.
+      divisor: number that the product is divided by.
     """
-    # If both are bfloat16 they are not cast: products are exact in float32, and the output layer
-    # of a large teacher is not copied.
+    # bfloat16 operands are not cast. Products of two bfloat16 numbers are exact in float32, and
+    # a cast would copy the output layer of a large teacher.
     is_exact = hidden.dtype == kernel.dtype == jnp.bfloat16
     if not is_exact:
-        # Hidden states are divided, since there are fewer of them than of logits.
+        # The hidden states are divided instead of the logits, since they are smaller arrays.
         hidden, kernel = hidden.astype(jnp.float32) / divisor, kernel.astype(jnp.float32)
     logits = lax.dot_general(
         hidden,
@@ -102,10 +102,10 @@ class Dense(nn.Module):
 
     Attributes:
       features: size of the output.
-      axes: logical axes of the kernel: of the input, then of the output.
+      axes: logical axes of the kernel, input axis first.
       dtype: dtype of the computation.
       kernel_init: initialiser of the kernel.
-      use_bias: whether a learned bias is added; T5 has none.
+      use_bias: whether a learned bias is added; False in T5.
     """
 
     features: int
@@ -126,12 +126,12 @@ class Dense(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Sets a share of the values to 0 and scales up the others, if there is a dropout key.
+    """Dropout. If there is a dropout key, sets some values to 0 and divides the others by 1 - rate.
 
     Attributes:
-      rate: expected share of values that are set to 0.
-      shared_over_positions: whether the mask is the same for all indices of the second-to-last
-        axis, as in T5X.
+      rate: probability that a value is set to 0.
+      shared_over_positions: whether the mask is the same for all positions (the second-to-last
+        axis), as in T5X.
     """
 
     rate: float
@@ -148,7 +148,10 @@ class Dropout(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """T5's layer norm: x / rms(x) · scale, without mean and bias; float32 except for the scale."""
+    """T5's layer norm, x / rms(x) · scale, without mean and bias.
+
+    x / rms(x) is computed in float32, and the product with the scale in `dtype`.
+    """
 
     dtype: Any
     epsilon: float = 1e-6
@@ -180,15 +183,15 @@ class Embed(nn.Module):
             ("vocab", "embed"),
             (self.vocab_size, self.features),
         )
-        # The gather precedes the cast, so that the table is not copied in the compute dtype and its
-        # gradient is summed in float32. GSPMD partitions a gather from a table that is sharded over
-        # the vocabulary. An id outside the table gives NaN, not another row.
+        # The gather precedes the cast. So the table is not copied in the compute dtype, and its
+        # gradient is summed in float32. GSPMD can partition the gather if the table is sharded over
+        # the vocabulary. An id outside the table gives NaN instead of another row.
         rows = jnp.take(table, tokens, axis=0, mode="fill").astype(self.dtype)
         return nn.with_logical_constraint(rows, ("batch", "length", None))
 
 
 class GatedMLP(nn.Module):
-    """Feed-forward block: the product of one projection per activation, then `wo`."""
+    """Feed-forward block: wo(activation_0(wi_0 x) * activation_1(wi_1 x) * ...)."""
 
     mlp_dim: int
     features: int
@@ -198,7 +201,7 @@ class GatedMLP(nn.Module):
 
     def setup(self) -> None:
         single = len(self.activations) == 1
-        # T5X's names: `wi` if there is one activation, otherwise `wi_0`, `wi_1`, ...
+        # Named as in T5X: `wi` if there is one activation, otherwise `wi_0`, `wi_1`, ...
         for index in range(len(self.activations)):
             dense = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype)
             setattr(self, "wi" if single else f"wi_{index}", dense)
@@ -217,11 +220,12 @@ class GatedMLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without scaling: 1/sqrt(head_dim) is in the query's initialiser.
+    """Multi-head attention whose logits are not scaled by 1/sqrt(head_dim).
 
-    Keys and values are computed by a separate method, so that decoding can cache them. Their shape
-    is [B, H, L, K]: the batch first, as a decoding state needs it, and the keys of each head
-    contiguous, as the matrix products of a decode step need them.
+    The factor is in the initialiser of the query projection instead. Keys and values are computed
+    by a separate method, so that decoding can cache them. Their shape is [B, H, L, K]. The batch is
+    first because a decoding state requires it. The keys of each head are contiguous, which suits
+    the matrix products of a decode step.
     """
 
     num_heads: int
@@ -242,7 +246,7 @@ class Attention(nn.Module):
         self.key = project(kernel_init)
         self.value = project(kernel_init)
         self.out = Dense(self.features, ("joined_kv", "embed"), self.dtype, kernel_init)
-        # Over [B, H, Q, L]: the mask of a key is the same for all queries.
+        # Attention weights are [B, H, Q, L], so the dropout mask is shared by all queries.
         self.dropout = Dropout(self.dropout_rate)
 
     def _split_heads(self, x: Array) -> Array:
@@ -263,8 +267,8 @@ class Attention(nn.Module):
     ) -> Float[Array, "B Q D"]:
         queries = self._split_heads(self.query(x))
         logits = jnp.einsum("bhqk,bhlk->bhql", queries, keys, preferred_element_type=jnp.float32)
-        # Biases that broadcast over different axes are separate arguments: their sum is as large
-        # as the logits, and is computed only here.
+        # Biases that broadcast over different axes are separate arguments. Their sum is as large as
+        # the logits, so it is computed only here.
         bias = functools.reduce(operator.add, biases)
         weights = jax.nn.softmax(logits + bias, axis=-1).astype(self.dtype)
         weights = self.dropout(weights)
@@ -278,13 +282,13 @@ def relative_position_buckets(
 ) -> Int[np.ndarray, " N"]:
     """Maps distances (key position minus query position) to T5's buckets.
 
-    Half of the buckets hold one distance each; the other half grow exponentially up to
-    MAX_DISTANCE, and larger distances are in the last bucket. If bidirectional, each direction has
-    half of the buckets; otherwise every key after the query is in bucket 0.
+    Half of the buckets contain one distance each. The widths of the others grow exponentially up to
+    MAX_DISTANCE; larger distances are in the last bucket. If bidirectional, each direction has its
+    own half of the buckets. Otherwise all keys after the query are in bucket 0.
 
     Args:
-      distances: distances, which are known when tracing.
-      bidirectional: True in the encoder.
+      distances: distances as a NumPy array, known at trace time.
+      bidirectional: whether keys after the query are attended to; True in the encoder.
 
     Returns:
       Buckets, int32, in [0, NUM_BUCKETS).
@@ -298,7 +302,7 @@ def relative_position_buckets(
         behind = np.abs(behind)
     behind = np.maximum(behind, 0)
     exact = num_buckets // 2
-    # The epsilon, as in T5X, puts a distance at the border of two buckets in the upper one.
+    # The epsilon, as in T5X, puts a distance on the border between two buckets into the upper one.
     ratio = np.log(np.maximum(behind, 1) / exact + np.finfo(np.float32).eps)
     ratio = ratio / math.log(MAX_DISTANCE / exact)
     grown = np.minimum(exact + np.trunc(ratio * (num_buckets - exact)), num_buckets - 1)
@@ -306,7 +310,7 @@ def relative_position_buckets(
 
 
 class RelativePositionBias(nn.Module):
-    """Attention bias of each head that depends on the distance of key and query."""
+    """Learned attention bias of each head, which depends on the distance between key and query."""
 
     num_heads: int
     bidirectional: bool
@@ -325,14 +329,14 @@ class RelativePositionBias(nn.Module):
         return jnp.take(self.rel_embedding.astype(jnp.float32), buckets, axis=1)
 
     def __call__(self, query_length: int, key_length: int) -> Float[Array, "1 H Q L"]:
-        """Returns the biases of all pairs of positions, float32.
+        """Returns the float32 biases of all pairs of query and key.
 
-        Each row is the previous row, shifted by one. Repeating values of period P and reshaping
-        them to rows of P - 1 gives these shifts, and their gradient is a sum, while that of a
-        gather of all pairs would be a scatter.
+        Each row of the matrix is the previous row shifted by one. To build these rows, the values
+        of all distances are repeated with period P and reshaped to rows of length P - 1. The
+        gradient of this is a sum, while the gradient of a gather of all pairs would be a scatter.
         """
         ahead, behind = np.arange(key_length), np.arange(1 - query_length, 0)
-        # Row q reads distance d at index d modulo P; one filler makes P - 1 >= key_length.
+        # The value of distance d is at index d modulo P. One filler makes P - 1 >= key_length.
         period = self._values(np.concatenate([ahead, [0], behind]))  # [H, P]
         row_length = period.shape[1] - 1
         rows = jnp.tile(period, (1, query_length))[:, : query_length * row_length]
@@ -340,7 +344,7 @@ class RelativePositionBias(nn.Module):
         return rows[None, :, :, :key_length]
 
     def row(self, position: Int[Array, ""], key_length: int) -> Float[Array, "1 H 1 L"]:
-        """Returns the biases of the one query at `position`, which may be traced, float32."""
+        """Returns the float32 biases of a single query at `position`, which may be traced."""
         values = self._values(np.arange(1 - key_length, key_length))
         start = key_length - 1 - position
         return lax.dynamic_slice_in_dim(values, start, key_length, axis=1)[None, :, None]

@@ -1,4 +1,4 @@
-"""Base class of the model families: pure functions of a Flax Linen module and its parameters."""
+"""Base class of models that are defined by a Flax Linen module."""
 
 import abc
 import functools
@@ -13,7 +13,7 @@ from gkd_jax.common.array_types import Array, Bool, Float, Int, Key, Params, PyT
 from gkd_jax.models import stacking
 
 
-# A run asks for it a dozen times, and a deep model takes seconds to trace.
+# Cached because tracing a deep model takes seconds and a run needs the result a dozen times.
 @functools.lru_cache(maxsize=16)
 def _abstract_boxed_params(model: "LinenModel") -> PyTree:
     return jax.eval_shape(model._boxed_params, jax.random.key(0))
@@ -27,7 +27,7 @@ class LinenModel(abc.ABC):
     """
 
     config: Any
-    # Slot of the first output token in the cache.
+    # Slot that `module.step` receives for output position 0.
     _first_slot: ClassVar[int] = 0
 
     @property
@@ -37,7 +37,7 @@ class LinenModel(abc.ABC):
 
     @abc.abstractmethod
     def _boxed_params(self, key: Key[Array, ""]) -> PyTree:
-        """Makes random unstacked parameters, in the boxes that hold their logical axes."""
+        """Makes random unstacked parameters, in Flax's boxes with their logical axes."""
 
     @property
     def vocab_size(self) -> int:
@@ -52,7 +52,7 @@ class LinenModel(abc.ABC):
     def init(self, key: Key[Array, ""]) -> Params:
         """Makes random float32 parameters; can be jitted."""
         params = nn.meta.unbox(self._boxed_params(key))
-        # Stacked or not, the initial values are the same.
+        # Stacked after the initialisation, so that `scan_layers` does not change initial values.
         return stacking.stack(params) if self.config.scan_layers else params
 
     def abstract_params(self) -> PyTree[jax.ShapeDtypeStruct]:
@@ -61,7 +61,7 @@ class LinenModel(abc.ABC):
         return jax.eval_shape(stacking.stack, params) if self.config.scan_layers else params
 
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
-        """Returns the logical axis names of each parameter, as T5X calls them."""
+        """Returns the logical axis names of each parameter. The names are the same as in T5X."""
         axes = nn.get_partition_spec(_abstract_boxed_params(self))
         if not self.config.scan_layers:
             return axes
@@ -79,17 +79,17 @@ class LinenModel(abc.ABC):
         *,
         max_length: int,
     ) -> tuple[Float[Array, "B D"], Any]:
-        """Reads the prompts in one pass; T5's decoder also reads its start token.
+        """Processes the prompts in one forward pass. T5's decoder also processes its start token.
 
         Args:
           params: the parameters.
           inputs: prompt tokens, with padding at any position.
           inputs_mask: True on real tokens. A decoder-only model needs at least one in each row.
-          max_length: number of output tokens that the state has room for. The last of them is
-            never fed, so it has no slot of its own.
+          max_length: number of output tokens that the state has room for. The last output token is
+            never fed to the model, so the cache has no slot for it.
 
         Returns:
-          The hidden states of the first output position, and the state.
+          The hidden states that predict the first output token, and the state.
 
         Raises:
           ValueError: `max_length` is below 1.
@@ -108,7 +108,7 @@ class LinenModel(abc.ABC):
         tokens: Int[Array, " B"],
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "B D"], Any]:
-        """Feeds the output tokens at position `index`.
+        """Feeds the output tokens at position `index` to the model.
 
         Args:
           params: the parameters.
@@ -117,7 +117,7 @@ class LinenModel(abc.ABC):
           index: position in the output, from 0 to max_length - 2; may be traced.
 
         Returns:
-          The hidden states of output position `index + 1`, and the new state.
+          The hidden states that predict the token at position `index + 1`, and the new state.
         """
         module: Any = type(self.module)
         slot = jnp.asarray(index, jnp.int32)
@@ -132,13 +132,13 @@ class LinenModel(abc.ABC):
         *arguments: Any,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Any:
-        # Dropout is active if and only if there is a key of this name.
+        # Dropout is active if and only if there is a key named 'dropout'.
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         return self.module.apply({"params": params}, *arguments, rngs=rngs, method=method)
 
 
 def check_max_length(max_length: int) -> None:
-    """Checks that a decoding state has room for a token.
+    """Checks that a decoding state has room for at least one token.
 
     Raises:
       ValueError: `max_length` is below 1.

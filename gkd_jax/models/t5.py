@@ -1,8 +1,8 @@
 """T5 1.0 and 1.1, encoder-decoder models.
 
 "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
-arXiv 1910.10683. The parameter tree is that of T5X's minimal T5, so that T5X's checkpoints have the
-same names.
+arXiv 1910.10683. The parameter tree has the same names as T5X's minimal T5, so that T5X's
+checkpoints can be loaded.
 """
 
 import dataclasses
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         )
         self.encoder_norm = _norm(config)
         self.dropout = _dropout(config)
-        # As in T5X, this dropout alone has a mask that differs between positions.
+        # As in T5X, only this dropout has a different mask for each position.
         self.final_dropout = layers.Dropout(config.dropout_rate, shared_over_positions=False)
 
     def __call__(
@@ -114,10 +114,12 @@ class Encoder(nn.Module):
         segments: Int[Array, "B S"] | None,
     ) -> Float[Array, "B S D"]:
         length = x.shape[1]
-        # Padded queries see no key, so that their (unused) outputs equal T5X's, too.
+        # As in T5X, padded queries attend to no key. Their outputs are not used, but then equal
+        # T5X's.
         mask = inputs_mask[:, None, :, None] & inputs_mask[:, None, None, :]
         if segments is not None:
-            # Distances within an example are the same as in a row of its own.
+            # `relpos` needs no change: it depends only on distances, which packing does not change
+            # within an example.
             mask &= layers.same_segment(segments, segments)
         relpos = self.relpos_bias(length, length)
 
@@ -157,15 +159,15 @@ class DecoderLayer(nn.Module):
         cross_bias: Float[Array, "B 1 #T S"],
         keep: Callable[[KeysValues], tuple[KeysValues, PyTree]] = lambda new: (new, None),
     ) -> tuple[Float[Array, "B T D"], PyTree]:
-        """Computes the layer, both for a whole output and for a decode step.
+        """Computes the layer, for a whole output or for one decode step.
 
         Args:
           x: hidden states.
           cross: keys and values of the encoded prompt.
-          self_biases: biases of the self-attention's logits; they are added up.
-          cross_bias: bias of the logits of the attention to the prompt.
-          keep: maps the keys and values of `x` to all keys and values that `x` attends to, and to
-            a second output of the layer.
+          self_biases: biases of the self-attention's logits, of which the sum is used.
+          cross_bias: bias of the cross-attention's logits.
+          keep: function of the keys and values of `x`. It returns all keys and values that `x`
+            attends to, and a second output of the layer, such as the updated cache.
 
         Returns:
           The new hidden states, and the second output of `keep`.
@@ -206,7 +208,8 @@ class Decoder(nn.Module):
         targets_segments: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         length = x.shape[1]
-        # A causal mask only: the loss weights exclude padding.
+        # The mask is only causal. Padding follows the output and needs no mask, since the loss
+        # weights exclude it.
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
         whole = self.relpos_bias(length, length) + layers.mask_to_bias(causal)
         self_biases: tuple[Array, ...] = (whole,)
@@ -228,7 +231,10 @@ class Decoder(nn.Module):
         return run_layers(self.layers, body, carry, kinds=kinds, **options)
 
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> PyTree:
-        """Computes the keys and values of all layers, in a tuple or stacked on the second axis."""
+        """Computes the cross-attention's keys and values in all layers.
+
+        They are in a tuple, or stacked along the second axis if parameters are stacked.
+        """
 
         def body(
             layer: DecoderLayer, carry: tuple, number: Index, kind: Any
@@ -246,7 +252,7 @@ class Decoder(nn.Module):
         def zeros() -> KeysValues:
             return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
-        # Not one array for all layers: donated buffers must not be shared.
+        # Each layer has arrays of its own, since donated buffers must not be shared.
         return zeros() if depth else tuple(zeros() for _ in range(config.num_decoder_layers))
 
     def step(
@@ -315,7 +321,7 @@ class Transformer(nn.Module):
         return hidden[:, 0], state
 
     def __call__(self, inputs: Array, inputs_mask: Array, targets: Array) -> Array:
-        """Uses every parameter; for initialisation."""
+        """Uses every parameter. Called only to initialise the parameters."""
         hidden = self.hidden_states(inputs, inputs_mask, targets)
         return hidden if self.config.logits_via_embedding else self.decoder.logits_dense(hidden)
 
@@ -367,10 +373,11 @@ class T5(LinenModel):
     def hidden_states(
         self, params: Params, batch: Batch, *, dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T D"]:
-        """Computes the hidden states from which `unembed` predicts `batch.targets[:, t]`.
+        """Computes the hidden states of all output positions.
 
-        The decoder reads the start token and all targets except the last, so position t depends
-        only on the targets before t, and in a packed row only on its own example.
+        `unembed` maps the hidden states at position t to the logits of `batch.targets[:, t]`. The
+        inputs of the decoder are the start token and all targets except the last, so position t
+        depends only on the targets before t. In packed rows it depends only on its own example.
 
         Args:
           params: the parameters.
@@ -378,7 +385,7 @@ class T5(LinenModel):
           dropout_key: key of the dropout; None turns dropout off.
 
         Returns:
-          Outputs of the decoder's last norm (and dropout) in the compute dtype.
+          Outputs of the decoder's last norm, after dropout, in the compute dtype.
         """
         arguments = (
             *(batch.inputs, batch.inputs_mask, batch.targets),
@@ -397,8 +404,9 @@ class T5(LinenModel):
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Computes float32 logits.
 
-        The output layer is a kernel (T5 1.1), or the embedding scaled by 1/sqrt(D) (T5 1.0). With a
-        slice of it along the vocabulary, this computes that slice of the logits.
+        The output layer is a kernel (T5 1.1), or the embedding scaled by 1/sqrt(D) (T5 1.0). If
+        `params` has only some vocabulary entries of the output layer, the logits are those of these
+        entries.
         """
         if not self.config.logits_via_embedding:
             return layers.project(hidden, params["decoder"]["logits_dense"]["kernel"], axis=0)

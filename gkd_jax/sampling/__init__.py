@@ -1,6 +1,6 @@
 """Decoding: sampling methods, the decoding loop over a key-value cache, and beam search.
 
-Models are passed in as functions; this package does not depend on losses or data. Start with
+This package depends only on the interface of models, and not on losses or data. Start with
 `decode`, the decoding loop, and `methods`, which choose the next token.
 """
 

@@ -27,9 +27,9 @@ class BeamSearch:
     Human and Machine Translation" (arXiv 1609.08144, equation 14).
 
     Attributes:
-      num_beams: number of prefixes kept, and of outputs returned, for each prompt.
-      alpha: exponent of the length penalty. 0 scores by log-probability alone; larger values favour
-        longer outputs.
+      num_beams: number of prefixes kept for each prompt, and of outputs returned for it.
+      alpha: exponent of the length penalty. If it is 0, the score is the log-probability; larger
+        values favour longer outputs.
     """
 
     num_beams: int = 4
@@ -52,9 +52,10 @@ class BeamSearch:
 class Beams:
     """Outputs of a beam search, sorted **best first** (T5X sorts them worst first).
 
-    If no output of a prompt has finished, its unfinished beams are returned with `finished` False
-    and scored by their log-probability without a length penalty, as in T5X. If fewer than
-    `num_beams` have finished, the remaining beams are empty: padding, weight 0 and score -inf.
+    If no output of a prompt has finished, its unfinished beams are returned, as in T5X. Their
+    `finished` is False, and their score is the log-probability without length penalty. If some but
+    fewer than `num_beams` outputs have finished, the remaining beams are empty: their tokens are
+    padding, with weight 0, and their score is -inf.
 
     Attributes:
       tokens: output tokens up to and including the end-of-sequence token, then the padding id.
@@ -103,11 +104,15 @@ class _Rules:
 
     @property
     def num_candidates(self) -> int:
-        """Candidates per step: `num_beams` are left even if every possible end is among them."""
+        """Number of candidates per step.
+
+        At least `num_beams` candidates are unfinished, even if every beam is also extended by every
+        end-of-sequence id.
+        """
         return self.num_beams * (1 + max(1, len(self.eos_ids)))
 
     def penalty(self, length: int | Int[Array, ""]) -> Float[Array, ""]:
-        """Returns the divisor of the log-probability of an output of this length."""
+        """Returns the number that the log-probability of an output of this length is divided by."""
         return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** self.alpha
 
 
@@ -125,8 +130,9 @@ def beam_search(
 ) -> Beams:
     """Searches for the best outputs of each prompt; see `BeamSearch` and `Beams`.
 
-    The search stops when no live beam of any prompt can outscore the finished ones: a
-    log-probability only decreases, and the length penalty is largest at the full length.
+    The search stops when no unfinished beam of any prompt can outscore the prompt's finished
+    outputs. The upper bound of a beam's score is its current log-probability, which can only
+    decrease, divided by the length penalty of `max_length`, which is the largest.
 
     Args:
       model: model to decode from.
@@ -137,7 +143,8 @@ def beam_search(
       max_length: T, maximum number of output tokens, at least 1.
       eos_ids: ids that end an output; may be empty.
       pad_id: id that fills `tokens` after the end.
-      example_id: -1 marks filler rows, whose beams are empty and do not prolong the search.
+      example_id: index of each example. Rows with -1 are filler: their beams are empty, and the
+        search does not wait for them.
 
     Returns:
       All beams, best first.
@@ -176,14 +183,14 @@ def _step(search: _Search, model: LanguageModel, params: Params, rules: _Rules) 
 
 
 def _can_improve(search: _Search, filler: Bool[Array, " B"], rules: _Rules) -> Bool[Array, ""]:
-    """Returns whether a live beam of any prompt can still outscore its finished ones."""
+    """Returns whether any prompt has a live beam that can still outscore its finished outputs."""
     best_possible = search.live.scores[:, 0] / rules.penalty(rules.max_length)
     open_rows = (best_possible > search.ended.scores[:, -1]) & ~filler
     return (search.index < rules.max_length) & jnp.any(open_rows)
 
 
 def _start(rules: _Rules, batch_size: int, state: DecodeState) -> _Search:
-    """Returns the initial search: one live beam, the empty prefix, and no finished output."""
+    """Returns the initial state, with the empty prefix as the only live beam of each prompt."""
     shape = (batch_size, rules.num_beams)
     none = _Hypotheses(
         tokens=jnp.zeros((*shape, rules.max_length), jnp.int32),
@@ -201,7 +208,7 @@ def _start(rules: _Rules, batch_size: int, state: DecodeState) -> _Search:
 
 
 def _extend(search: _Search, logits: Float[Array, "BN V"], rules: _Rules) -> _Search:
-    """Extends the live beams by their best next tokens and moves finished ones to `ended`."""
+    """Extends the live beams by their best next tokens and moves finished outputs to `ended`."""
     batch_size, num_beams = search.live.scores.shape
     vocab_size = logits.shape[-1]
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
@@ -263,8 +270,9 @@ def _top_few(
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
     """Equivalent to `lax.top_k`, including the order of equal values, for small `count`.
 
-    `lax.top_k` gathers a batch that is sharded over devices on each of them; this function moves no
-    data between devices. The k largest entries are in the k blocks with the largest maxima.
+    If the batch is sharded, `lax.top_k` gathers all of it on every device, while this function
+    moves no data between devices. Large rows are divided into blocks. The k largest entries are in
+    the k blocks with the largest maxima, so only these blocks are searched.
     """
     size = values.shape[1]
     ids = lax.broadcasted_iota(jnp.int32, values.shape, 1)
@@ -278,14 +286,15 @@ def _top_few(
         ids = best[:, :, None] * _BLOCK_SIZE + ids[:, None, :_BLOCK_SIZE]
         ids = ids.reshape(values.shape)
     best_values, best_ids = _top_by_turns(values, ids, count)
-    # Rows with NaNs, which never compare as the largest, may yield ids beyond the row.
+    # In rows with NaNs, it can happen that no entry compares as the largest. The id found is then
+    # beyond the row.
     return best_values, jnp.minimum(best_ids, size - 1)
 
 
 def _top_by_turns(
     values: Float[Array, "B n"], ids: Int[Array, "B n"], count: int
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
-    """Selects the largest value (the lowest id among equal values) `count` times."""
+    """Selects the `count` largest values, one after the other; equal values by ascending id."""
     beyond = jnp.iinfo(jnp.int32).max
 
     def next_best(last: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], tuple]:
@@ -308,9 +317,10 @@ def _gather(tree: Any, beams: Int[Array, "B M"]) -> Any:
 
 
 def _gather_rows(state: PyTree, beams: Int[Array, "B N"]) -> PyTree:
-    """Selects the rows [B * N, ...] of a decoding state by beam index within each prompt.
+    """Selects rows of a decoding state, [B * N, ...], by the index of a beam within its prompt.
 
-    Indexing is batched over prompts, so no data moves between the devices of a sharded batch.
+    The indexing is batched over prompts, so that no data moves between devices if the batch is
+    sharded.
     """
     grouped = jax.tree.map(lambda array: array.reshape(*beams.shape, *array.shape[1:]), state)
     taken = _gather(grouped, beams)

@@ -15,7 +15,7 @@ from gkd_jax.sampling.methods import Greedy, Sample, position_keys, row_keys
 from gkd_jax.sampling.outputs import check_output_ids, is_any_of, repeat_rows
 
 CHUNK_SIZE = 16
-"""Maximum number of steps between two checks, over all devices, for the end of all outputs."""
+"""Maximum number of steps between two checks of whether all outputs on all devices have ended."""
 
 DecodingMethod = Greedy | Sample | BeamSearch
 
@@ -44,7 +44,7 @@ class Decoded:
 
 @flax.struct.dataclass
 class _Columns:
-    """Outputs of one step, [B], or of all steps, [B, T]."""
+    """Fields of `Decoded` for one step, [B], or for all steps, [B, T]."""
 
     tokens: Array
     weights: Array
@@ -62,7 +62,7 @@ class _Progress:
 
 @dataclasses.dataclass(frozen=True)
 class _Limits:
-    """When outputs end.
+    """Limits of the outputs.
 
     Attributes:
       max_length: maximum number of output tokens.
@@ -82,7 +82,7 @@ def check_num_samples(method: DecodingMethod, num_samples: int) -> None:
     """Checks the number of samples per prompt.
 
     Raises:
-      ValueError: it is below 1, or above 1 for a deterministic method.
+      ValueError: `num_samples` is below 1, or it is above 1 and the method is deterministic.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1; got {num_samples}. Set 1 or more.")
@@ -110,8 +110,8 @@ def decode(
 ) -> Decoded:
     """Decodes up to `max_length` tokens for each prompt.
 
-    The end of each output is tracked explicitly and not inferred from token ids, so `pad_id` may
-    be one of `eos_ids`. With `BeamSearch`, the best beam is returned.
+    The end of each output is recorded during decoding and not inferred from its token ids, so
+    `pad_id` may be one of `eos_ids`. With `BeamSearch`, the best beam is returned.
 
     Args:
       model: model to decode from.
@@ -123,8 +123,8 @@ def decode(
       eos_ids: ids that end an output. If empty, each output has `max_length` tokens.
       pad_id: id that fills `tokens` after the end.
       key: random key, required by `Sample`; use a new key for each call.
-      example_id: position of each prompt in the global order of examples, folded into `key`; -1
-        marks filler rows, which are not decoded. Defaults to the row indices.
+      example_id: position of each prompt in the global order of examples, which is folded into
+        `key`. Rows with -1 are filler and not decoded. Defaults to the row indices.
       num_samples: N, number of outputs per prompt. The prompt is prefilled once.
       chunk_size: maximum number of steps between two checks for the end of all outputs.
 
@@ -132,8 +132,8 @@ def decode(
       Outputs of B * num_samples rows.
 
     Raises:
-      ValueError: an id is outside the vocabulary, `max_length` is below 1, `Sample` is given no
-        key, or several samples are requested of a deterministic method.
+      ValueError: an id is outside the vocabulary, `max_length` is below 1, `Sample` is used without
+        a key, or `num_samples` is above 1 for a deterministic method.
     """
     check_output_ids(model.vocab_size, eos_ids=eos_ids, pad_id=pad_id, max_length=max_length)
     check_num_samples(method, num_samples)
@@ -155,14 +155,14 @@ def decode(
 
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
-    """Decoding steps of one batch.
+    """Computes the decoding steps of one batch.
 
     Attributes:
-      model: model that is decoded.
+      model: model to decode from.
       params: its parameters.
       method: how tokens are chosen.
-      keys: random key of each row; None if `method` needs none.
-      limits: when outputs end.
+      keys: random key of each row; None if `method` needs no keys.
+      limits: limits of the outputs.
     """
 
     model: LanguageModel
@@ -174,7 +174,7 @@ class _Decoder:
     def choose(
         self, hidden: Array, state: DecodeState, ended: Array, position: Array
     ) -> tuple[_Progress, _Columns]:
-        """Chooses the tokens at `position` from the hidden states of the position before."""
+        """Chooses the tokens at `position` from the hidden states that predict them."""
         keys = None if self.keys is None else position_keys(self.keys, position)
         logits = self.model.unembed(self.params, hidden).astype(jnp.float32)
         tokens, log_probs = self.method.choose(logits, keys=keys)
@@ -185,8 +185,8 @@ class _Decoder:
 
     def step(self, progress: _Progress, position: Int[Array, ""]) -> tuple[_Progress, _Columns]:
         """Runs the model on the tokens before `position` and chooses the tokens at `position`."""
-        # The last chunk may run beyond max_length. Its surplus columns are cut off, and its
-        # surplus writes to the cache go to the last index, which is not read again.
+        # The last chunk may have steps beyond max_length. Their outputs are cut off afterwards.
+        # They overwrite the last entry of the cache, which is not needed any more.
         index = jnp.minimum(position, self.limits.max_length - 1) - 1
         hidden, state = self.model.decode_step(self.params, progress.state, progress.tokens, index)
         return self.choose(hidden, state, progress.ended, position)
@@ -213,10 +213,10 @@ def _run_chunks(
     """Runs positions 1 to max_length - 1 in equal chunks, until all outputs have ended.
 
     Args:
-      step: computes one position.
+      step: function that computes one position.
       progress: the state after position 0.
       first: the outputs of position 0.
-      limits: the longest output and the padding id.
+      limits: limits of the outputs.
       chunk_size: maximum number of positions in a chunk.
     """
     if chunk_size < 1:
@@ -225,7 +225,8 @@ def _run_chunks(
     if num_chunks == 0:
         columns = jax.tree.map(lambda x: x[:, None], first)
         return _decoded(columns, progress.ended, jnp.ones((), jnp.int32))
-    # Equal chunks exceed max_length by fewer positions than there are chunks.
+    # All chunks have the same size. Together they exceed max_length by fewer than num_chunks
+    # positions.
     chunk = -(-(limits.max_length - 1) // num_chunks)
     padding = ((0, 0), (0, num_chunks * chunk))
     columns = _Columns(
@@ -249,7 +250,7 @@ def _run_chunks(
         )
         return progress, columns, number + 1
 
-    # Counts chunks, so that the maximum trip count of the loop can be read from the program.
+    # The loop counts chunks, so that its maximum trip count can be read from the compiled program.
     carry = (progress, columns, jnp.zeros((), jnp.int32))
     progress, columns, number = lax.while_loop(is_open, run_chunk, carry)
     columns = jax.tree.map(lambda x: x[:, : limits.max_length], columns)

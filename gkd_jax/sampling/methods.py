@@ -1,11 +1,11 @@
 """Methods that choose the next token of each row: greedy, temperature, top-k and top-p.
 
 Sampling descends a tree over the vocabulary: each level selects one of 32 groups by its
-probability, and the last level selects the entry. It takes one uniform random number per level
-(three for up to 65,536 entries) instead of one per entry. The uniforms are dense near 0, and
-cumulative sums run from small to large terms, so that entries of any probability that float32 can
-represent are sampled at the correct rate, and entries of probability 0 never. Neither top-k nor
-top-p sorts the vocabulary: see `_keep_top_k` and `_draw_top_p`.
+probability, and the last level selects the entry. This takes one uniform random number per level
+(three for up to 65,536 entries) instead of one per entry. Any probability that float32 can
+represent is sampled at the correct rate, because the uniforms are dense near 0 and cumulative sums
+run from small to large terms. Entries of probability 0 are never sampled. Neither top-k nor top-p
+sorts the vocabulary: see `_keep_top_k` and `_draw_top_p`.
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ class SamplingMethod(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """Chooses the most likely token, the lowest id among equals.
+    """Chooses the most likely token. Among equally likely tokens, the lowest id is chosen.
 
-    Log-probabilities are those of the model's distribution at temperature 1.
+    Log-probabilities are taken from the model's distribution at temperature 1.
     """
 
     @property
@@ -63,12 +63,13 @@ class Greedy:
 class Sample:
     """Samples from softmax(logits / temperature), optionally restricted by top-k and top-p.
 
-    By default nothing is cut off. If both are set, top-k applies first, and top-p is a fraction of
-    the probability that remains. Among equal logits at the threshold, lower ids are kept.
+    By default the distribution is not restricted. If both restrictions are set, top-k applies
+    first, and `top_p` is relative to the total probability of the entries that top-k keeps. Among
+    equal logits at the threshold, lower ids are kept.
 
-    Log-probabilities are those of softmax(logits / temperature) over the entire vocabulary,
-    **before** top-k and top-p. They are therefore finite, comparable with a teacher's, and equal to
-    those of scoring the tokens at the same temperature.
+    Log-probabilities are taken from softmax(logits / temperature) over the entire vocabulary,
+    **before** top-k and top-p. They are therefore finite, comparable with the teacher's
+    log-probabilities, and the same as if the tokens were scored at this temperature.
 
     Attributes:
       temperature: divisor of the logits; 1 samples from the model's own distribution.
@@ -109,7 +110,7 @@ class Sample:
 
         Args:
           logits: float32; entries with -inf are never sampled.
-          keys: one random key per row, which must not be used elsewhere.
+          keys: one random key per row. They must not be used elsewhere.
 
         Returns:
           Tokens (int32) and their log-probabilities at the sampling temperature (float32).
@@ -133,8 +134,8 @@ def row_keys(
 ) -> Key[Array, " B"]:
     """Returns the key of each output, derived from its example id and its sample index.
 
-    Keys do not depend on the position of a row in the batch, so an example gets the same sample in
-    any batch, on any shard and host.
+    A key does not depend on the position of its row in the batch. The samples of an example are
+    therefore the same in any batch, on any shard and on any host.
     """
     fold = jax.vmap(jax.random.fold_in)
     per_example = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, example_id)
@@ -151,10 +152,10 @@ def _at(values: Float[Array, "B n"], index: Int[Array, " B"]) -> Float[Array, " 
 
 
 def _dense_uniforms(keys: Key[Array, " B"], *, count: int) -> Float[Array, "B n"]:
-    """Returns uniforms in [0, 1] with 24 significant bits, however small they are.
+    """Returns uniforms in [0, 1] with 24 significant bits, even if they are close to 0.
 
-    `jax.random.uniform` returns multiples of 2**-23, with which events of a smaller probability
-    would be impossible or too frequent.
+    `jax.random.uniform` returns multiples of 2**-23. With these, events of a probability below
+    2**-23 would never occur, or occur too often.
     """
     bits = jax.vmap(lambda key: jax.random.bits(key, (count, 2), jnp.uint32))(keys)
     high, low = bits[..., 0].astype(jnp.float32), bits[..., 1].astype(jnp.float32)
@@ -171,7 +172,10 @@ def _uniforms_of_draw(keys: Key[Array, " B"], values: Float[Array, "B V"]) -> Fl
 
 
 def _columns(values: Float[Array, "B n"], *, fill: float) -> Float[Array, "B F m"]:
-    """Splits rows into m groups of FANOUT entries with stride m, so that group sums vectorise."""
+    """Pads rows with `fill` and splits them into m groups of FANOUT entries.
+
+    Successive entries of a group are m apart in the row, so that sums over groups vectorise.
+    """
     padding = -values.shape[1] % FANOUT
     if padding:
         values = jnp.pad(values, ((0, 0), (0, padding)), constant_values=fill)
@@ -194,7 +198,8 @@ def _draw(
         columns = _columns(scaled, fill=-jnp.inf)
         masses = jnp.exp(columns - maximum[:, :, None]).sum(axis=1)
         index = _pick_in_tree(masses, uniforms[:, 1:])
-        # Subtracting the group's own maximum keeps the precision of entries far below the largest.
+        # The maximum of the group itself is subtracted. With the maximum of the row, groups far
+        # below the maximum would underflow.
         group = _column(columns, index)
         group = jnp.exp(group - jnp.max(group, axis=-1, keepdims=True))
         tokens = _pick(group, uniforms[:, 0]) * columns.shape[2] + index
@@ -215,26 +220,27 @@ def _pick_in_tree(
 def _pick(masses: Float[Array, "B n"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
     """Samples index i with probability masses[i] / sum(masses), for a few dozen masses.
 
-    Inverts the cumulative sum taken from the smallest mass to the largest, so that small masses are
-    not lost to rounding. For so few entries, comparing all pairs is faster than sorting.
+    Inverts a cumulative sum that runs from the smallest to the largest mass. In this order, small
+    masses are not lost to rounding. For a few dozen masses, comparing all pairs is faster than
+    sorting.
     """
     shape = (masses.shape[0], masses.shape[1], masses.shape[1])
     this, other = masses[:, :, None], masses[:, None, :]
     order = lax.broadcasted_iota(jnp.int32, shape, 1) - lax.broadcasted_iota(jnp.int32, shape, 2)
     up_to_this = (other < this) | ((other == this) & (order >= 0))
     cumulative = jnp.sum(jnp.where(up_to_this, other, 0.0), axis=-1)
-    # Keeps the threshold below the total even if the uniform was rounded up to 1. At entries of
-    # mass 0 the cumulative sum is exactly 0, which is never above the threshold.
+    # A uniform that was rounded up to 1 is reduced, so that the threshold is below the total. At
+    # entries of mass 0 the cumulative sum is exactly 0, which is never above the threshold.
     uniform = jnp.minimum(uniform, 1 - 2.0**-24)[:, None]
     above = cumulative > uniform * jnp.max(cumulative, axis=-1, keepdims=True)
     return jnp.argmin(jnp.where(above, cumulative, jnp.inf), axis=-1).astype(jnp.int32)
 
 
 def _keep_top_k(values: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """Sets all but the k largest values to -inf, keeping lower ids among equal values.
+    """Sets all but the k largest values to -inf. Among equal values, those with lower ids are kept.
 
-    The k largest values (or values equal to them) are in the k groups with the largest maxima.
-    Therefore only the group maxima, and then the entries of k groups, are ranked.
+    Rows are divided into groups. The k largest values (or values equal to them) are in the k groups
+    with the largest maxima. Therefore only the group maxima and the entries of k groups are ranked.
     """
     candidates = values
     if k * FANOUT <= values.shape[-1] // 4:
@@ -242,7 +248,8 @@ def _keep_top_k(values: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
         _, groups = lax.top_k(jnp.max(columns, axis=1), k)
         candidates = jnp.take_along_axis(columns, groups[:, None, :], axis=2)
         candidates = candidates.reshape(values.shape[0], -1)
-    # The minimum, not the last element, for which XLA would sort all values.
+    # The threshold is computed as a minimum. If the last element were taken instead, XLA would sort
+    # all values.
     threshold = jnp.min(lax.top_k(candidates, k)[0], axis=-1, keepdims=True)
     kept = values >= threshold
 
@@ -259,13 +266,13 @@ def _keep_top_k(values: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
 def _draw_top_p(
     scaled: Float[Array, "B V"], keys: Key[Array, " B"], top_p: float
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Samples from the smallest set of most likely entries whose probabilities reach `top_p`.
+    """Samples from the smallest set of most likely entries whose total probability reaches `top_p`.
 
-    Uses rejection sampling: a token is accepted if the total probability of the entries ranked
-    before it (more likely ones, and equally likely ones with lower ids) is below `top_p`. After a
-    rejection, only entries ranked before the rejected token remain. As these include all
-    acceptable entries, the ratios of their probabilities do not change. A row takes at most
-    1 + log(1 / top_p) draws on average.
+    Entries are ranked by probability, and equally likely entries by ascending id. Rejection
+    sampling accepts a token if the total probability of the entries ranked before it is below
+    `top_p`. After a rejection, only the entries ranked before the rejected token remain for the
+    next draw. They include all acceptable entries, so the ratios between the probabilities of
+    acceptable entries do not change. A row takes at most 1 + log(1 / top_p) draws on average.
 
     Returns:
       Tokens, and logsumexp(scaled) over all entries.
@@ -285,7 +292,8 @@ def _draw_top_p(
         draws, tokens, kept = carry
         new_keys = position_keys(keys, draws)
         remaining = jnp.where(come_before(tokens), scaled, -jnp.inf)
-        # Rows with an accepted token may have no remaining entries; their draw is not used.
+        # Rows with an accepted token draw from all entries, since none may remain. Their new draw
+        # is not used.
         remaining = jnp.where(kept[:, None], scaled, remaining)
         again, _ = _draw(remaining, _uniforms_of_draw(new_keys, scaled))
         tokens = jnp.where(kept, tokens, again)

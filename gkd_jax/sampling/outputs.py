@@ -1,4 +1,4 @@
-"""Helpers shared by the decoders: checks of token ids, ends of outputs, repeated rows."""
+"""Helpers of sampling and beam search: checks of arguments, ends of outputs, repeated rows."""
 
 from typing import TypeVar
 
@@ -42,8 +42,8 @@ def is_any_of(tokens: Int[Array, "*n"], ids: tuple[int, ...]) -> Bool[Array, "*n
 def repeat_rows(tree: Tree, count: int) -> Tree:
     """Repeats each row `count` times: [a, b] becomes [a, a, b, b].
 
-    Uses a broadcast and a reshape instead of a gather, so that no data moves between the devices of
-    a sharded batch.
+    Uses a broadcast and a reshape instead of a gather, so that no data moves between devices if the
+    batch is sharded.
     """
     if count == 1:
         return tree

@@ -20,9 +20,9 @@ class TeacherAssistance(Protocol):
 class TeacherMixed:
     """Samples each token from a mixture of the student's and the teacher's distributions.
 
-    Teacher-mixed sampling of "MiniLLM: Knowledge Distillation of Large Language Models"
-    (arXiv 2306.08543, section 2.2). It keeps a weak student from degenerate outputs. The sampling
-    method's temperature, top-k and top-p apply to the mixture.
+    This is teacher-mixed sampling as in "MiniLLM: Knowledge Distillation of Large Language Models"
+    (arXiv 2306.08543, section 2.2). It prevents a weak student from generating degenerate outputs.
+    The temperature, top-k and top-p of the sampling method apply to the mixture.
 
     Attributes:
       teacher_share: weight of the teacher's distribution, in the open interval (0, 1); the paper
@@ -51,16 +51,16 @@ class TeacherMixed:
 
 @dataclasses.dataclass(frozen=True)
 class Corrected:
-    """Samples each token from the student; the teacher replaces tokens that it finds unlikely.
+    """Samples each token from the student, and replaces tokens that the teacher finds unlikely.
 
-    Interleaved sampling of "Speculative Knowledge Distillation: Bridging the Teacher-Student Gap
-    Through Interleaved Sampling" (arXiv 2410.11325). A token that is not among the teacher's
-    `top_k` most likely is sampled again from the teacher. The result is exact at a sampling
-    temperature of 1; another temperature, top-k or top-p of the sampling method applies to the
-    resulting distribution.
+    This is interleaved sampling as in "Speculative Knowledge Distillation: Bridging the
+    Teacher-Student Gap Through Interleaved Sampling" (arXiv 2410.11325). A token that is not among
+    the teacher's `top_k` most likely tokens is replaced by a token sampled from the teacher.
+    Sampling at temperature 1 is exactly equivalent to this procedure. Another temperature, top-k or
+    top-p of the sampling method applies to the distribution that results from the replacement.
 
     Attributes:
-      top_k: K; the paper uses 25.
+      top_k: number of the teacher's most likely tokens that are not replaced; the paper uses 25.
 
     Raises:
       ValueError: `top_k` is not a positive integer.
@@ -76,7 +76,7 @@ class Corrected:
             )
 
     def combine(self, student: LanguageModel, teacher: LanguageModel) -> CorrectedModel:
-        """Returns the model with the resulting distribution; see `CorrectedModel`."""
+        """Returns the model whose distribution includes the replacement; see `CorrectedModel`."""
         return CorrectedModel((student, teacher), top_k=self.top_k)
 
 
