@@ -1,4 +1,4 @@
 """A run in progress: parameters, jitted functions, random keys, metrics and supervision.
 
-Start with `trainer`, which makes one step: coin, rollout, reward, update.
+Start with `trainer`, whose `Trainer.step` makes one step of training.
 """

@@ -1,4 +1,4 @@
-"""SIGTERM, which clusters send before they reclaim a machine: the run saves and ends."""
+"""Handling of SIGTERM, which clusters send before they reclaim a machine: a run saves and ends."""
 
 import itertools
 import signal
@@ -18,17 +18,17 @@ class InterruptedRunError(Exception):
     """The run was interrupted by SIGTERM and has saved a checkpoint."""
 
 
-# With several processes, each call must have a greater number than all before it in this process.
+# Numbers for `reached_preemption_sync_point`, which needs an increasing number from each process.
 _calls = itertools.count()
 
 
 class Interruption:
     """Context manager that turns SIGTERM into a request to stop, to be checked between steps.
 
-    Inside the context SIGTERM does not end the process. A nested context is the outermost one, so
-    that a signal during one run of a study also stops the study. With several processes, JAX makes
-    all of them stop after the same step, no matter which of them got the signal; all must call
-    `is_due` equally often.
+    Inside the context SIGTERM does not end the process. Entering a nested context returns the
+    outermost one, so that a signal during one run of a study also stops the study. With several
+    processes, JAX makes all of them stop after the same step, even if only one of them got the
+    signal. All processes must therefore call `is_due` equally often.
     """
 
     _outermost: ClassVar["Interruption | None"] = None
@@ -42,7 +42,8 @@ class Interruption:
             return Interruption._outermost
         Interruption._outermost = self
         # With several processes JAX's own notifier handles the signal. Only the main thread may set
-        # a handler; in another thread, such as a notebook's worker, the signal ends the process.
+        # a handler. In another thread, such as a notebook's worker, no handler is set, and the
+        # signal ends the process.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._tell)
         return self

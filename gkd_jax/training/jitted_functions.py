@@ -18,8 +18,8 @@ from gkd_jax.models.base import LanguageModel
 from gkd_jax.objectives.objective import Objective
 
 
-# Cached by the values of the arguments, so that the runs of a study share the jitted functions and
-# their compiled programs.
+# The functions below are cached by the values of their arguments. The runs of a study thus share
+# the jitted functions and their compiled programs.
 @functools.cache
 def jit_rollout(
     rollout: Rollout,

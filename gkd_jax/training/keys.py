@@ -1,4 +1,4 @@
-"""Random keys of a run, derived from its seed; each purpose has keys of its own."""
+"""Random keys of a run, derived from the run's seed, with different keys for each purpose."""
 
 import enum
 
@@ -8,7 +8,10 @@ from gkd_jax.common.array_types import Array, Key
 
 
 class Purpose(enum.IntEnum):
-    """Purpose of a random key. The numbers are part of a run's identity: never reuse one."""
+    """Purpose of a random key.
+
+    The keys of existing runs depend on these numbers: never change or reuse one.
+    """
 
     INIT = 0
     DROPOUT = 1

@@ -12,7 +12,7 @@ from gkd_jax.common.array_types import Metrics
 
 @dataclasses.dataclass
 class MetricSums:
-    """Accumulates (sum, weight) metrics on the devices, so that adding does not wait for a step.
+    """Accumulates (sum, weight) metrics on the devices, without waiting for steps to finish.
 
     Attributes:
       sums: sum and weight of each metric, by group and name.
@@ -23,7 +23,8 @@ class MetricSums:
     def add(self, group: str, metrics: Metrics) -> None:
         """Adds the metrics of one step to a group."""
         present = self.sums.get(group, {})
-        # Sums restored from a stopped run may stem from other settings and have other names.
+        # Sums may be restored from a checkpoint of a run with other settings, which had other
+        # metrics. Metrics that occur on one side only are kept unchanged.
         common = sorted(present.keys() & metrics.keys())
         added = _add(*({name: of[name] for name in common} for of in (present, metrics)))
         self.sums[group] = {**present, **metrics, **added}
@@ -51,12 +52,12 @@ class MetricSums:
         )
 
     def means(self) -> dict[str, float]:
-        """Returns the `means` of the metrics that were added so far."""
+        """Returns the means of the metrics added so far, by the names that `means` gives them."""
         return means(self.to_host())
 
 
 def means(sums: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """Returns sum / weight of each metric, named 'group/name', without those of weight 0."""
+    """Returns the mean, sum / weight, of each metric by 'group/name'. Skips metrics of weight 0."""
     return {
         f"{group}/{name}": total / weight
         for group, metrics in sums.items()

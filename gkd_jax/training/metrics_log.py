@@ -13,7 +13,7 @@ from gkd_jax.training.profiling import PhaseTimes
 from gkd_jax.training.programs import flops_of_step
 from gkd_jax.training.step_kinds import StepKind
 
-# Names of a metric group's outputs in alarms.
+# What alarms call the outputs that a group of metrics describes.
 _OUTPUT_NAMES = {"rollout": "sampled", "outputs": "evaluated"}
 
 
@@ -49,7 +49,7 @@ class MetricsLog:
         self._seconds_of_fetching += seconds
 
     def leave_out(self, seconds: float) -> None:
-        """Excludes time that was spent on something else from the time of training."""
+        """Excludes seconds that were not spent on training from the time per step."""
         self._time += seconds
 
     def write_training(
@@ -60,7 +60,7 @@ class MetricsLog:
         Args:
           step: number of the last of these steps, counted from 1.
           sums: sum and weight of each metric, by group and name.
-          num_updates: number of updates in all; skipped steps make none.
+          num_updates: number of updates since the start of the run. Skipped steps are not counted.
 
         Raises:
           FloatingPointError: a mean is NaN or infinite.
@@ -78,7 +78,7 @@ class MetricsLog:
             if utilisation is not None:
                 means[f"{kind}/update_mfu"] = utilisation
         means["learning_rate"] = float(self._experiment.optimizer.schedule(max(num_updates - 1, 0)))
-        # The kinds of steps differ in their number of tokens and in how often they occur.
+        # A mean over the steps of all kinds, weighted by how often each kind occurred.
         tokens = [sums[kind]["target_tokens"] for kind in StepKind if kind in sums]
         tokens_per_step = sum(total for total, _ in tokens) / sum(weight for _, weight in tokens)
         means["target_tokens_per_second"] = tokens_per_step / seconds
@@ -96,7 +96,10 @@ class MetricsLog:
         return self._experiment.partitioner.mesh.size
 
     def _utilisation(self, kind: str, seconds: float) -> float | None:
-        """Returns an update's MFU: its FLOP/s over the chips' peak FLOP/s. None if unknown."""
+        """Returns the model FLOPs utilisation (MFU) of an update; None if it is not known.
+
+        MFU is the number of FLOPs per second, divided by the peak rate of all chips.
+        """
         device = self._experiment.partitioner.mesh.devices.flat[0]
         chip = chips.of_device(device.device_kind)
         is_smaller = kind == StepKind.DATA and self._experiment.rollout.num_samples > 1

@@ -1,4 +1,4 @@
-"""NaN and infinity in training: the run stops or skips the step, and the batch is written out."""
+"""Handling of NaN and infinity in training: stops the run or skips the step; writes the batch."""
 
 import collections
 import dataclasses
@@ -18,10 +18,11 @@ from gkd_jax.common.batch import Batch
 from gkd_jax.data.vocabularies import Vocabulary
 from gkd_jax.experiment.experiment import Experiment
 
-# Waiting for each step would leave the devices idle between steps, so a step is only checked after
-# this many later ones have been started. A constant, so that all processes check the same step.
+# Waiting for each step would leave the devices idle between steps. A step is therefore checked only
+# after this many later steps have been started. The number is the same on all processes, so that
+# all of them check the same step.
 STEPS_UNDER_WAY = 2
-# If a run skips many steps, the first batches are informative enough.
+# Maximum number of batches to write. If a run skips many steps, the first ones tell enough.
 _MOST_DUMPS = 10
 FOLDER = "non_finite"
 
@@ -34,7 +35,11 @@ class _Started:
 
 
 class NonFiniteSteps:
-    """Checks each step soon after it was started, and acts on NaN or infinity as configured."""
+    """Checks the steps of a run for NaN and infinity, each of them soon after it was started.
+
+    If the loss or gradient of a step is not finite, its batch is written to files, and the run
+    stops or goes on, as set in `Experiment.non_finite`.
+    """
 
     def __init__(self, experiment: Experiment, vocabulary: Vocabulary):
         self._experiment = experiment
@@ -49,13 +54,15 @@ class NonFiniteSteps:
 
         Args:
           step: number of the step, counted from 0.
-          batch: batch that it trained on.
-          non_finite: 1 if its loss or gradient is not finite; the array may not be ready yet.
+          batch: batch that the step trains on.
+          non_finite: 1 if the loss or the gradient of the step is not finite, else 0. The array may
+            not be computed yet.
 
         Raises:
-          FloatingPointError: a step was not finite, and the run has to stop.
+          FloatingPointError: the earlier step was not finite, and the run has to stop.
         """
-        # Stored distributions may be large, and can be found again by `example_id`.
+        # Stored distributions are dropped because they may be large. They can be found again by
+        # `example_id`.
         batch = dataclasses.replace(batch, stored_teacher=None, teacher_tokens=None)
         self._started.append(_Started(step, batch, non_finite))
         if len(self._started) > STEPS_UNDER_WAY:
@@ -99,7 +106,7 @@ class NonFiniteSteps:
         rows = self._experiment.partitioner.local_rows(started.batch)
         arrays = {name: value for name, value in vars(rows).items() if value is not None}
         folder.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()  # Objects in a bucket are not seekable.
+        content = io.BytesIO()  # np.savez needs a seekable file, which objects in a bucket are not.
         np.savez(content, **arrays)
         (folder / f"{name}.npz").write_bytes(content.getvalue())
         (folder / f"{name}.jsonl").write_text("".join(self._lines(rows)))

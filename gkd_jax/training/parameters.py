@@ -1,4 +1,4 @@
-"""Parameters of student and teacher: restored or initialized, sharded."""
+"""Sharded parameters of student and teacher, restored from checkpoints or initialized."""
 
 import dataclasses
 import functools
@@ -38,8 +38,8 @@ def sharded_abstract_params(
 
     Args:
       experiment: the run.
-      model: model whose parameters they are.
-      dtype: dtype of all of them; None for the model's own.
+      model: the student's or a teacher's model.
+      dtype: dtype of all parameters; None uses the dtypes that the model defines.
       partitioner: defines the shardings; None for the student's partitioner.
     """
     shardings = (partitioner or experiment.partitioner).param_shardings(model)
@@ -51,7 +51,10 @@ def sharded_abstract_params(
 
 
 def abstract_network(experiment: Experiment, teacher: Teacher) -> Params:
-    """Returns the shapes of a teacher network as in its checkpoint, with a teacher's shardings."""
+    """Returns the shapes of the parameters that a teacher's checkpoint stores, with shardings.
+
+    The dtype is the compute dtype of the network. The parameters are not quantised yet.
+    """
     return sharded_abstract_params(
         experiment,
         teacher.model,
@@ -61,10 +64,10 @@ def abstract_network(experiment: Experiment, teacher: Teacher) -> Params:
 
 
 def init_params(experiment: Experiment, *, dtype: Any = None) -> Params:
-    """Returns the student's trained parameters before training, sharded.
+    """Returns the initial values of the student's trained parameters, sharded.
 
-    They are restored from `Student.initial_checkpoint`, or initialized from the run's seed. For a
-    student with adapters they are the adapters, which are always initialized from the seed.
+    They are restored from `Student.initial_checkpoint`, or initialized from the run's seed. In a
+    student with adapters, only the adapters are trained; they are always initialized from the seed.
 
     Args:
       experiment: the run.
@@ -88,10 +91,11 @@ def init_params(experiment: Experiment, *, dtype: Any = None) -> Params:
 def load_frozen(experiment: Experiment) -> Params | None:
     """Restores the student's frozen parameters, sharded; returns None if all are trained.
 
-    For a student with adapters they are its base, which is restored at every start, in its dtype.
+    The frozen parameters of a student with adapters are those of its base model. Every start of a
+    run restores them from `Student.initial_checkpoint`, in the dtype of the base model.
 
     Raises:
-      ValueError: there is no `Student.initial_checkpoint` to restore it from.
+      ValueError: there is no `Student.initial_checkpoint` to restore them from.
     """
     student = experiment.student
     abstract = sharded_abstract_params(experiment, student.model)
@@ -105,11 +109,11 @@ def load_frozen(experiment: Experiment) -> Params | None:
 
 
 def load_teacher(experiment: Experiment) -> Params | None:
-    """Restores the `teacher_params`: sharded, in the compute dtype of each network.
+    """Restores the teacher's parameters, sharded and in the compute dtype of each network.
 
     Returns:
-      Parameters as the jitted step takes them (see `distillation.parameter_sources`); None if there
-      is no teacher or none of its sources has to be restored.
+      The argument `teacher_params` of the jitted step (see `distillation.parameter_sources`). None
+      if there is no teacher, or if none of the teacher's parameters have to be restored.
     """
     if experiment.teacher is None:
         return None
@@ -138,8 +142,8 @@ class LoadedParams:
 
     Attributes:
       params: the parameters, sharded.
-      step: number of the step that they were saved after; 0 if they are not from this run.
-      source: description of where they come from.
+      step: step after which the parameters were saved; 0 if they are not from this run.
+      source: description of the parameters' origin, such as the path of a checkpoint.
     """
 
     params: Params
@@ -149,7 +153,7 @@ class LoadedParams:
 
 @dataclasses.dataclass(frozen=True)
 class _SavedState:
-    """The fields of the run's newest training state that were asked for, None for the others."""
+    """The run's newest training state. Fields of `state` that were not requested are None."""
 
     state: TrainState
     frozen: Params | None
@@ -165,7 +169,7 @@ def student_to_use(experiment: Experiment, *, frozen: Params | None = None) -> L
       frozen: frozen parameters as returned by `load_frozen`; None loads them if needed.
 
     Raises:
-      ValueError: there are neither.
+      ValueError: there are neither saved nor initial parameters.
     """
     saved = _newest_state(experiment, ("params",), frozen)
     params = lora.join(saved.state.params, saved.frozen)
@@ -175,15 +179,17 @@ def student_to_use(experiment: Experiment, *, frozen: Params | None = None) -> L
 def teacher_to_use(experiment: Experiment, *, frozen: Params | None = None) -> LoadedParams:
     """Loads the parameters of the teacher's model outside training.
 
-    Sources in the training state are read from the newest checkpoint in `model_dir`. If there is
-    none yet, they are the initial student.
+    Teacher parameters that are part of the training state, such as the average of the student, are
+    read from the newest checkpoint in `model_dir`. If there is no checkpoint yet, the parameters of
+    the initial student are used instead.
 
     Args:
       experiment: the run.
       frozen: frozen parameters as returned by `load_frozen`; None loads them if needed.
 
     Raises:
-      ValueError: the teacher is made from the student, and the student has no parameters.
+      ValueError: the teacher is derived from the student, which has neither saved nor initial
+        parameters.
     """
     teacher = experiment.teacher
     assert teacher is not None
@@ -206,7 +212,7 @@ def _newest_state(
 ) -> _SavedState:
     """Loads some fields of the newest state in `model_dir`, each shaped like `TrainState.params`.
 
-    Without a checkpoint, every field is the initial student.
+    If there is no checkpoint, every field is set to the parameters of the initial student.
     """
     model = experiment.student.model
     if process_zero_decides(lambda: newest_step(experiment.model_dir) or 0) == 0:

@@ -38,7 +38,7 @@ class PhaseTimes:
         """Times the `with` block.
 
         Yields a function to apply to the result of the phase. It returns the result unchanged, and
-        in a timed step first waits until its arrays are computed.
+        in a timed step first waits until the arrays of the result are computed.
         """
         phases, start = self._phases, time.monotonic()
 
@@ -63,9 +63,9 @@ class Profiler:
         """Creates the profiler.
 
         Args:
-          steps: first and last step of the trace, counted from 1 like those of `train/` metrics.
+          steps: first and last step of the trace, counted from 1 like the steps of the metrics.
             None writes no trace.
-          folder: the trace is written to `plugins/profile/` in this folder.
+          folder: folder in which the trace is written to `plugins/profile/`.
         """
         self._steps = steps
         self._folder = folder
@@ -73,9 +73,10 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[Callable[[Any], None]]:
-        """Surrounds step `number`, counted from 1.
+        """Traces the `with` block, if step `number` (counted from 1) is to be traced.
 
-        Yields a function to call with the step's result. A trace ends only once that is computed.
+        Yields a function to call with the step's result. The trace of the last step ends only when
+        this result is computed.
         """
         if self._steps is None:
             yield lambda result: None

@@ -28,7 +28,8 @@ from gkd_jax.models.wrapper import with_remat_policy
 from gkd_jax.objectives import fused
 from gkd_jax.training import jitted_functions, parameters, trainer
 
-# The values of these ids do not affect the cost, and reading a vocabulary may need a file.
+# Placeholders for the ids of the vocabulary, which may have to be read from a file. The values of
+# the ids do not affect the cost.
 _TOKENS: dict[str, Any] = {"eos_ids": (1,), "pad_id": 0}
 
 
@@ -74,12 +75,12 @@ class Arguments:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             _batch(experiment),
         )
-        # Without a sharding, like the keys of a run. The program is then identical to that of the
-        # run, which finds it in JAX's compilation cache.
+        # The key has no sharding, like the keys of a run. The compiled program is then identical to
+        # the program of the run, which therefore finds it in JAX's compilation cache.
         self.key = jax.eval_shape(lambda: jax.random.key(0))
 
     def _network(self, teacher: Teacher) -> PyTree[jax.ShapeDtypeStruct]:
-        """Returns the shapes of the parameters that `parameters.load_teacher` restores."""
+        """Returns the shapes of the parameters that `parameters.load_teacher` restores for it."""
         plain = parameters.abstract_network(self._experiment, teacher)
         model = teacher.network
         if not isinstance(model, Int8):
@@ -97,26 +98,31 @@ class Arguments:
         return parameters.sharded_abstract_params(self._experiment, model, dtype=dtype)
 
     def step_functions(self, student: LanguageModel) -> trainer.StepFunctions:
-        """Returns the functions of training, for the student with any remat policy."""
+        """Returns the jitted functions of training.
+
+        Args:
+          student: the run's student, possibly with another remat policy.
+        """
         return trainer.step_functions_of(
             self._experiment, _objective(self._experiment), student=student
         )
 
     @functools.cached_property
     def student(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """All parameters of the student."""
+        """Shapes of all parameters of the student, trained and frozen."""
         return lora.join(self.state.params, self.frozen)
 
     @property
     def teaching_params(self) -> PyTree[jax.ShapeDtypeStruct] | None:
-        """Parameters of the teacher's model, as resolved from its sources; None without one."""
+        """Shapes of the parameters of the teacher's model; None if training uses no teacher."""
         sources = trainer.teacher_sources(self._experiment)
         return parameter_sources.resolve(sources, self.state, self.teacher_params, self.frozen)
 
     def residents(self) -> dict[str, int]:
         """Returns the per-chip memory, in bytes, of the arrays that persist across steps.
 
-        These are parameters, optimizer state, teacher and replay buffer, as far as there are any.
+        These are parameters, optimizer state, teacher and replay buffer. Those that the run does
+        not have are left out.
         """
         found = {
             "student's parameters": self.state.params,
@@ -129,7 +135,7 @@ class Arguments:
         return {what: size for what, tree in found.items() if (size := _bytes_a_chip(tree))}
 
     def _replay_buffer(self) -> PyTree[jax.ShapeDtypeStruct] | None:
-        """Returns the shapes of the replay buffer that training allocates, or None."""
+        """Returns the shapes of the replay buffer that training allocates; None without one."""
         experiment = self._experiment
         if experiment.replay is None:
             return None
@@ -146,10 +152,10 @@ def _objective(experiment: Experiment) -> Any:
 
 
 def check_known(experiment: Experiment) -> None:
-    """Raises if the functions depend on the contents of files, which are not read.
+    """Checks that the jitted functions do not depend on the contents of files.
 
     Raises:
-      ValueError: names the setting.
+      ValueError: they depend on a file, which is not read; the message names the setting.
     """
     what = _unknown(experiment)
     if what:
@@ -243,9 +249,10 @@ def _train_step(experiment: Experiment, arguments: Arguments) -> Function:
 
 
 def flops_of_step(experiment: Experiment) -> float | None:
-    """Returns the FLOPs of a training step as written, over all devices, without rematerialisation.
+    """Returns the FLOPs of a training step over all devices; None if they depend on files.
 
-    All positions of the outputs are assumed to have weight. None if the FLOPs depend on files.
+    They are counted before compilation and without rematerialisation, as if all positions of the
+    outputs had weight.
     """
     if _unknown(experiment):
         return None
@@ -255,7 +262,7 @@ def flops_of_step(experiment: Experiment) -> float | None:
 
 
 def num_chunks(experiment: Experiment, one: Function) -> int:
-    """Returns the number of chunks of positions that the loss loops over, if all have weight."""
+    """Returns the number of chunks that the loss loops over if all positions have weight."""
     partitioner = experiment.partitioner
     positions = max(1, one.positions // partitioner.smallest_batch)
     entries, parts = experiment.student_model.vocab_size, partitioner.mesh.shape["model"]
@@ -281,7 +288,7 @@ def _rollout(experiment: Experiment, arguments: Arguments) -> Function:
 
 
 def _evaluation_functions(experiment: Experiment, arguments: Arguments) -> Iterator[Function]:
-    """Yields decoding, and the objective on held-out examples if it is evaluated."""
+    """Yields the function that decodes and, if configured, the one that evaluates the objective."""
     evaluation, partitioner = experiment.evaluation, experiment.partitioner
     assert evaluation is not None
     batch = _evaluation_batch(experiment, arguments.batch)

@@ -1,4 +1,4 @@
-"""Scoring of sampled outputs by a reward or by both models, which gives the loss advantages."""
+"""Scoring of sampled outputs, by a reward or by student and teacher, to compute advantages."""
 
 import dataclasses
 import functools
@@ -31,8 +31,8 @@ from gkd_jax.sampling.outputs import repeat_rows
 from gkd_jax.sampling.teacher_assisted import TeacherMixed
 
 Scorer: TypeAlias = Callable[[Params, Params | None, Batch, Batch], tuple[Batch, Metrics]]
-"""Function of `(student_params, teaching_params, data, sampled)`, with `sampled` the outputs for
-the prompts of the batch `data`. Returns `sampled` with the fields a step needs, and metrics."""
+"""Function of `(student_params, teaching_params, data, sampled)`, where `sampled` holds outputs for
+the prompts of the batch `data`. Returns `sampled` with the scores for the step, and metrics."""
 
 
 def make_scorer(experiment: Experiment, dataset: Dataset) -> Scorer | None:
@@ -40,7 +40,7 @@ def make_scorer(experiment: Experiment, dataset: Dataset) -> Scorer | None:
 
     Args:
       experiment: the run, already checked.
-      dataset: its training data.
+      dataset: the training data of the run.
     """
     reward, rollout = experiment.reward, experiment.rollout
     if reward is None:
@@ -65,7 +65,7 @@ def make_scorer(experiment: Experiment, dataset: Dataset) -> Scorer | None:
 
 
 class RewardScorer:
-    """Adds advantages to sampled outputs, computed from a reward."""
+    """Computes advantages from a reward and adds them to sampled outputs."""
 
     def __init__(
         self,
@@ -105,8 +105,9 @@ class RewardScorer:
         Args:
           params: not used.
           teaching_params: not used.
-          data: batch of the training data, with its own targets.
-          sampled: outputs sampled for its prompts, with the samples of a prompt adjacent.
+          data: batch of the training data, with the targets of the dataset.
+          sampled: outputs sampled for the prompts of `data`. Samples of one prompt are in adjacent
+            rows.
 
         Returns:
           `sampled` with `advantages`, or unchanged if alpha is 1; and the metrics of the reward.
@@ -164,7 +165,8 @@ class ReturnScorer:
           student: model being trained.
           teacher: model whose log-probabilities define the reward.
           partitioner: shards the results over devices like a batch.
-          teacher_share: weight of the teacher in the mixture that outputs are sampled from.
+          teacher_share: weight of the teacher in the mixture that outputs are sampled from; 0 if
+            they are sampled from the student alone.
         """
         returns = make_returns_fn(
             student, teacher, length_normalized=settings.length_normalized,

@@ -1,4 +1,4 @@
-"""Retokenization of outputs for a teacher with another tokenizer, compared with it on spans."""
+"""Retokenization of outputs for a teacher whose tokenizer differs from the student's."""
 
 import dataclasses
 import functools
@@ -35,10 +35,10 @@ def make_retokenizer(experiment: Experiment, vocabulary: Vocabulary) -> "Retoken
 
 
 class Retokenizer:
-    """Adds the teacher's tokens of the outputs to batches, whether sampled or from the data.
+    """Adds to a batch the tokens that the teacher's tokenizer gives to the batch's outputs.
 
-    Works on text, on the host, so it waits for a rollout to finish. Each process retokenizes its
-    own rows.
+    The outputs may be sampled or from the data. They are retokenized on the host, which therefore
+    waits for a rollout to finish. Each process retokenizes its own rows.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class Retokenizer:
         Args:
           common: alignment of the two vocabularies.
           partitioner: shards the result over devices like a batch.
-          targets_length: longest output in the teacher's tokens; None for the length of `targets`.
+          targets_length: maximum number of the teacher's tokens in an output; None uses the length
+            of `targets`.
         """
         self._common = common
         self._partitioner = partitioner
@@ -80,7 +81,7 @@ class Retokenizer:
             size = min(width, len(found.teacher_ids))
             ids[row, :size] = found.teacher_ids[:size]
             kept[row, :size] = 1.0
-            # A span beyond the longest output is dropped, as are those that follow it.
+            # The first span that has a token beyond `width` is dropped, with all later spans.
             cut = found.teacher_spans[width:]
             last = min((one for one in cut if one), default=len(found.texts) + 1)
             spans = np.array(found.spans, np.int32)

@@ -1,4 +1,8 @@
-"""One step of training: coin, rollout, reward, update; and the jitted functions that it calls."""
+"""One step of training, and the jitted functions that it calls.
+
+A coin decides whether a step samples outputs. These are scored if the run has a reward. Then the
+parameters are updated.
+"""
 
 import dataclasses
 import functools
@@ -35,8 +39,8 @@ class StepFunctions:
     """Jitted functions that build and update the training state.
 
     Attributes:
-      init: builds the state from the trained parameters, which it donates.
-      step: the training step; donates the state.
+      init: builds the state from the trained parameters, whose buffers are donated.
+      step: makes a training step; the buffers of the old state are donated.
       abstract_state: shapes, dtypes and shardings of the state.
     """
 
@@ -101,7 +105,8 @@ def step_functions_of(
     Args:
       experiment: the run.
       objective: the objective of steps on the data, or of steps on samples.
-      student: replaces the run's student, e.g. by one without rematerialisation.
+      student: model to use instead of the run's student, such as the same model without
+        rematerialisation; None uses the run's student.
     """
     sources = teacher_sources(experiment)
     return jit_step_functions(
@@ -139,7 +144,7 @@ class Trainer:
         self.teacher_params = parameters.load_teacher(experiment) if self._sources else None
         vocabulary = dataset.config.vocabulary
         functions = step_functions_of(experiment, measured_objective(experiment, vocabulary))
-        # The same function if no reward is added to the divergence.
+        # These are the same functions if no reward is added to the divergence.
         on_policy = step_functions_of(experiment, on_policy_objective(experiment))
         self.on_policy_step_fn = on_policy.step
         self._scorer = make_scorer(experiment, dataset)
@@ -178,7 +183,7 @@ class Trainer:
         return lora.join(state.params, self.frozen)
 
     def _rollout_params(self, state: TrainState) -> Params:
-        """Parameters of the model that outputs are sampled from: the student, or both models."""
+        """Returns the parameters that outputs are sampled with: the student's, or both models'."""
         student_params = self.student_params(state)
         if self._is_teacher_assisted:
             return (student_params, self.teaching_params(state))
@@ -193,8 +198,9 @@ class Trainer:
     ) -> tuple[TrainState, dict[str, Metrics], Batch]:
         """Makes update number `step`, counted from 0.
 
-        A coin decides whether the step trains on the batch's own targets or on the student's
-        outputs. Nothing of the run changes before the update.
+        A coin decides whether the step trains on the targets of the batch or on outputs of the
+        student. With `OutputMix.per_example`, there is a coin for each example instead. Sampling
+        and scoring use the parameters before the update.
 
         Returns:
           The new state, the metrics by group, and the batch that the step trained on.
@@ -228,7 +234,7 @@ class Trainer:
     def _sample(
         self, state: TrainState, batch: Batch, step: int, groups: dict[str, Metrics]
     ) -> Batch:
-        """Samples outputs; scores them if there is a reward, and adds them to the replay buffer."""
+        """Samples outputs, scores them if there is a reward, and fills the replay buffer if any."""
         key = make_key(self.experiment.seed, Purpose.ROLLOUT, step)
         with self.phases.phase("rollout") as wait:
             sampled = wait(self.rollout_fn(self._rollout_params(state), batch, key))

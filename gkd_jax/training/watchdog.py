@@ -14,7 +14,8 @@ import jax
 from gkd_jax.common.growing_files import is_in_bucket
 from gkd_jax.training import interruption
 
-# The first process to notice waits, since its exit would end the others before they print theirs.
+# Time between printing the stacks and ending the process. If one process ends, the others are ended
+# too, so the first process must wait until the others have printed their stacks.
 _SECONDS_TO_TELL = 10.0
 
 
@@ -25,8 +26,9 @@ def _end() -> None:
 class Watchdog:
     """Ends the process if `beat` has not been called for some time.
 
-    If one of several processes hangs, all others wait for it, and all print their stacks. The exit
-    status is that of an interrupted run: the same command resumes from the last checkpoint.
+    If one of several processes hangs, the others wait for it, so that all of them print their
+    stacks and end. The exit status is the same as after an interruption: the same command resumes
+    the run from the last checkpoint.
     """
 
     _active: ClassVar["Watchdog | None"] = None
@@ -39,8 +41,9 @@ class Watchdog:
         Args:
           seconds: maximum time between two beats; None disables the watchdog.
           folder: folder of `stacks.process_<n>.txt`, to which the stacks are written in addition to
-            standard error. Not used if it is in a bucket, since access to it may be what hangs.
-          end: ends the process.
+            standard error. A folder in a bucket is not used, because the run may hang while it
+            accesses the bucket.
+          end: function that ends the process.
         """
         self._seconds = seconds
         name = f"stacks.process_{jax.process_index()}.txt"

@@ -43,15 +43,15 @@ class Writer(Protocol):
 def default_writer(
     model_dir: str, *, start_step: int, num_steps: int, owes_evaluation: bool = False
 ) -> Writer:
-    """Returns all writers on the first process, and none on the others.
+    """Returns the writer of a run's metrics. On all but the first process it writes nothing.
 
     Args:
       model_dir: the run's folder, local or in a bucket.
-      start_step: step that the run resumes from. Entries of later steps, which an earlier run
-        wrote, are dropped, since those steps are made again; 0 drops all entries.
+      start_step: step that the run resumes from. Existing entries of later steps are dropped,
+        because these steps are made again. 0 drops all entries.
       num_steps: total number of updates, for the estimate of the remaining time.
-      owes_evaluation: whether the evaluation of `start_step` is still to be written. Entries of it
-        are then dropped as well.
+      owes_evaluation: whether the evaluation of `start_step` is still to be written. Existing
+        entries of this evaluation are then dropped as well.
     """
     if jax.process_index() != 0:
         return MultiWriter(())
@@ -87,7 +87,7 @@ class MultiWriter:
             writer.sync()
 
     def close(self) -> None:
-        """Closes all writers; an upload that fails is only logged, since `sync` came before."""
+        """Closes all writers. A failed upload is only logged, because `sync` came before."""
         for writer in self._writers:
             try:
                 writer.close()
@@ -108,7 +108,7 @@ class JsonLinesWriter:
         self._file = GrowingFile(path, kept.encode("utf-8"))
 
     def _up_to(self, start_step: int, text: str) -> str:
-        """Returns the lines up to `start_step`, without a last line that was cut short."""
+        """Returns the lines of steps up to `start_step`. Drops an incomplete last line."""
         kept = []
         # Not splitlines, which also splits at other characters that a text may contain.
         for line in text.split("\n")[:-1]:
@@ -157,7 +157,8 @@ class TensorBoardWriter:
         name = f"events.out.tfevents.{int(now * 1000)}.{socket.gethostname()}.{os.getpid()}"
         self._file = GrowingFile(f"{folder}/{name}")
         self._append(_text_field(3, "brain.Event:2"))
-        # Event.session_log with status START: readers drop earlier events from this step on.
+        # Event.session_log with status START makes readers drop the events of earlier files from
+        # `first_step` on.
         first_step = start_step + 1 if start_step else 0
         self._append(_varint_field(2, first_step) + _bytes_field(7, _varint_field(1, 1)))
 
@@ -193,7 +194,7 @@ class TensorBoardWriter:
 
 
 def _float32(value: float) -> float:
-    """Rounds values beyond float32's range to infinity, which `struct.pack` refuses to do."""
+    """Returns infinity for values beyond float32's range, for which `struct.pack` would raise."""
     limit = 3.4028234663852886e38
     value = float(value)
     return math.copysign(math.inf, value) if abs(value) > limit else value
@@ -221,7 +222,7 @@ def _text_field(number: int, value: str) -> bytes:
 
 
 def _make_crc_table() -> tuple[int, ...]:
-    """Returns the table for CRC-32C, byte by byte (Castagnoli, reflected polynomial 0x82F63B78)."""
+    """Returns the byte-wise table of CRC-32C (Castagnoli, reflected polynomial 0x82F63B78)."""
     table = []
     for value in range(256):
         for _ in range(8):
@@ -234,7 +235,7 @@ _CRC_TABLE = _make_crc_table()
 
 
 def _masked_crc(data: bytes) -> bytes:
-    """Returns the CRC-32C in the masked form that records store: rotated, plus a constant."""
+    """Returns the masked CRC-32C that records store: the rotated CRC-32C plus a constant."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = _CRC_TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
@@ -243,10 +244,10 @@ def _masked_crc(data: bytes) -> bytes:
 
 
 class ProgressWriter:
-    """Shows progress on standard error: one line rewritten in place on a terminal, else new lines.
+    """Shows progress on standard error: on one line of a terminal, or in a new line each time.
 
-    The remaining time is the mean time per step so far, evaluations and checkpoints included, times
-    the number of remaining steps.
+    The remaining time is the number of remaining steps, times the mean time per step so far. This
+    mean includes evaluations and checkpoints.
     """
 
     def __init__(self, *, start_step: int, num_steps: int, stream: TextIO | None = None):
@@ -265,7 +266,7 @@ class ProgressWriter:
         return True
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Shows training metrics as progress, and others (an evaluation) on a permanent line."""
+        """Shows training metrics as progress, and others (evaluations) on permanent lines."""
         is_training = any(name.startswith("train/") for name in scalars)
         if not is_training:
             self._end_line()
