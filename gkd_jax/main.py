@@ -1,4 +1,4 @@
-"""The command: runs the experiment or study that gin files describe.
+"""Command line: runs the experiment or study that gin files describe.
 
     python -m gkd_jax.main --gin_file=gin_configs/wmt_ende.gin --gin.MODEL_DIR='"runs/wmt"'
 
@@ -110,7 +110,7 @@ def _run(command: str) -> None:
         search_paths=_GIN_SEARCH_PATHS.value,
     )
     run_mode = _choose_run_mode(binds_study=config.root is Study)
-    # Before any code uses devices.
+    # Must run before any code uses devices.
     _join_processes()
     experiment = config.build()
     if run_mode in ("train", "study") and not _ALLOW_CHANGED_CONFIG.value:
@@ -168,8 +168,8 @@ def _join_processes() -> None:
 def _call(run_mode: str, experiment: Any, *, before_start: Callable[[], None]) -> str:
     """Runs the mode and returns the text to print at the end.
 
-    Training calls `before_start` after all checks, so that a configuration that cannot run is not
-    saved, and a corrected one is not refused as a changed configuration.
+    Training calls `before_start`, which saves the configuration, only after all checks. Otherwise a
+    configuration that cannot run would be saved, and its correction would be refused as a change.
     """
     if run_mode == "study":
         from gkd_jax.run_modes import study
@@ -218,7 +218,8 @@ def _report(text: str) -> None:
 def _is_users_error(error: BaseException) -> bool:
     """Returns whether this package raised the error because of the user's input.
 
-    Its message then helps more than a traceback. A ValueError that JAX raises is not such an error.
+    The message of such an error helps more than a traceback. A ValueError raised within JAX is not
+    the user's error.
     """
     if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError):
         return True
@@ -251,9 +252,9 @@ def main(argv: Sequence[str]) -> None:
 def _fail(error: Exception, *, status: int | None) -> NoReturn:
     """Exits with the error's message and this status, or with a traceback if the status is None.
 
-    One of several processes exits without Python's shutdown. There JAX would wait for the other
-    processes, which wait for this one, and would abort all of them minutes later with an
-    uninformative status.
+    If the run has several processes, this process exits without Python's shutdown. During the
+    shutdown JAX would wait for the other processes, which wait for this one. Minutes later it would
+    abort all of them with an uninformative status.
     """
     import jax
 
@@ -268,7 +269,7 @@ def _fail(error: Exception, *, status: int | None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:
-        # The exit of process 0 ends the others: they print their own errors first.
+        # The exit of process 0 ends the others. Wait until they have printed their own errors.
         time.sleep(_SECONDS_TO_TELL)
     os._exit(1 if status is None else status)
 
@@ -284,7 +285,7 @@ def _exit_with(message: str, *, status: int = 2) -> NoReturn:
 
 
 def _set_up_logging() -> None:
-    """Formats log lines with the time of day, and drops those of other packages below warnings."""
+    """Adds the time of day to log lines. Of other packages, only warnings and errors are logged."""
     if flags.FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.INFO)
     handler = logging.get_absl_handler()

@@ -195,8 +195,7 @@ class Generation:
       num_samples: number of outputs per prompt.
       prompts: file of prompts to use instead of those in `data`; '-' reads standard input. A file
         with the suffix .jsonl has JSON lines with the field 'inputs'. Other files have one prompt
-        per line.
-        Each prompt is the whole text that the model reads.
+        per line. Each prompt is the whole text that the model reads.
     """
 
     data: DatasetConfig

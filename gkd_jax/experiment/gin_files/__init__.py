@@ -1,5 +1,6 @@
-"""Gin files with T5X's habits, parsed strictly. The only modules that import gin.
+"""Gin files with T5X's conventions, parsed strictly. No other modules import gin.
 
-Start with `configuration`. `parser` turns files and flags into bindings (`statements`), with names
-resolved by `names`; `walk` follows what the bindings build, and `text` writes them.
+Start with `configuration`. `parser` turns files and flags into bindings, whose types are in
+`statements`. `names` resolves the names of classes and functions. `walk` finds the objects that the
+bindings build, and `text` writes the bindings as one gin file.
 """

@@ -1,10 +1,10 @@
 """Configurations from gin files, with T5X's conventions and strict checks.
 
-A misspelt name, an unused binding and a missing value are errors, while gin itself accepts a
-binding that nothing uses and a macro that nothing refers to. Therefore statements are parsed first
-(`parser`), and the objects that the root is built from are found statically (`walk`). The checked
-configuration is then written as one text with all defaults (`text`). gin evaluates this text, so
-that a saved configuration cannot differ from the run that saved it.
+A misspelt name, an unused binding and a missing value are errors here. gin itself accepts unused
+bindings and unused macros. Therefore statements are parsed first (`parser`). Then the objects from
+which the root (the `Experiment` or `Study`) is built are found statically (`walk`). The checked
+configuration is written as one text with all defaults (`text`). gin evaluates this text, so that a
+saved configuration cannot differ from the run that saved it.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from gkd_jax.experiment.gin_files.text import Setting, Text, list_settings, with
 from gkd_jax.experiment.gin_files.walk import Walk, merge, unused_problem
 
 _PACKAGE = pathlib.Path(__file__).parents[2]
-# In a checkout gin_configs/ is beside the package; in an installed package it is within it.
+# The folder gin_configs/ is beside the package in a checkout, and inside an installed package.
 _PACKAGE_SEARCH_PATHS = (str(_PACKAGE.parent), str(_PACKAGE))
 _CONFIG_FILE = "config.gin"
 
@@ -43,7 +43,7 @@ class GinConfig:
     """A checked configuration.
 
     Attributes:
-      text: a self-contained gin file of the same configuration, with all defaults.
+      text: self-contained gin file of the configuration, with all defaults written out.
       settings: every value of every object that is built.
       root: class or function that the configuration builds.
     """
@@ -56,7 +56,7 @@ class GinConfig:
         """Calls the root with everything that the configuration binds.
 
         Raises:
-          GinError: a value is wrong; the message ends with the object that was being built.
+          GinError: a value is wrong; the message ends with the name of the object being built.
           OSError: a file that a value names cannot be read.
         """
         gin.clear_config()
@@ -71,7 +71,7 @@ class GinConfig:
 
 
 def _readable(message: str) -> str:
-    """Shortens gin's list of the calls that led to an error to the innermost call."""
+    """Replaces the nested calls that gin lists in an error message by the innermost one."""
     pattern = r"\n  In call to configurable '(\w+)' \(.*?\)(?: in scope '(.*?)')?(?=\n|$)"
     calls = re.findall(pattern, message)
     message = re.sub(pattern, "", message)
@@ -90,8 +90,9 @@ def parse(
 ) -> GinConfig:
     """Parses gin files, then bindings, and checks everything before anything is built.
 
-    Later statements override earlier ones. Files and the files that they include are searched in
-    the folder of the including file, `search_paths`, the current folder and the package's folder.
+    Later statements override earlier ones. Files are searched in `search_paths`, the current
+    folder and the package's folder, in this order. Included files are first searched in the folder
+    of the including file.
 
     Args:
       roots: classes such as `(Study, Experiment)`. The configuration builds the first of them that
@@ -101,7 +102,7 @@ def parse(
       search_paths: folders in which gin files are searched.
 
     Returns:
-      The checked configuration, without bindings that later ones made unused.
+      The checked configuration. Bindings that are unused because of later ones are left out.
 
     Raises:
       GinError: a name is misspelt, a binding is unused, or an object is built from itself. The
@@ -119,7 +120,7 @@ def parse(
 
 
 def parse_text(text: str, *, roots: Sequence[Callable[..., Any]], name: str) -> GinConfig:
-    """Parses the text of a saved configuration; like `parse` with one file of the name `name`."""
+    """Parses the text of a saved configuration like `parse`; messages name the file `name`."""
     parser = GinParser((".", *_PACKAGE_SEARCH_PATHS))
     parser.parse_text(text, file=name)
     _raise_problems(parser.problems)
@@ -175,7 +176,8 @@ def _check(statements: Sequence[Binding], roots: Sequence[Callable[..., Any]]) -
 
 
 # Settings that do not change the results of a run, such as its folder, its length, and what is
-# logged. Each is `Class.parameter`, with * for any text, and includes the objects built for it.
+# logged. Each is a pattern `Class.parameter`, in which * matches any text. A pattern includes all
+# settings of the objects that are built for the parameter.
 MAY_CHANGE = (
     "Experiment.model_dir",
     "Experiment.num_steps",
@@ -249,7 +251,7 @@ def check_config(
 def save_config(model_dir: str, config: GinConfig, *, command: str) -> None:
     """Writes the configuration atomically as config.gin in `model_dir`.
 
-    An earlier file with another text is kept as config.<n>.gin.
+    An earlier file with another configuration is kept as config.<n>.gin.
 
     Args:
       model_dir: the run's folder, which is created if it does not exist.

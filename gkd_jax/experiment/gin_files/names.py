@@ -1,4 +1,4 @@
-"""Resolves the names in gin files to classes and functions, former names included."""
+"""Resolves names in gin files to classes and functions, including their former names."""
 
 import functools
 import importlib
@@ -20,15 +20,15 @@ _PACKAGE = pathlib.Path(__file__).parents[2]
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Logs a warning the first time that it is called with this message."""
+    """Logs a warning once for each message."""
     logging.warning("%s", message)
 
 
 class Namespace:
-    """Modules by the names under which one gin file imported them.
+    """The imports of one gin file.
 
     Attributes:
-      modules: the imported modules.
+      modules: the imported modules, by the names that the file gives them.
       is_dynamic: whether the file has imported `dynamic_registration`.
     """
 
@@ -53,7 +53,7 @@ class Namespace:
         """Returns the class or function that `selector` names.
 
         Raises:
-          GinError: the selector names none; the message has the nearest names.
+          GinError: `selector` names neither; the message suggests the nearest names.
         """
         first, *rest = selector.split(".")
         value: Any = self._module(first, selector)
@@ -72,7 +72,7 @@ class Namespace:
         return canonical_target(module.__name__, rest[-1], value, written=selector)
 
     def _module(self, name: str, selector: str) -> types.ModuleType:
-        """Returns the module that the file imported as `name`, or that used to have this name."""
+        """Returns the module that the file imported as `name`, or whose former name is `name`."""
         if name in self.modules:
             return self.modules[name]
         module = moved.gin_alias(name)
@@ -114,9 +114,10 @@ def _import(name: str) -> types.ModuleType:
 
 
 def _near_modules(wanted: str, missing: str) -> list[str]:
-    """Lists the full names of modules that may be meant by `wanted`, which starts with `missing`.
+    """Lists the full names of modules that the user may have meant by `wanted`.
 
-    These are modules of this package with the same last name, or else those beside the missing one.
+    `missing` is the first part of `wanted` that does not exist. The result has the modules of this
+    package with the same last name, or else the modules beside `missing`.
     """
     parent = missing.rpartition(".")[0]
     if not parent:
@@ -131,7 +132,10 @@ def _near_modules(wanted: str, missing: str) -> list[str]:
 
 
 def _attribute(module: types.ModuleType, name: str) -> tuple[types.ModuleType, Any]:
-    """Returns an attribute of a module, and the module that has it: another for a former name."""
+    """Returns a module and its attribute `name`.
+
+    If `name` is a former name, returns the present module and attribute.
+    """
     renamed = moved.present_name(module.__name__, name)
     if renamed is not None:
         home, present = renamed
@@ -143,14 +147,14 @@ def _attribute(module: types.ModuleType, name: str) -> tuple[types.ModuleType, A
 
 
 def _public(module: types.ModuleType) -> set[str]:
-    """Lists the names that a module defines or, if it is a room, re-exports lazily."""
+    """Lists the public names of a module, including the names that a package re-exports lazily."""
     exported = getattr(module, "_EXPORTS", {}).values()
     return {name for name in vars(module) if name[0] != "_"}.union(*exported)
 
 
 @functools.cache
 def _modules_of_the_package() -> dict[str, list[str]]:
-    """Lists the full names of this package's modules by the last part of their names."""
+    """Returns the full names of this package's modules, grouped by the last part of their names."""
     modules: dict[str, list[str]] = {}
     for file in sorted(_PACKAGE.rglob("*.py")):
         path = file.parent if file.stem == "__init__" else file.with_suffix("")
@@ -168,15 +172,16 @@ def _import_line(module: str) -> str:
 def canonical_target(
     module: str, name: str, function: Callable[..., Any], *, written: str = ""
 ) -> Target:
-    """Returns a target that does not depend on how a gin file imported it.
+    """Returns the target of a class or function, which does not depend on how it was imported.
 
-    Its module is the package that re-exports it, or else the module that defines it.
+    The target's module is the package that re-exports the function, or else the module that defines
+    it. If neither has it under its name, `module` and `name` are used.
 
     Args:
-      module: full name of the module in which it was found.
-      name: its name in that module.
+      module: full name of the module in which the function was found.
+      name: name of the function in that module.
       function: the class or function.
-      written: its name in the gin file.
+      written: name of the function in the gin file.
     """
     home = getattr(function, "__module__", None) or module
     home_name = getattr(function, "__qualname__", name)
@@ -189,10 +194,10 @@ def canonical_target(
 
 
 def find_known(selector: str, targets: Iterable[Target]) -> Target | None:
-    """Returns the target that a flag names by the last parts of its full name, or None.
+    """Returns the target whose full name ends with `selector`, a name in a flag; None if none does.
 
     Raises:
-      GinError: several have such a name.
+      GinError: the names of several targets end with `selector`.
     """
 
     def is_end_of(names: Iterable[str]) -> bool:
@@ -210,7 +215,7 @@ def find_known(selector: str, targets: Iterable[Target]) -> Target | None:
 
 
 def _present_names(target: Target) -> set[str]:
-    """Lists the full names of a target: in the module that re-exports it and that defines it."""
+    """Lists a target's full names, in the re-exporting and in the defining module."""
     home = getattr(target.function, "__module__", None) or target.module
     return {f"{module}.{target.name}" for module in (target.module, home)}
 

@@ -1,4 +1,4 @@
-"""Parses gin files and flags, by gin's own parser, into plain bindings; collects all problems."""
+"""Parses gin files and flags into plain bindings with gin's parser, and collects all problems."""
 
 import dataclasses
 import io
@@ -32,10 +32,10 @@ class _Source:
     """A text that is parsed.
 
     Attributes:
-      file: its name in messages.
-      path: its path if it is a file; what it includes is first searched beside it.
-      namespace: what it has imported.
-      resolve: returns the class or function of a selector.
+      file: name of the text in messages.
+      path: path of the file, or None for a flag. Included files are searched in its folder first.
+      namespace: modules that the text may use.
+      resolve: function that returns the class or function that a selector names.
     """
 
     file: str
@@ -50,7 +50,7 @@ class GinParser:
     Attributes:
       search_paths: folders in which files are searched.
       bindings: all bindings, in order.
-      problems: one message for each problem, with its place.
+      problems: one message for each problem, with its file and line.
     """
 
     def __init__(self, search_paths: Sequence[str]):
@@ -62,10 +62,10 @@ class GinParser:
         self._open_files: list[pathlib.Path] = []
 
     def parse_file(self, name: str, including_file: pathlib.Path | None = None) -> None:
-        """Parses a file, which is searched on the search paths, and the files that it includes.
+        """Finds a file on the search paths, and parses it and the files that it includes.
 
         Raises:
-          FileNotFoundError: no folder has the file; the message lists the folders.
+          FileNotFoundError: no folder contains the file; the message lists the folders.
         """
         path = self._find(name, including_file)
         if path.resolve() in self._open_files:
@@ -120,13 +120,13 @@ class GinParser:
         self._parse(text, _Source(COMMAND_LINE, None, namespace, resolve))
 
     def _parse(self, text: str, source: _Source) -> None:
-        """Parses all statements of a text; goes on after a wrong one, so as to report them all."""
+        """Parses the statements of a text, and reports every wrong one, not only the first."""
 
         def note(line: int, problem: object) -> None:
             where = f"{source.file}:{line}"
             if source.file == COMMAND_LINE:
                 where = f"{source.file} `{text}`"
-            # A wrong name above a block is wrong for each line of it: report it once.
+            # A wrong name in a block's header fails for each line of the block: report it once.
             if not (self.problems and self.problems[-1].endswith(f": {problem}")):
                 self.problems.append(f"{where}: {problem}")
 
@@ -189,7 +189,7 @@ class GinParser:
 
 
 class _Delegate(config_parser.ParserDelegate):
-    """Makes the values that gin's parser does not know: references and macros."""
+    """Creates the values that gin's parser leaves to a delegate: references and macros."""
 
     def __init__(self, resolve: Callable[[str], Target]):
         self._resolve = resolve
@@ -212,7 +212,7 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 class _StatementParser(config_parser.ConfigParser):
-    """gin's parser, which can also skip a statement whose value names something unknown."""
+    """gin's parser, extended so that a statement with an unknown name can be skipped."""
 
     @property
     def line(self) -> int:
@@ -220,7 +220,7 @@ class _StatementParser(config_parser.ConfigParser):
         return self._current_token.start[0] if self._current_token else 1
 
     def skip_statement(self) -> None:
-        """Goes on to the start of the next statement."""
+        """Advances to the start of the next statement."""
         while self._current_token.type not in (tokenize.NEWLINE, tokenize.ENDMARKER):
             self._advance_one_token()
         if self._current_token.type == tokenize.NEWLINE:

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-# The file of a binding that was given by a flag.
+# `Location.file` of a binding that was given by a flag.
 COMMAND_LINE = "command line"
 
 
@@ -49,11 +49,11 @@ class Target:
     """A configurable class or function. Targets of the same function are equal.
 
     Attributes:
-      module: full name of the module that a saved configuration imports for it.
-      name: its name in that module.
+      module: full name of the module from which a saved configuration imports the target.
+      name: name of the target in that module.
       function: the class or function.
-      written: its name in the gin file that mentions it, for messages; empty for a default that no
-        file mentions.
+      written: name of the target in the gin file, for messages; empty if no file mentions it, as
+        for a default.
     """
 
     module: str
@@ -81,13 +81,16 @@ def _macro(value: Any) -> Any:
     return value
 
 
-# A macro NAME is a call of this target in the scope NAME.
+# gin implements the macro NAME as a call of this target in the scope NAME.
 MACRO = Target(module="", name="macro", function=_macro)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """`@scope/target`, called if `evaluate`; `%NAME` is a call of `MACRO` in the scope NAME."""
+    """A reference `@scope/target`, or `@scope/target()` if `evaluate`.
+
+    `%NAME` is a reference to `MACRO` in the scope NAME, with `evaluate`.
+    """
 
     scope: tuple[str, ...]
     target: Target
@@ -103,7 +106,7 @@ REQUIRED = _Required()
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """Left side of a binding. A macro NAME is the parameter `value` of `MACRO` in scope NAME."""
+    """Left side of a binding. For a macro NAME: parameter `value` of `MACRO` in the scope NAME."""
 
     scope: tuple[str, ...]
     target: Target
@@ -133,7 +136,7 @@ def did_you_mean(
 ) -> str:
     """Returns a sentence with the candidate nearest to `name`, or '' if none is near.
 
-    The sentence has what `shown` has for the candidate, if given.
+    If `shown` is given, the sentence has `shown[candidate]` in place of the candidate.
     """
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)

@@ -25,9 +25,9 @@ class Setting:
     """One value of a configuration.
 
     Attributes:
-      path: parameters that lead to it from the root, for example `objective.divergence.beta`. It
-        does not depend on scopes and macros.
-      owners: these parameters as `Class.parameter`.
+      path: parameters that lead from the root to the value, such as `objective.divergence.beta`.
+        The path does not depend on scopes or macros.
+      owners: the same parameters, each as `Class.parameter`.
       value: text of the value.
     """
 
@@ -40,7 +40,7 @@ class Setting:
 
 
 def with_defaults(bindings: Bindings, root: Target) -> Bindings:
-    """Adds a binding for every default of the objects that are built, if gin can express it.
+    """Adds bindings for the defaults of all objects that are built, if gin can express them.
 
     A default that is a dataclass becomes a reference in its own scope, so that bindings for other
     objects of its class do not apply to it.
@@ -58,7 +58,7 @@ def with_defaults(bindings: Bindings, root: Target) -> Bindings:
 
 
 def _default_bindings(key: Key, default: Any) -> Bindings:
-    """Returns bindings that set `key` to `default`; an empty dict if gin cannot express it."""
+    """Returns bindings that set `key` to `default`; an empty dict if gin cannot express that."""
     location = Location("defaults", 0)
     if _is_literal(default):
         return {key: Binding(key, default, location)}
@@ -90,14 +90,14 @@ def _is_literal(value: Any) -> bool:
 
 
 class Text:
-    """A gin file of the bindings that a walk found in use; `str` gives its text."""
+    """A gin file with the bindings that a `Walk` found in use. `str()` returns its text."""
 
     def __init__(self, walk: Walk):
         self._walk = walk
         self._aliases = self._choose_aliases()
 
     def _choose_aliases(self) -> dict[str, str]:
-        """Returns a name for each module: its last part, or more of them if two are equal."""
+        """Returns an alias for each module: the shortest end of its name that is unique."""
         aliases: dict[str, str] = {}
         for module in sorted({target.module for target, _ in self._walk.calls if target.module}):
             parts = module.split(".")
@@ -121,7 +121,7 @@ class Text:
             if key.target == MACRO:
                 macros["/".join(key.scope)] = value
             else:
-                # Sorted by class, then scope.
+                # Blocks are sorted by class, then by scope.
                 block = (self._name(key.target), "/".join(key.scope))
                 blocks.setdefault(block, {})[key.parameter] = value
         lines += ["", *(f"{name} = {value}" for name, value in sorted(macros.items()))]
@@ -171,7 +171,7 @@ def _settings_of_call(
         else:
             default = target.parameters()[name].default
             if dataclasses.is_dataclass(default):
-                # Addresses of functions and objects differ from run to run.
+                # Memory addresses in the repr differ from run to run.
                 text = re.sub(r" at 0x[0-9a-f]+", "", repr(default))
                 yield Setting(inner_path, inner_owners, text)
 

@@ -1,8 +1,9 @@
-"""Finds the calls that gin would make to build a root, and so unused and missing bindings.
+"""Finds the calls that gin would make to build a root, to detect unused and missing bindings.
 
-gin's rules: a call receives the bindings of every prefix of its scope, and inner scopes win; `@f()`
-inherits the scope of the caller; `@a/f()` replaces it by `a`; the value of a macro is built in a
-scope with the macro's name.
+gin's rules for scopes:
+- A call receives the bindings in every prefix of its scope. Inner scopes override outer ones.
+- `@f()` is called in the scope of the caller, and `@a/f()` in the scope `a`.
+- The value of a macro is built in a scope with the macro's name.
 """
 
 import functools
@@ -28,10 +29,11 @@ class Walk:
 
     Attributes:
       bindings: all bindings.
-      used: keys of the bindings that some call receives and no inner scope overrides.
+      used: keys of the bindings that at least one call receives. A call does not receive a binding
+        that an inner scope overrides.
       calls: the calls that gin would make, each a target and its active scope, in order.
-      missing: keys of missing values, with the reason why each is required.
-      undefined: macros without a value, with a binding that refers to each.
+      missing: reasons why missing values are required, by key.
+      undefined: for each macro without a value, a binding that refers to it.
       cycles: objects that are built from themselves.
     """
 
@@ -88,10 +90,10 @@ class Walk:
                     path=(*path, call),
                     origin=binding,
                 )
-                # A reference's own scope replaces that of the caller.
+                # A reference's own scope replaces the caller's scope.
                 follow(reference.scope or scope)
                 if not reference.evaluate and not reference.scope:
-                    # The function is called later, by the object that got it, without a scope.
+                    # The object that receives the function calls it later, without a scope.
                     follow(())
 
     def _note_missing_parameters(
@@ -104,7 +106,10 @@ class Walk:
                 self.missing[str(key)] = f"{target} has no default for it"
 
     def _without_macros(self, scope: tuple[str, ...]) -> tuple[str, ...]:
-        """The prefix of a scope that users wrote: a binding in it is received as well."""
+        """Returns the prefix of a scope that ends before the first macro.
+
+        Users write only this prefix. A call in the whole scope receives bindings in it as well.
+        """
         macros = {key.scope for key in self.bindings if key.target == MACRO}
         named = (index for index, name in enumerate(scope) if (name,) in macros)
         return scope[: next(named, len(scope))]
@@ -122,16 +127,16 @@ def merge(statements: Sequence[Binding], root: Target) -> tuple[Bindings, set[Bi
     """Merges statements in order; the last one wins.
 
     Returns:
-      The merged bindings, and those that were used until a later statement overrode them. The
-      latter may be unused: a file that replaces the optimizer of an included file leaves the
-      learning rate of the old optimizer bound.
+      The merged bindings, and the bindings that were in use when a later statement overrode any.
+      These bindings may end up unused without being an error: if a file replaces the optimizer of
+      an included file, the learning rate of the old optimizer stays bound.
     """
     merged: Bindings = {}
     overridden: set[Binding] = set()
     bound: set[tuple[Target, str, tuple[str, ...]]] = set()
     for statement in statements:
         key = statement.key
-        # A binding in an inner scope also overrides one in an outer scope.
+        # A binding in an inner scope also overrides a binding in an outer scope.
         name = (key.target, key.parameter, key.scope if key.target == MACRO else ())
         if name in bound:
             overridden.update(merged[used] for used in Walk(merged, root).used)
@@ -141,7 +146,7 @@ def merge(statements: Sequence[Binding], root: Target) -> tuple[Bindings, set[Bi
 
 
 def unused_problem(binding: Binding, walk: Walk) -> str:
-    """Describes why `binding` is not used, with the nearest name that is."""
+    """Describes why `binding` is not used, and suggests the nearest name that is used."""
     key = binding.key
     if key.target == MACRO:
         others = ["/".join(scope) for target, scope in walk.calls if target == MACRO]
