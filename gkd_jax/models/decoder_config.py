@@ -93,8 +93,8 @@ class DecoderConfig:
       mlp_bias: whether the feed-forward block has biases.
       qk_norm: whether RMSNorm is applied to each query and key head before rotation (Qwen3,
         Gemma 3).
-      post_norms: whether RMSNorm is also applied to the output of both blocks before it is added
-        to the residual stream (Gemma 2 and 3).
+      post_norms: whether RMSNorm is also applied to the outputs of both blocks before they are
+        added to the residual stream (Gemma 2 and 3).
       norm_scale_offset: number that is added to the learned scales of the norms. Gemma adds 1 and
         initialises the scales to 0.
       norm_epsilon: epsilon of the norms.

@@ -71,8 +71,8 @@ def make_position_tables(
 ) -> PositionTables:
     """Computes rotations and causal attention biases for each kind of layer in the configuration.
 
-    A query attends to keys at its own and at earlier positions. In sliding layers, these must also
-    be within the window.
+    A query attends to keys at its own and at earlier positions. In sliding layers, the keys must
+    also be within the window.
     Args:
       config: configuration of the model.
       positions: positions of the queries.
@@ -278,7 +278,7 @@ class Decoder(nn.Module):
         return self.dropout(x)
 
     def row(self, tokens: Array, mask: Array, *, with_cache: bool) -> tuple[Array, PyTree]:
-        """Computes hidden states of all tokens, and with `with_cache` their keys and values."""
+        """Computes the hidden states of all tokens; if `with_cache`, also their keys and values."""
         positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
         tables = make_position_tables(self.config, positions, positions, mask)
         return self._run_row(tables, tokens, with_cache=with_cache)

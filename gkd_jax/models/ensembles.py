@@ -24,7 +24,8 @@ from gkd_jax.models.base import DecodeState, LanguageModel
 class EnsembleModel(abc.ABC):
     """Models over one vocabulary whose next-token distributions are combined into one.
 
-    The parameters are a tuple with those of each model, in order. Subclasses define `combine`.
+    The parameters are a tuple with the parameters of each model, in the order of `models`.
+    Subclasses define `combine`.
 
     Attributes:
       models: models whose output layers have the same size.

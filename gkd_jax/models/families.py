@@ -116,7 +116,8 @@ _DECODERS = (
         defaults=dict(rope_theta=2_000_000.0, tie_word_embeddings=True),
         fields=(
             *("attention_bias", "mlp_bias", "layer_types", "no_rope_layers"),
-            # Without these, transformers uses SmolLM3's ids, which may exceed the vocabulary.
+            # Without these fields, transformers uses the ids of the released SmolLM3, which may
+            # exceed the vocabulary.
             *("pad_token_id", "bos_token_id", "eos_token_id"),
         ),
         computes=lambda config: not all(map(is_rotated, config.layer_kinds)),

@@ -120,9 +120,9 @@ def _make_loop(
     The loop is a function of the stacked layers, the carry, and the index of the first layer of
     each turn.
     """
-    # If one section with one layer per turn has all layers, the loop itself slices the stack.
-    # Otherwise each body indexes the whole stack, since slicing out sections or periods before the
-    # loop would copy the parameters.
+    # If a single section has all layers, and each turn has one layer, the loop itself slices the
+    # stack. Otherwise each body indexes the whole stack, since slicing out sections or periods
+    # before the loop would copy the parameters.
     is_sliced = is_all and section.period == 1
 
     def turn(stack: nn.Module, carry: Any, first: Index) -> tuple[Any, Any]:

@@ -333,7 +333,7 @@ class RelativePositionBias(nn.Module):
 
         Each row of the matrix is the previous row shifted by one. To build these rows, the values
         of all distances are repeated with period P and reshaped to rows of length P - 1. The
-        gradient of this is a sum, while the gradient of a gather of all pairs would be a scatter.
+        gradient of this reshape is a sum, while the gradient of a gather would be a scatter.
         """
         ahead, behind = np.arange(key_length), np.arange(1 - query_length, 0)
         # The value of distance d is at index d modulo P. One filler makes P - 1 >= key_length.

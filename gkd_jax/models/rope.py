@@ -21,7 +21,8 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, " K/2"], f
       head_dim: width of a head, K.
 
     Returns:
-      Angles per position in float32, and the scale, which is 1.0 except for YaRN.
+      The rotation of each pair from one position to the next, in radians and float32; and the
+      scale, which is 1.0 except for YaRN.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     plain = (np.float32(1.0) / np.float32(rope.theta) ** exponents).astype(np.float32)

@@ -32,7 +32,7 @@ def check_output_ids(
 
 
 def is_any_of(tokens: Int[Array, "*n"], ids: tuple[int, ...]) -> Bool[Array, "*n"]:
-    """Returns True where a token is one of `ids`; `ids` may be empty."""
+    """Returns whether each token is one of `ids`, which may be empty."""
     found = jnp.zeros(tokens.shape, bool)
     for number in ids:
         found |= tokens == number
