@@ -104,8 +104,8 @@ class Batch:
         distinguish these cases.
       loss_weights: 1 up to and including the end of the output, 0 after it.
       example_id: position in the global order of examples, from which random keys are derived. The
-        id -1 marks a filler row, which completes a short last batch and is ignored everywhere. For
-        a packed row, the id of its first example.
+        id -1 marks a filler row, which completes a short last batch and is ignored everywhere. A
+        packed row has the id of its first example.
       sample_log_probs: log-probabilities of `targets` under the sampling distribution, if they were
         sampled.
       advantages: A_t, the weight of each token of `targets` in a policy gradient. Advantages are

@@ -1,4 +1,4 @@
-"""Files that data are appended to, on disk or in a bucket, and checks of paths to either.
+"""Files that data are appended to, and checks of folders; both on disk or in a bucket.
 
 Objects in a bucket cannot be appended to, so a growing file in a bucket is uploaded again as a
 whole.
@@ -15,8 +15,8 @@ from etils import epath
 
 from gkd_jax.common.moved import load_moved
 
-# Data appended since the last upload are lost if the process dies. The larger a file is, the less
-# often it is uploaded, so that uploads take at most a tenth of the time.
+# Data appended since the last upload are lost if the process dies. The longer an upload takes, the
+# longer is the pause after it, so that uploads take at most a tenth of the time.
 _SECONDS_BETWEEN_UPLOADS = 30.0
 _MAX_SHARE_OF_TIME = 0.1
 
@@ -120,7 +120,8 @@ def children(folder: epath.Path) -> list[epath.Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except Exception as error:
-        if type(error).__name__ == "NotFoundError":  # Of TensorFlow, passed on by etils.
+        # TensorFlow's exception, which etils passes on.
+        if type(error).__name__ == "NotFoundError":
             return []
         raise
 

@@ -9,7 +9,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 
 
 def find(path: epath.PathLike) -> epath.Path:
-    """Returns the path of a checkpoint, which is downloaded (and cached) if only the hub has it.
+    """Returns the path of a checkpoint. A name on the hub is downloaded (and cached) first.
 
     Args:
       path: an existing path, or a name on the hub. `name@revision` selects a revision other than

@@ -34,8 +34,9 @@ _CURRENT: contextvars.ContextVar[MeshAxes] = contextvars.ContextVar("mesh_axes")
 def use_mesh_axes(axes: MeshAxes) -> Iterator[None]:
     """Sets the roles of the axes of the mesh in use, for the functions called within.
 
-    Enter this context together with the mesh's. Roles are not part of the key under which JAX
-    caches traced functions, so axes of the same name must always have the same roles.
+    The mesh itself is not set by this function and must be set for the same calls. Roles are not
+    part of the key under which JAX caches traced functions, so axes of the same name must always
+    have the same roles.
     """
     token = _CURRENT.set(axes)
     try:

@@ -1,8 +1,8 @@
 """Tables of renamed modules, classes, settings and gin files, so that former names keep working.
 
-Python imports, gin files, flags and the saved configurations of old runs may use a former name. Its
-first use gives a warning with the present name. Entries are never removed, since the folders of old
-runs contain the former names.
+Python imports, gin files, flags and the saved configurations of old runs may use a former name. The
+first use of a former name gives a warning with the present name. Entries are never removed, since
+the folders of old runs contain the former names.
 """
 
 import importlib
@@ -89,10 +89,11 @@ _MODULES = {
     "writers": "training.writers",
 }
 
-# Classes and functions that were renamed or moved to another module, as 'module.former name'. Here
-# 'module' is the present name of the module that defined the class or function. A package that
-# re-exported it needs a second entry, with the name of the package. Python imports of former names
-# work from packages; a module must have a `__getattr__` that calls `load_moved`.
+# Classes and functions that were renamed or moved to another module. Maps 'module.former name' to
+# the present module and name. 'module' is the present name of the module that defined the class or
+# function. A package that re-exported it needs a second entry, with the name of the package. Python
+# imports of former names work from all packages, but from a module only if it has a `__getattr__`
+# that calls `load_moved`.
 _NAMES = {
     "objectives.other_divergences.EntropyAware": "objectives.divergence_sums.EntropyAware",
     "objectives.other_divergences.WeightedSum": "objectives.divergence_sums.WeightedSum",

@@ -78,7 +78,7 @@ class ArithmeticProblems:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the settings and of the first examples, so that changes of the code count."""
+        """Digest of the settings, and of the first examples to detect changes of the code."""
         first = [self[index] for index in range(min(4, self.num_examples))]
         return hashlib.sha256(repr((self, first)).encode()).hexdigest()
 

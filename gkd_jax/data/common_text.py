@@ -32,8 +32,8 @@ class Table:
       student: class of each entry of the student's output layer.
       teacher: class of each entry of the teacher's output layer.
       numbers: maps the text of a class, or the name of a token without text, to the class.
-      rest: class of the tokens of which no prefix has a class: `len(numbers)`. If only one
-        vocabulary has such tokens, `rest` is one of the other classes.
+      rest: class of the tokens that belong to no class in `numbers`: `len(numbers)`. If only one
+        vocabulary has such tokens, `rest` is one of the classes in `numbers` instead.
     """
 
     student: Int[np.ndarray, " V"]
@@ -268,7 +268,7 @@ def _spans(
 def _starts(texts: Sequence[bytes | None]) -> dict[int, int]:
     """Maps each byte offset at which tokens with text start to the first of these tokens.
 
-    The end of the text is mapped to the number of tokens, or to the first token of no bytes there.
+    The end of the text is mapped to the number of tokens, or to the first empty token (b'') there.
     """
     starts: dict[int, int] = {}
     offset = 0

@@ -89,9 +89,10 @@ class Encoder:
 def _finish(
     ids: list[int], length: int, eos: tuple[int, ...], *, keep_eos: bool = True
 ) -> tuple[list[int], int]:
-    """Appends `eos` (zero or one token) and truncates to `length`; returns the full length too.
+    """Appends `eos` (zero or one token) and truncates to `length`.
 
-    The end of sequence is kept when ids are truncated, unless `keep_eos` is False.
+    A truncated sequence also ends with `eos`, unless `keep_eos` is False. The second return value
+    is the length before truncation.
     """
     full = len(ids) + len(eos)
     if full <= length:

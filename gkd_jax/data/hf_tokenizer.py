@@ -192,7 +192,7 @@ def _kinds(decoder: dict[str, Any] | None) -> set[str]:
 
 @functools.cache
 def _byte_letters() -> dict[str, int]:
-    """Maps each letter that byte-level tokenizers write for a byte to that byte.
+    """Maps letters to bytes: byte-level tokenizers write each byte of a piece as a letter.
 
     Bytes of printable characters are written as these characters.
     """

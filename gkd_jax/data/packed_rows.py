@@ -61,7 +61,7 @@ def assign_rows(
     Args:
       examples: examples in the global order. The last ones are dropped if they do not fill a batch.
       num_rows: number of rows of a global batch.
-      widths: for each feature, the length of a row. No example may be longer.
+      widths: for each feature, the length of a row. No example may have a longer feature.
     """
     taken = np.zeros((num_rows, len(widths)), np.int64)
     num_segments = np.zeros(num_rows, np.int64)

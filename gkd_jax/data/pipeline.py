@@ -67,8 +67,8 @@ class DatasetConfig:
       pack: whether several examples share a row of a training batch, in steps on the data's
         outputs. `feature_lengths` are then the lengths of the rows. Each example is placed in the
         first row with room for it. A batch ends at the first example that fits in no row, so the
-        number of examples varies between batches. Without effect on evaluations and on the writing
-        of teacher stores, which have one example per row.
+        number of examples varies between batches. Evaluations and the writing of teacher stores
+        always have one example per row.
     """
 
     task: Task | str

@@ -290,7 +290,7 @@ class TfdsSource:
                 "empty folder, or prepare it with `tfds build --file_format=array_record`. "
                 f"TFDS says: {error}"
             ) from error
-        except Exception as error:  # TFDS has many types of errors, of networks and of names.
+        except Exception as error:  # TFDS raises exceptions of many types.
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
             raise ValueError(
                 f"{setting} cannot be opened: {reason} Check the name, the split and data_dir; "

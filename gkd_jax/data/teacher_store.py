@@ -104,7 +104,11 @@ class StoreWriter:
         scratch.rename(self._folder / _META)
 
     def _repair(self) -> tuple[int, int]:
-        """Removes incomplete blocks; returns the number of those left and the end of the last."""
+        """Removes incomplete blocks.
+
+        Returns:
+          Number of complete blocks, and the offset of the end of the last one.
+        """
         for name in (_DATA, _INDEX):
             (self._folder / name).touch()
         index = _read_index(self._folder)

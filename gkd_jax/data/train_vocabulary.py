@@ -124,7 +124,10 @@ def task_texts(task: Task, *, split: str = "train") -> Iterator[str]:
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not called on import, where common names could clash."""
+    """Defines the flags of the command.
+
+    Not called on import, since flags of other programs may have these common names.
+    """
     flags.DEFINE_list("inputs", None, "Text files, plain or .gz, separated by commas.")
     flags.DEFINE_string("task", None, "A registered task whose text is used instead.")
     flags.DEFINE_string("task_module", None, "Module that registers the task.")

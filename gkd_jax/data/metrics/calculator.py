@@ -2,9 +2,9 @@
 
 Cobbe et al., "Training Verifiers to Solve Math Word Problems" (arXiv 2110.14168) and Wei et al.,
 "Chain-of-Thought Prompting Elicits Reasoning in Large Language Models" (arXiv 2201.11903) evaluate
-models with a calculator: the right-hand side of each generated equation is computed, and the
-correct number replaces a wrong one wherever that occurs in the following text. Text that may not be
-an equation (units, percentages, mixed numbers, words inside) is unchanged.
+models with a calculator: the right-hand side of each generated equation is computed. If the number
+in the text is wrong, the correct number replaces it there and in the following text. Text that may
+not be an equation (units, percentages, mixed numbers, words inside) is unchanged.
 """
 
 import dataclasses

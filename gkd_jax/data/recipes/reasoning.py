@@ -170,7 +170,7 @@ def gsm8k(
 def _exemplars(
     config: SourceConfig, to_text: GSM8KText, num_exemplars: int
 ) -> tuple[tuple[str, str], ...]:
-    """Reads `num_exemplars` exemplars and one more, which is used if a question is among them."""
+    """Reads `num_exemplars` exemplars and one more, for questions that are exemplars themselves."""
     source = config.open()
     examples = [source[index] for index in range(min(num_exemplars + 1, len(source)))]
     return tuple(
