@@ -170,9 +170,10 @@ def read_header(folder: epath.Path) -> Header:
 
 
 def to_nested(tree: PyTree[Any]) -> dict[str, Any]:
-    """Converts a tree of arrays into nested dictionaries, whose keys are the names of the fields.
+    """Converts a tree of arrays into nested dictionaries.
 
-    Other containers, such as dataclasses and named tuples, become dictionaries too.
+    Dataclasses, named tuples and other containers become dictionaries, whose keys are the names of
+    their fields or the indices of their entries. The classes of the containers are not stored.
 
     Raises:
       ValueError: the tree holds a random key, which has no stable representation on disk.

@@ -159,7 +159,7 @@ def check_compatible(
 
 @dataclasses.dataclass(frozen=True)
 class _LayerForm:
-    """Conversion of parameters from stacked layers to separate ones, or from separate to stacked.
+    """Conversion of a checkpoint's parameters to stacked or separate layers, as requested.
 
     Attributes:
       stored: shapes to read from the checkpoint: the requested parameters, with layers stacked or

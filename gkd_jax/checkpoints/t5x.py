@@ -147,7 +147,7 @@ def _kind(folder: epath.Path) -> str | None:
 
 
 def find_step(root: epath.Path) -> epath.Path | None:
-    """Returns `root` if it is a checkpoint, else the checkpoint of the last step in it, or None."""
+    """Returns `root` if it is a checkpoint, else the last checkpoint in `root`, or None."""
     if (root / "checkpoint").is_file() or (root / "state").is_dir():
         return root
     if not root.is_dir():

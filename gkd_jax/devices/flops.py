@@ -47,7 +47,7 @@ def _of(jaxpr: Any, unknown_trips: int) -> float:
 
 
 def _trips(condition: Any) -> int | None:
-    """Returns the constant integer that the condition of a loop compares its counter with."""
+    """Returns the constant with which a loop's condition compares the counter; None without one."""
     for equation in condition.eqns:
         if equation.primitive.name == "lt" and isinstance(equation.invars[1], Literal):
             return int(equation.invars[1].val)

@@ -199,7 +199,7 @@ class _Counter:
         return total if readers else None
 
     def _updated_in_place(self, one: Instruction) -> float:
-        """Returns the bytes of a fusion's result that are not written: it is updated in place."""
+        """Returns the bytes of its result that a fusion leaves unwritten by updating in place."""
         inner = one.called("calls")
         if one.opcode != "fusion" or inner not in self._program.computations:
             return 0.0

@@ -51,7 +51,7 @@ def trip_count(program: Program, loop: Instruction, others: Instructions) -> int
 
 
 def _limit(condition: Instructions) -> int | None:
-    """Returns the largest constant that the condition compares a counter with."""
+    """Returns the largest constant of a loop's condition: the limit of the counter."""
     found = [
         value
         for one in condition.values()

@@ -70,7 +70,7 @@ class Program:
     """A compiled program.
 
     Attributes:
-      computations: maps the name of each computation to its instructions, which are by name too.
+      computations: instructions, by the name of their computation and their own name.
       entry: name of the entry computation.
       num_devices: number of devices that run the program.
     """

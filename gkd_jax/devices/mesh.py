@@ -14,7 +14,7 @@ _ROW_AXES = ("slice", "data")
 
 
 def axes_of(mesh: Mesh) -> MeshAxes:
-    """Returns the roles of those of the axes 'slice', 'data' and 'model' that a mesh has."""
+    """Returns the roles of the axes 'slice', 'data' and 'model', which need not all exist."""
     rows, width = (
         tuple(axis for axis in axes if axis in mesh.axis_names) for axes in (_ROW_AXES, ("model",))
     )

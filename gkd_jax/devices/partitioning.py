@@ -240,7 +240,7 @@ class Partitioner:
         replica load the same shard, and the mesh may order processes by topology.
 
         Raises:
-          ValueError: two processes have some, but not all, of their rows of the mesh in common.
+          ValueError: two processes have some, but not all, of their model replicas in common.
         """
         if jax.process_count() == 1:
             return DataLayout(shard_id=0, num_shards=1)

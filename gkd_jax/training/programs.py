@@ -80,7 +80,7 @@ class Arguments:
         self.key = jax.eval_shape(lambda: jax.random.key(0))
 
     def _network(self, teacher: Teacher) -> PyTree[jax.ShapeDtypeStruct]:
-        """Returns the shapes of the parameters that `parameters.load_teacher` restores for it."""
+        """Returns the shapes of the parameters of a teacher that `load_teacher` restores."""
         plain = parameters.abstract_network(self._experiment, teacher)
         model = teacher.network
         if not isinstance(model, Int8):

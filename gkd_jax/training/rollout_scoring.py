@@ -1,4 +1,4 @@
-"""Scoring of sampled outputs, by a reward or by student and teacher, to compute advantages."""
+"""Computes advantages of sampled outputs, from a reward or from both models' log-probabilities."""
 
 import dataclasses
 import functools

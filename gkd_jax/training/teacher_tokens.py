@@ -1,4 +1,7 @@
-"""Retokenization of outputs for a teacher whose tokenizer differs from the student's."""
+"""Retokenization of outputs for a teacher whose tokenizer differs from the student's.
+
+Predictions of student and teacher are compared on spans of text, see `data.common_text`.
+"""
 
 import dataclasses
 import functools

@@ -244,7 +244,7 @@ def _masked_crc(data: bytes) -> bytes:
 
 
 class ProgressWriter:
-    """Shows progress on standard error: on one line of a terminal, or in a new line each time.
+    """Shows progress on standard error: one line that changes on a terminal, else a line per entry.
 
     The remaining time is the number of remaining steps, times the mean time per step so far. This
     mean includes evaluations and checkpoints.
