@@ -1,9 +1,10 @@
 """Learning-rate schedules and optimizers as frozen dataclasses.
 
 Steps are counted from 0, so `schedule(0)` is the learning rate of the first update. With a warm-up
-of W steps it is `learning_rate / W`, never 0. T5X's `linear_warmup` is `step / W`, whose first
-update has a learning rate of 0; here it is `(step + 1) / W`, one step ahead of T5X during the
-warm-up and equal to it afterwards.
+of W steps, the learning rate is multiplied by `(step + 1) / W` during the warm-up, so the first
+update has `learning_rate / W`. T5X's `linear_warmup` multiplies by `step / W`, so its first update
+has a learning rate of 0. The schedules here are one step ahead of T5X during the warm-up, and equal
+to T5X's afterwards.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from gkd_jax.common.array_types import Array, Float, Int, Params, PyTree
 from gkd_jax.models import stacking
 
 Schedule: TypeAlias = Callable[[Int[Array, ""] | int], Float[Array, ""]]
-"""Function from the step, counted from 0, to the learning rate, float32. Can be jitted."""
+"""Function of the step, counted from 0, that returns the learning rate, float32. Can be jitted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Linear:
     rate(step) = end + (learning_rate - end) * (1 - p)
 
     with p = (step - warmup_steps) / (decay_steps - warmup_steps) clipped to [0, 1]. During the
-    warm-up it is learning_rate * (step + 1) / warmup_steps.
+    warm-up the rate is learning_rate * (step + 1) / warmup_steps.
 
     Attributes:
       learning_rate: peak learning rate, at the end of the warm-up.
@@ -110,7 +111,7 @@ class Linear:
 class Cosine:
     """Warm-up to `learning_rate`, then cosine decay to `end` at step `decay_steps`.
 
-    Equal to `Linear` with (1 + cos(pi p)) / 2 in place of 1 - p.
+    The formula is that of `Linear`, with (1 + cos(pi p)) / 2 in place of 1 - p.
 
     Attributes:
       learning_rate: peak learning rate, at the end of the warm-up.
@@ -138,10 +139,10 @@ class Adafactor:
     """Adafactor, with the settings that T5 uses for fine-tuning.
 
     The defaults are those of T5X's `adafactor.Adafactor` in its T5 configurations: relative step
-    sizes, updates clipped at a root mean square of 1, a second moment that decays with 1 - t^-0.8
-    and is factored over the two largest axes if both have at least 128 entries, no momentum, no
-    weight decay. It agrees with T5X's on parameters of at most two axes, which are the only ones in
-    T5; T5X has its own rules for factoring stacked or fused parameters.
+    sizes, updates clipped at a root mean square of 1, a second moment with decay 1 - t^-0.8 that is
+    factored over the two largest axes if both have at least 128 entries, no momentum, no weight
+    decay. On parameters of at most two axes, the only kind in T5, the updates agree with T5X's. For
+    stacked or fused parameters T5X has factoring rules of its own.
 
     Reference: "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", arXiv 1804.04235.
 
@@ -155,7 +156,8 @@ class Adafactor:
         parameter (at least 1e-3).
       min_dim_size_to_factor: size of the smallest axis that is factored.
       epsilon: constant added to squared gradients.
-      momentum: decay of a moving average of updates; None for no momentum, which saves its memory.
+      momentum: decay of a moving average of updates; None for no momentum, which saves the memory
+        of the average.
       max_grad_norm: maximum global norm of the gradient, applied first; None for no clipping.
     """
 
@@ -254,8 +256,9 @@ Optimizer: TypeAlias = Adafactor | AdamW
 def decay_mask(params: Params) -> PyTree[bool]:
     """Returns which parameters weight decay applies to.
 
-    It does not apply to parameters of fewer than two axes, nor to those whose path contains a norm,
-    a scale or a bias (T5's relative position biases and norms stacked over layers have two axes).
+    It does not apply to parameters of fewer than two axes. It does not apply to parameters whose
+    path contains a norm, a scale or a bias either: T5's relative position biases have two axes, and
+    so do norms that are stacked over layers.
 
     Args:
       params: parameters, or their shapes.
@@ -281,10 +284,10 @@ def _finish(
 
 
 def _layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Updates each of several stacked layers separately.
+    """Applies `inner` to each of several stacked layers separately.
 
-    Adafactor then scales and clips by the root mean square of one layer's parameter instead of all
-    layers'. If nothing is stacked, the state is that of `inner`.
+    Adafactor then scales and clips by the root mean square over one layer instead of over all
+    layers of a stack. If no layers are stacked, the state is the state of `inner`.
     """
 
     def init(params: Params) -> Any:
@@ -339,7 +342,10 @@ def _decay(
     step: Int[Array, ""] | int,
     shape: Callable[[Float[Array, ""]], Float[Array, ""]],
 ) -> Float[Array, ""]:
-    """Warm-up, then decay by `shape`, a function of the progress from 0 (peak) to 1 (`end`)."""
+    """Returns the learning rate: a warm-up, then a decay.
+
+    The decay is `shape` of the progress, which runs from 0 (at the peak) to 1 (at `end`).
+    """
     warmup_steps, peak = schedule.warmup_steps, jnp.float32(schedule.learning_rate)
     progress = (jnp.asarray(step, jnp.float32) - warmup_steps) / (
         schedule.decay_steps - warmup_steps

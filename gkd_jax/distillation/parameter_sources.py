@@ -8,9 +8,9 @@ A teacher names its sources (`AbstractTeacher.parameter_sources`). Two trees fol
   within the jitted step from `teacher_params`, the training state and the student's frozen
   parameters.
 
-Both have the same structure. For a teacher with one source it is that source's tree. For a teacher
-with several it is a tuple with one tree per source, in order; in `teacher_params`, sources that are
-not restored have None.
+Both trees have the same structure. For a teacher with one source it is the tree of that source. For
+a teacher with several sources it is a tuple with one tree per source, in order. In
+`teacher_params`, sources that are not restored have None in place of a tree.
 """
 
 import abc
@@ -133,16 +133,19 @@ def resolve(
 ) -> Params | None:
     """Returns the `teaching_params`: the parameters of the teacher's model at a training state.
 
-    A pure function that is called within the jitted step, so derived sources take no extra memory.
+    A pure function to be called within the jitted step, so that sources that are read from the
+    training state take no extra memory.
 
     Args:
-      sources: the teacher's sources; empty without a teacher or for precomputed distributions.
+      sources: the teacher's sources; empty if there is no teacher, or if its distributions are
+        precomputed.
       state: state before the update; None if no source has a `state_field`.
       teacher_params: parameters restored before training, as returned by `AbstractTeacher.restore`.
       frozen: frozen parameters of the student; None if all are trained.
 
     Returns:
-      The tree of a single source, a tuple of trees for several; None if there are no parameters.
+      The tree of a single source, or a tuple of trees for several sources; None if no source has
+      parameters.
     """
     if len(sources) == 1:
         restored: Sequence[Params | None] = (teacher_params,)
@@ -161,10 +164,10 @@ def state_fields(sources: Sources) -> tuple[str, ...]:
 
 
 def average_decay(sources: Sources) -> float | None:
-    """Returns the decay of the average that the training state has to keep; None for no average.
+    """Returns the decay of the average that the sources read; None if they read no average.
 
     Raises:
-      ValueError: two sources ask for averages of different decay.
+      ValueError: two sources are averages with different decays.
     """
     decays = {source.decay for source in sources if isinstance(source, Average)}
     if len(decays) > 1:

@@ -4,10 +4,10 @@ Sampling takes most of the time of an on-policy step. "DistiLLM: Towards Streaml
 for Large Language Models", arXiv 2402.03898, keeps sampled outputs in a buffer, trains on draws
 from it, and samples new outputs less often as training proceeds.
 
-The buffer stores the outputs of the last K rollouts as arrays [B, K, ...], with row b of every
-rollout in row b. Row b of a drawn batch is one of the K outputs of row b, chosen at random for each
-row. Rows therefore stay on their device and in their process, nothing is copied to the host, and
-the draws do not depend on the number of devices or processes.
+The buffer stores the outputs of the last K rollouts as arrays [B, K, ...]. Row b of the buffer
+holds row b of each of these rollouts. Row b of a drawn batch is one of these K outputs, chosen at
+random for each row. Rows therefore stay on their device and in their process, nothing is copied to
+the host, and the draws do not depend on the number of devices or processes.
 """
 
 import dataclasses
@@ -63,12 +63,13 @@ class Replay:
     own prompts, and the prompts of the data's batch are skipped.
 
     Attributes:
-      capacity: number of outputs in the buffer, over all devices. Whole rollouts are stored, so it
-        is rounded down to a multiple of a rollout's rows. An output takes 5 bytes per token of the
-        longest prompt, 8 bytes per token of the longest output, and 4 bytes, in device memory and
-        in every checkpoint.
+      capacity: number of outputs in the buffer, over all devices. Whole rollouts are stored, so the
+        capacity is rounded down to a multiple of a rollout's rows. In device memory and in every
+        checkpoint, an output takes 5 bytes per token of the longest prompt, plus 8 bytes per token
+        of the longest output, plus 4 bytes.
       refresh: probability of sampling new outputs, in [0, 1], or a schedule of the step such as
-        `FallingRefresh`. With 1 no output is used again; with 0 the buffer is filled once.
+        `FallingRefresh`. With 1 no output is used again. With 0 no output is replaced once the
+        buffer is full.
 
     Raises:
       ValueError: a setting is out of range.
@@ -101,13 +102,15 @@ class Replay:
         return self.capacity // num_rows
 
     def is_refreshed(self, step: int, *, seed: int) -> bool:
-        """Decides whether a step samples new outputs: a function of (seed, step), for all hosts.
+        """Decides whether a step samples new outputs.
+
+        The decision depends on (seed, step) alone, so that all hosts agree.
 
         Raises:
           ValueError: the schedule returned a value outside [0, 1].
         """
         refresh = self.refresh(step) if callable(self.refresh) else self.refresh
-        # In (0, 1], so that a probability of 0 never samples and a probability of 1 always does.
+        # The coin is in (0, 1]. A probability of 0 therefore never samples, and 1 always does.
         coin = 1.0 - host_generator(_REPLAY_STREAM, seed=seed, step=step).random()
         return bool(coin <= _check_probability(refresh))
 
@@ -126,7 +129,7 @@ class ReplayBuffer:
     """The outputs of the last rollouts: arrays on the devices, bookkeeping on the host.
 
     The buffer is saved with the training state: `attach` returns the arrays and `host_part` the
-    bookkeeping. Both are the same for any mesh and any number of processes.
+    bookkeeping. Neither depends on the mesh or on the number of processes.
     """
 
     def __init__(
@@ -185,7 +188,7 @@ class ReplayBuffer:
         return is_full and not self.settings.is_refreshed(step, seed=self._seed)
 
     def draw_slots(self, step: int) -> Int[np.ndarray, " B"]:
-        """Returns, for each row of the step's batch, the slot of the rollout it is taken from."""
+        """Returns, for each row of the step's batch, the slot that the row is taken from."""
         generator = host_generator(_REPLAY_STREAM, seed=self._seed, step=step, use=1)
         return generator.integers(self.num_slots, size=self.num_rows, dtype=np.int32)
 
@@ -193,8 +196,8 @@ class ReplayBuffer:
         """Draws a batch of stored outputs.
 
         Returns:
-          The batch, and its staleness as (sum, weight) over its rows: the number of steps between
-          sampling and use.
+          The batch, and its staleness, which is the number of steps between sampling and use, as
+          (sum, weight) over the rows.
         """
         slots = self.draw_slots(step)
         batch = _jit_draw(self._partitioner)(self.arrays, slots)
@@ -202,11 +205,11 @@ class ReplayBuffer:
         return batch, (np.float32(age.sum()), np.float32(len(age)))
 
     def attach(self, state: Any) -> dict[str, PyTree[Any]]:
-        """Returns the fields of a training state together with `replay`, for a checkpoint."""
+        """Returns the fields of a training state, and the arrays as `replay`, for a checkpoint."""
         return _fields(state) | {"replay": _to_saved(self.arrays)}
 
     def attach_abstract(self, abstract_state: Any) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
-        """Returns the same tree as `attach`, of shapes with their shardings."""
+        """Returns the tree of `attach` with shapes, dtypes and shardings in place of arrays."""
         return _fields(abstract_state) | {"replay": _to_saved(self.abstract)}
 
     def host_part(self) -> dict[str, Any]:
@@ -223,17 +226,18 @@ def _fields(state: Any) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
-# Fields of a batch that checkpoints name otherwise, so that those of earlier versions are restored.
+# Fields of a batch that have another name in checkpoints, so that checkpoints of earlier versions
+# can be restored.
 _SAVED_NAMES = {"source_id": "component"}
 
 
 def _to_saved(batch: Any) -> dict[str, Any]:
-    """Maps the names of a batch's fields in a checkpoint to their values."""
+    """Returns the fields of a batch by their names in a checkpoint."""
     return {_SAVED_NAMES.get(name, name): value for name, value in _fields(batch).items()}
 
 
 def _from_saved(saved: Mapping[str, Any]) -> Batch:
-    """Returns the batch that `_to_saved` was called with."""
+    """Builds a batch from the fields that `_to_saved` returned for it."""
     names = {field.name: _SAVED_NAMES.get(field.name, field.name)
              for field in dataclasses.fields(Batch)}  # fmt: skip
     return Batch(**{name: saved[saved_name] for name, saved_name in names.items()})

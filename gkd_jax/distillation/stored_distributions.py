@@ -14,11 +14,14 @@ from gkd_jax.data.teacher_store_records import Counts, Entries, Whole
 from gkd_jax.objectives.buckets import Buckets
 from gkd_jax.sampling.methods import Sample, row_keys
 
-_MAX_DRAWS = (1 << 16) - 2  # Entries, the output token included, are counted in two bytes.
+_MAX_DRAWS = (1 << 16) - 2  # The number of entries, the output token included, has two bytes.
 
 
 class Sparsification(abc.ABC):
-    """Selects the entries of a distribution to store, on the devices; packs them on the host."""
+    """Selects and packs the entries of a distribution that are stored.
+
+    Entries are selected on the devices and packed on the host.
+    """
 
     @abc.abstractmethod
     def choose(
@@ -28,8 +31,8 @@ class Sparsification(abc.ABC):
 
         Args:
           log_probs: log p, with the temperature already applied.
-          targets: output tokens. They are always among the entries, so that a loss term that reads
-            them, such as a cross-entropy beside a divergence, is exact.
+          targets: output tokens. They are always selected, so that a loss term on the output token,
+            such as a cross-entropy in addition to a divergence, is exact.
           keys: one random key per token, used for nothing else.
 
         Returns:
@@ -38,7 +41,7 @@ class Sparsification(abc.ABC):
 
     @abc.abstractmethod
     def packing(self, vocab_size: int) -> Any:
-        """Returns the packing, whose `pack(*arrays)` takes the arrays of `choose` for n tokens."""
+        """Returns an object whose `pack(*arrays)` packs the arrays that `choose` returned."""
 
 
 def _check_dtype(owner: object, dtype: object) -> None:
@@ -59,7 +62,7 @@ def _check_count(setting: str, value: object, most: int | None = None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Full(Sparsification):
-    """Stores the whole distribution. Every divergence equals that of the teacher itself.
+    """Stores the whole distribution. Divergences equal those computed with the teacher itself.
 
     Attributes:
       dtype: dtype of the log-probabilities: 'float32' (4 V bytes per token) or 'float16'.
@@ -84,9 +87,9 @@ class Full(Sparsification):
 class TopK(Sparsification):
     """Stores the k most likely tokens, the output token, and the total probability of the others.
 
-    A divergence is computed between the distributions over these k + 2 buckets. It is at most the
-    divergence of the full distributions, which it approaches as k grows. The total of the others,
-    the tail, is needed because a top-k alone is not a distribution.
+    Divergences are computed between the distributions over these k + 2 buckets. Such a divergence
+    is at most the divergence of the full distributions, and approaches it as k grows. The total of
+    the others, the tail, is needed because the top k probabilities alone do not sum to 1.
 
     Attributes:
       k: number of entries besides the output token.
@@ -103,7 +106,7 @@ class TopK(Sparsification):
     def choose(
         self, log_probs: Float[Array, "B V"], targets: Int[Array, " B"], keys: Key[Array, " B"]
     ) -> tuple[Array, ...]:
-        """Returns ids, log p of each, and log p of the tail."""
+        """Returns ids, log p of each id, and log p of the tail."""
         del keys
         vocab_size = log_probs.shape[-1]
         is_target = targets[:, None] == lax.broadcasted_iota(targets.dtype, log_probs.shape, 1)
@@ -125,14 +128,15 @@ class Draws(Sparsification):
 
     counts / N is an unbiased estimate of the distribution P, so gradients of the forward KL and of
     the cross-entropy are unbiased. Divergences that are not linear in P would be biased and are
-    refused. The value of the forward KL is too high, since the entropy of the counts is below that
-    of P.
+    refused. The value of the forward KL is too high, since the entropy of the counts is lower than
+    the entropy of P.
 
     Reference: "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", arXiv
     2503.16870.
 
     Attributes:
-      num_draws: number of draws, N. If the teacher is confident, few of the drawn tokens differ.
+      num_draws: number of draws, N. If the teacher is confident, only few distinct tokens are
+        drawn.
     """
 
     num_draws: int = 50

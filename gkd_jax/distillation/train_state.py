@@ -15,12 +15,12 @@ class TrainState:
     """All arrays that training changes; the content of a checkpoint.
 
     Attributes:
-      step: number of updates made; a skipped step makes none.
-      params: the student's trained parameters, float32. The frozen ones of a student with adapters
-        are an argument of the step instead.
+      step: number of updates so far. Skipped steps are not counted.
+      params: the student's trained parameters, float32. If the student has adapters, its frozen
+        parameters are not part of the state: they are an argument of the step.
       opt_state: the optimizer's state.
-      average: moving average of `params`, if one of the teacher's sources is `Average`. None
-        otherwise, in which case it adds nothing to the pytree.
+      average: moving average of `params`, if one of the teacher's sources is `Average`; otherwise
+        None, which adds no leaf to the pytree.
     """
 
     step: Int[Array, ""]
@@ -36,7 +36,7 @@ def init_train_state(
 
     Args:
       params: the student's trained parameters.
-      optimizer: initializes its own state from them.
+      optimizer: optimizer whose state is initialized from `params`.
       with_average: whether a moving average of the parameters is kept.
     """
     return TrainState(
