@@ -1,7 +1,8 @@
-"""Run mode `compile_ahead`: reports what a run needs of a TPU slice, without having the slice.
+"""Run mode `compile_ahead`: reports what a run needs on a TPU slice, without access to the slice.
 
 The training step, the rollout and the functions of the evaluation are compiled for the given
-topology by the TPU's own compiler (libtpu). Nothing is executed and no checkpoint is read.
+topology by the TPU's own compiler (libtpu). The report has memory, FLOPs, traffic and time.
+Nothing is executed and no checkpoint is read.
 """
 
 import dataclasses
@@ -31,10 +32,10 @@ class DoesNotFitError(ValueError):
 
 
 def compile_ahead(experiment: Experiment) -> str:
-    """Compiles a run for `Experiment.topology` and returns a table of what it needs.
+    """Compiles a run for `Experiment.topology` and returns a table of its needs.
 
     Raises:
-      DoesNotFitError: it needs more memory than the chips have. The message has remedies.
+      DoesNotFitError: the run needs more memory than the chips have. The message suggests remedies.
       ValueError: the topology does not exist, libtpu is not installed, or the mesh does not fit the
         model.
     """
@@ -93,12 +94,13 @@ def compile_for(
 
 
 def on_topology(experiment: Experiment, topology: str) -> Experiment:
-    """Returns the experiment with the devices of a slice, which need not be attached.
+    """Returns the experiment on the devices of a slice. The devices need not be attached.
 
     Raises:
       ValueError: libtpu is not installed.
     """
-    # Otherwise libtpu queries the machine's metadata server and locks out other processes.
+    # Without these variables, libtpu queries the machine's metadata server and locks out other
+    # processes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
@@ -148,14 +150,15 @@ def _compile(one: Function, *, unknown_trips: int, slice_size: int) -> Part:
 def _compiled(one: Function) -> tuple[Any, str]:
     """Returns the compiled function, and its program as text.
 
-    The text is that of the compiler's dump if there is one. jaxlib's `as_text` parses the program
-    first and may fail: for v5p it did not know asynchronous gathers on the sparse cores.
+    The text is read from the compiler's dump if there is one. jaxlib's `as_text` is the fallback,
+    since it first parses the program and may fail: it did not know the asynchronous gathers on the
+    sparse cores of v5p.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         lowered = one.function.lower(*one.arguments)  # type: ignore[attr-defined]
         with warnings.catch_warnings():
-            # JAX cannot read programs from its cache without the chips.
+            # JAX cannot load cached programs without the chips.
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
             compiled = lowered.compile(compiler_options=options)
         files = list(pathlib.Path(folder).glob("*.after_optimizations.txt"))
@@ -165,7 +168,7 @@ def _compiled(one: Function) -> tuple[Any, str]:
 
 
 def _out_of_memory(error: Exception) -> str | None:
-    """Returns the memory that the compiler's error message names; None for other errors."""
+    """Returns the memory that an out-of-memory error names; None for other errors."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
         return None
@@ -176,7 +179,7 @@ def _out_of_memory(error: Exception) -> str | None:
 
 
 def _remedies(experiment: Experiment, report: Report) -> Iterator[str]:
-    """Yields changes with which the run fits, each of which was compiled."""
+    """Yields lines about changes that make the run fit. Each change is tested by compiling."""
     shards = report.mesh["data"] * report.mesh.get("slice", 1)
     per_device = experiment.train_data.batch_size // shards
     step = next(part for part in report.parts if part.name == "train step")

@@ -22,11 +22,11 @@ class Part:
     Attributes:
       name: 'train step', 'rollout', 'evaluation' or 'divergence'.
       temporaries: bytes per chip in addition to the resident arrays; None if it does not fit.
-      needed: memory that it needs, in the words of the compiler's message, if it does not fit.
+      needed: needed memory, as written in the compiler's error message; '' if the function fits.
       seconds_to_compile: compilation time on this machine.
       cost: cost of one call on one chip.
       traced: FLOPs of one call on all chips, counted in the traced function.
-      recomputed: FLOPs among these that rematerialisation repeats.
+      recomputed: part of `traced` that is recomputation by rematerialisation.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Part:
 
     @property
     def least(self) -> float:
-        """FLOPs of one call on all chips without those that rematerialisation repeats."""
+        """FLOPs of one call on all chips, without recomputation by rematerialisation."""
         return self.traced - self.recomputed
 
 
@@ -50,7 +50,7 @@ class Report:
     Attributes:
       topology: the slice, such as 'v5e:4x4'.
       mesh: sizes of the mesh axes by name.
-      residents: bytes per chip of the arrays that persist across steps, by what they are.
+      residents: bytes per chip of the arrays that persist across steps, by description.
       parts: the compiled functions.
     """
 
@@ -75,18 +75,18 @@ class Report:
         return sum(self.residents.values())
 
     def share(self, part: Part) -> float:
-        """Returns the share of a chip's memory that a function needs with the resident arrays.
+        """Returns the share of a chip's memory that a function and the resident arrays need.
 
-        It is infinite if the compiler reported that the function does not fit.
+        The share is infinite if the compiler reported that the function does not fit.
         """
         if part.temporaries is None:
             return math.inf
         return (self.resident + part.temporaries) / self.chip.memory
 
     def of_least(self, part: Part) -> float:
-        """Returns the FLOPs of all chips, without recomputation, divided by those that are needed.
+        """Returns the ratio of compiled FLOPs on all chips, without recomputation, to `Part.least`.
 
-        Above 1, several chips do the same work, or work on padding.
+        A ratio above 1 means that several chips do the same work, or that chips compute on padding.
         """
         done = part.cost.flops * self.num_chips - part.recomputed
         return done / part.least if part.least else math.nan
@@ -159,12 +159,12 @@ class Report:
 
 
 def describe_sent(kinds: Mapping[str, float]) -> str:
-    """Formats bytes by kind of collective; returns '' if none are sent."""
+    """Formats bytes by kind of collective; returns '' if nothing is sent."""
     return ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in sorted(kinds.items()) if size)
 
 
 def roofline(cost: hlo.Cost, chip: chips.Chip) -> tuple[float, str]:
-    """Returns the minimum time in seconds on a chip, and the resource that bounds it."""
+    """Returns the minimum time in seconds on a chip, and the resource that limits it."""
     times = {
         "compute": cost.flops / chip.flops,
         "memory": cost.bytes / chip.bandwidth,

@@ -11,7 +11,7 @@ def dry_run(experiment: Experiment | Study, *, run_mode: str = "train") -> str:
 
     Args:
       experiment: an experiment, or a study whose cells are all checked.
-      run_mode: run mode whose data and checks are prepared, for an experiment.
+      run_mode: run mode for which an experiment is checked. Ignored for a study.
 
     Returns:
       The plan as text: parameter counts, objective, data, mesh.

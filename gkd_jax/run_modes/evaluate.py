@@ -66,7 +66,7 @@ class Evaluator:
         ids = {"eos_ids": vocabulary.eos_ids, "pad_id": vocabulary.pad_id}
         decoding = Rollout(method=self.config.method)
         self._decode = jitted_functions.jit_rollout(decoding, model, partitioner, **ids)
-        # Samples that the teacher reads have only tokens that it knows.
+        # The teacher scores these samples, so they are restricted to tokens that it knows.
         student = experiment.student_model
         self._rollout = jitted_functions.jit_rollout(
             experiment.rollout, student, partitioner, **ids
@@ -90,8 +90,8 @@ class Evaluator:
 
         Args:
           params: student's parameters.
-          teaching_params: teacher's parameters; None skips divergences to it.
-          step: training step; part of the random keys and of the names of the written files.
+          teaching_params: teacher's parameters. If None, only a stored teacher is compared.
+          step: training step. It enters the random keys and the names of the written files.
         """
         sums = metric_sums.MetricSums()
         texts: dict[int, str] = {}
@@ -121,9 +121,10 @@ class Evaluator:
         batch: Batch,
         step: int,
     ) -> None:
-        """Adds the objective on the data's outputs and, with a teacher, on the student's samples.
+        """Adds the objective on the data's outputs and, if possible, on the student's samples.
 
-        A stored teacher has distributions for the data's outputs alone.
+        Only a teacher with parameters can score samples. A stored teacher has distributions for the
+        data's outputs alone.
         """
         can_score = teaching_params is not None or batch.stored_teacher is not None
         if self._objective is None or (self._needs_teacher and not can_score):
@@ -139,7 +140,7 @@ class Evaluator:
             )
 
     def _retokenized(self, batch: Batch) -> Batch:
-        """Adds the tokens of a teacher with its own tokenizer, if it has one."""
+        """Adds the teacher's tokens to a batch if the teacher has its own tokenizer."""
         return batch if self._retokenizer is None else self._retokenizer(batch)[0]
 
     def _batches(self) -> Iterator[Batch]:
@@ -151,7 +152,7 @@ class Evaluator:
             yield partitioner.shard_batch(batch)
 
     def _texts(self, decoded: Batch) -> dict[int, str]:
-        """Decodes token ids to texts, by the example's position in the data set."""
+        """Returns the decoded texts of a batch, by the example's position in the data set."""
         host = self.experiment.partitioner.fetch_to_host(
             (decoded.example_id, decoded.targets, decoded.loss_weights)
         )
@@ -195,7 +196,7 @@ def task_scores(dataset: Dataset, predictions: Sequence[str]) -> dict[str, Score
 
 
 def score_names(dataset: Dataset) -> list[str]:
-    """Lists the names of the task's scores, by scoring a few outputs."""
+    """Lists the names of the task's scores, which are found by scoring a few outputs."""
     examples = range(min(2, dataset.num_examples))
     return sorted(task_scores(dataset, [dataset.raw(index).targets for index in examples]))
 

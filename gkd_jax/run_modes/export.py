@@ -1,4 +1,4 @@
-"""Run mode `export`: writes the student as a directory that `transformers`, servers or T5X load."""
+"""Run mode `export`: writes the student as a directory for `transformers`, servers or T5X."""
 
 import json
 from typing import Any
@@ -48,9 +48,10 @@ def export(experiment: Experiment) -> str:
     """Writes the student's newest parameters with the settings of `Experiment.export`.
 
     The directory has weights in safetensors, config.json, generation_config.json, the tokenizer's
-    files, and a model card that describes the run. Instead of the first three it has
-    `checkpoint_<step>` for T5X, or the weights of the adapters and adapter_config.json if only the
-    adapters are written. It gets its name when it is complete.
+    files, and a model card that describes the run. For T5X, it has `checkpoint_<step>` instead
+    of the first three. If only the adapters are written, it has their weights and
+    adapter_config.json instead. The directory is written under a temporary name, and renamed when
+    it is complete.
 
     Returns:
       The path of the directory.
@@ -108,7 +109,7 @@ def _write_model(experiment: Experiment, params: Params, folder: epath.Path) -> 
 def _write_t5x(
     experiment: Experiment, student: parameters.LoadedParams, folder: epath.Path
 ) -> None:
-    """Writes the whole student, with adapters merged, as T5X's checkpoint of a step."""
+    """Writes the whole student, with adapters merged, as a T5X checkpoint."""
     assert experiment.export is not None
     _, params = _merged(experiment.student.model, student.params)
     t5x.write_t5x_checkpoint(

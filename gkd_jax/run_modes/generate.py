@@ -1,4 +1,4 @@
-"""Run mode `generate`: writes a model's outputs for a set of prompts; resumes if it was stopped.
+"""Run mode `generate`: writes a model's outputs for a set of prompts. A stopped run resumes.
 
 The file has one output per line as JSON, so that a `JsonLines` source can read it as training data.
 Training on the teacher's outputs is sequence-level distillation (SeqKD).
@@ -31,14 +31,14 @@ from gkd_jax.training.keys import Purpose, make_key
 def generate(experiment: Experiment) -> str:
     """Writes the model's outputs for every prompt of `Experiment.generation`.
 
-    Outputs that an earlier run of the same generation wrote are kept.
+    Outputs that an earlier run with the same settings wrote are kept.
 
     Returns:
       The path of the file.
 
     Raises:
       ConfigurationError: lists everything that is wrong with the experiment.
-      ValueError: the file has outputs of another generation.
+      ValueError: the file was written with another model, data, method, number of samples or seed.
     """
     prepared = prepare.prepare(experiment, run_mode="generate")
     generation, dataset = experiment.generation, prepared.generation_data
@@ -97,12 +97,12 @@ def _identity(generation: Generation, dataset: Dataset, source: str, seed: int) 
 
 
 def _lines(rows: Batch, dataset: Dataset, *, first: int) -> Iterator[str]:
-    """Yields a JSON line for each row of a batch whose example is `first` or later."""
+    """Yields a JSON line for each row of a batch whose example index is at least `first`."""
     weights = np.asarray(rows.loss_weights)
     assert rows.sample_log_probs is not None
     log_probs = np.sum(np.asarray(rows.sample_log_probs) * weights, axis=1)
     for row, index in enumerate(np.asarray(rows.example_id).tolist()):
-        if index < first:  # Written before, or a padding row (-1).
+        if index < first:  # The example was written before, or the row is padding (-1).
             continue
         example = dataset.raw(index)
         tokens = np.asarray(rows.targets)[row][weights[row] > 0].tolist()
@@ -119,7 +119,10 @@ def _lines(rows: Batch, dataset: Dataset, *, first: int) -> Iterator[str]:
 
 
 class _OutputFile:
-    """A JSON lines file to which whole batches are appended, with its identity in a second file."""
+    """A JSON lines file to which whole batches are appended.
+
+    A second file holds its identity: a digest of everything that determines the content.
+    """
 
     def __init__(self, generation: Generation, identity: str):
         self._path = epath.Path(generation.output)
@@ -139,10 +142,10 @@ class _OutputFile:
             self._path.write_text("")
 
     def num_done(self) -> int:
-        """Counts prompts with all their outputs; removes the incomplete outputs of a crash."""
+        """Counts prompts whose outputs are all written; removes what a crash left incomplete."""
         if not self._path.exists():
             return 0
-        # Bytes, since the last line may end within a character.
+        # Read as bytes: a crash may have cut the last line within a character.
         content = self._path.read_bytes()
         complete = content.split(b"\n")[:-1]
         num_done = len(complete) // self._num_samples

@@ -51,7 +51,7 @@ def interactive(experiment: Experiment) -> None:
 
 
 def _prompts() -> Iterator[str]:
-    """Yields the lines of standard input; prints a prompt sign first if it is a terminal."""
+    """Yields the lines of standard input. On a terminal, prints "> " before reading each line."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -62,7 +62,7 @@ def _prompts() -> Iterator[str]:
 
 
 def _one_prompt(experiment: Experiment, prompt: str, number: int) -> Batch:
-    """Returns a batch with the prompt, padded to the smallest number of rows of the mesh."""
+    """Returns a batch with the prompt, padded to the mesh's smallest batch size."""
     generation, layout = experiment.generation, experiment.partitioner.data_layout
     assert generation is not None
     config = dataclasses.replace(
@@ -76,7 +76,7 @@ def _one_prompt(experiment: Experiment, prompt: str, number: int) -> Batch:
     batch, examples = next(batches)
     if generation.model == "teacher":
         batch = batch.as_teacher_reads()
-    # The number of the prompt, from which its samples' keys come.
+    # The keys of the samples depend on the example id, which is the number of the prompt here.
     example_id: Any = np.where(examples >= 0, number, -1).astype(np.int32)
     return experiment.partitioner.shard_batch(dataclasses.replace(batch, example_id=example_id))
 

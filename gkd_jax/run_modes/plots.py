@@ -8,7 +8,7 @@ from etils import epath
 
 
 def read_curve(model_dir: str, metric: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and values of a metric in a run's `metrics.jsonl`; empty if it has none."""
+    """Returns the steps and values of a metric in metrics.jsonl; empty lists if it has none."""
     path = epath.Path(model_dir) / "metrics.jsonl"
     if not path.exists():
         return [], []
@@ -20,10 +20,10 @@ def read_curve(model_dir: str, metric: str) -> tuple[list[int], list[float]]:
 def plot_curves(runs: Mapping[str, str], *, metric: str, path: str) -> None:
     """Plots a metric and the training loss of several runs.
 
-    Without Matplotlib it logs how to install it instead.
+    If Matplotlib is missing, logs how to install it and writes no file.
 
     Args:
-      runs: `model_dir` of each run by its name in the legend.
+      runs: `model_dir` of each run, by the run's name in the legend.
       metric: name of the metric in metrics.jsonl.
       path: PNG file to write.
     """

@@ -1,7 +1,7 @@
 """Run mode `store_teacher`: writes the teacher's distributions for a data set's outputs.
 
-Training from a store (`teachers.StoredTeacher`) does not run the teacher. A run that was stopped
-resumes.
+Training from such a store (`teachers.StoredTeacher`) does not run the teacher. If writing a store
+was stopped, it resumes.
 """
 
 import hashlib
@@ -36,11 +36,11 @@ def store_teacher(experiment: Experiment) -> str:
     Examples that an earlier run with the same settings wrote are kept.
 
     Returns:
-      A line with the folder and its size per token.
+      One line with the folder and the size of the store, also per token.
 
     Raises:
       ConfigurationError: lists everything that is wrong with the experiment.
-      ValueError: the folder has another store.
+      ValueError: the folder contains a store that was written with other settings.
     """
     prepared = prepare.prepare(experiment, run_mode="store_teacher")
     storing, dataset = experiment.storing, prepared.storing_data
@@ -101,9 +101,9 @@ def _report(storing: Storing, writer: StoreWriter | None, vocab_size: int) -> st
 def make_choose(
     model: LanguageModel, sparsification: Sparsification, temperature: float
 ) -> Callable[[Params, Batch, Key[Array, ""]], tuple[Array, ...]]:
-    """Returns a function from `(params, batch, key)` to the kept entries, arrays [B, T, ...].
+    """Returns a function of `(params, batch, key)` that returns the entries to store, [B, T, ...].
 
-    It processes one position of all rows at a time, so that it holds logits of [B, V] only.
+    The function processes one position of all rows at a time, so that it holds only logits [B, V].
     """
 
     def choose(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Array, ...]:
@@ -126,12 +126,12 @@ def make_choose(
 def _blocks(
     packing: Any, rows: Batch, chosen: tuple[np.ndarray, ...], *, first: int
 ) -> Iterator[Block]:
-    """Yields a packed block for each row whose example is `first` or later.
+    """Yields a packed block for each row whose example index is at least `first`.
 
     Only tokens with a loss weight are packed.
     """
     for row, example in enumerate(np.asarray(rows.example_id).tolist()):
-        if example < first:  # Written before, or a padding row (-1).
+        if example < first:  # The example was written before, or the row is padding (-1).
             continue
         mask = np.asarray(rows.loss_weights)[row] > 0
         content, num_entries = packing.pack(*(array[row][mask] for array in chosen))
@@ -156,7 +156,7 @@ def _describe(
         "vocabulary": vocabularies.describe_vocabulary(storing.data.vocabulary),
         "vocab_size": model.vocab_size,
         "temperature": float(experiment.objective.teacher_temperature),
-        # Named so in stores since their first version.
+        # The sparsification. The key is kept so that older stores can be read.
         "support": str(storing.sparsification),
         "packing": storing.sparsification.packing(model.vocab_size).describe(),
         "seed": experiment.seed,
@@ -186,7 +186,8 @@ def _bit_sums(arrays: list[Array]) -> list[Array]:
             place = place * jnp.uint32(array.shape[axis]) + lax.broadcasted_iota(
                 jnp.uint32, array.shape, axis
             )
-        # Odd factors spread over the whole range, so that exchanged numbers change the sum.
+        # Positions have odd factors from the whole range, so that exchanging two numbers changes
+        # the sum.
         factor = (place * jnp.uint32(2654435761)) ^ (place >> 7)
         return jnp.sum(bits * (2 * factor + 1))
 

@@ -28,9 +28,9 @@ class Cell:
     """One run of a study.
 
     Attributes:
-      name: name of its folder and of its row in the table.
-      experiment: the experiment. The study sets its `model_dir` and its seeds, also that of the
-        order of examples.
+      name: name of the run's folder and of its row in the table.
+      experiment: settings of the run. The study replaces `model_dir`, `seed` and
+        `train_data.seed`.
       student_from: name of an earlier cell whose trained student is the initial student; None keeps
         the experiment's own `initial_checkpoint`.
       teacher_from: name of an earlier cell whose trained student is the teacher; None keeps the
@@ -58,9 +58,9 @@ class Study:
       cells: the runs. A cell may build on earlier ones.
       model_dir: folder of the study, with a folder for each cell.
       test: test examples and decoding method with which the trained students are compared.
-      metric: score in the table.
-      seeds: seeds with each of which every cell runs. A cell builds on the run of another cell with
-        the same seed.
+      metric: name of the score in the table.
+      seeds: seeds of the study. Every cell runs once with each seed. A cell that builds on another
+        cell uses the run of that cell with the same seed.
     """
 
     cells: tuple[Cell, ...]
@@ -102,7 +102,7 @@ class Study:
         return next(cell for cell in self.cells if cell.name == name)
 
     def experiment_of(self, cell: Cell, *, seed: int) -> Experiment:
-        """Returns the cell's experiment with its folder, its seed, and its student and teacher."""
+        """Returns the cell's experiment with folder, seed, student and teacher filled in."""
         experiment = dataclasses.replace(
             cell.experiment,
             model_dir=self.cell_dir(cell.name, seed),
@@ -129,7 +129,10 @@ _GIVEN = rf"{_TEACHER}(_\d+)?|{_STUDENT}"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of a study's table; `seconds` of training are None for an untrained model."""
+    """One row of a study's table.
+
+    `seconds` is the training time; None for a model that the study does not train.
+    """
 
     name: str
     seed: int
@@ -160,7 +163,7 @@ def check_study(study: Study) -> str:
             plans.append(f"{cell.name}:\n{describe_plan(experiment, prepared)}")
     with problems.collecting("Study.test: "):
         experiment = _for_test(study, study.experiment_of(study.cells[0], seed=seed))
-        # The models have been checked above.
+        # The models were checked above, so only the test data remain.
         model = base_of(experiment.student.model)
         student = Student(model, study.cell_dir(study.cells[0].name, seed))
         experiment = dataclasses.replace(
@@ -218,10 +221,10 @@ def run_study(study: Study, *, before_start: Callable[[], None] | None = None) -
 
 
 def _given_networks(study: Study) -> list[tuple[str, Experiment]]:
-    """Returns the first teacher and the first initial student that are not trained by the study.
+    """Returns the first teacher and the first initial student that the study does not train.
 
-    Each is the student of an experiment, by its name in the table. A teacher with several networks
-    has a row for each.
+    The table has a row for each of their networks. The list has, for each network, the name of the
+    row and an experiment whose student is the network.
     """
     found: dict[str, Experiment] = {}
     seed = study.seeds[0]
@@ -232,7 +235,7 @@ def _given_networks(study: Study) -> list[tuple[str, Experiment]]:
             networks = _networks(cell.experiment.teacher)
             names = [_TEACHER, *(f"{_TEACHER}_{i}" for i in range(2, len(networks) + 1))]
             given = dict(zip(names, networks, strict=False))
-        # A student that the study trains has its own row.
+        # An initial student that the study trains has the row of its cell.
         if cell.student_from is None and student.initial_checkpoint is not None:
             given.setdefault(_STUDENT, student)
         for name, network in given.items():
@@ -246,7 +249,7 @@ def _given_networks(study: Study) -> list[tuple[str, Experiment]]:
 
 def _networks(teacher: AbstractTeacher | None) -> list[Student]:
     """Returns the networks of a teacher, each as the student of an experiment."""
-    # The test is in the student's tokens.
+    # The test data have the student's tokens, which a teacher with its own tokenizer cannot read.
     if teacher is None or teacher.own_tokens is not None:
         return []
     return [Student(one.model, one.checkpoint) for one in teacher.networks]

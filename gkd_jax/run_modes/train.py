@@ -1,7 +1,8 @@
 """Run mode `train`: the training loop.
 
 Every step has the same order: evaluate, save, fetch a batch, roll out, update. Evaluation and
-saving come before the next batch is fetched, so that a saved iterator is never one batch ahead.
+saving come before the next batch is fetched, so that a saved data position is never one
+batch ahead of the saved parameters.
 """
 
 import contextlib
@@ -57,7 +58,7 @@ def train(experiment: Experiment, *, before_start: Callable[[], None] | None = N
       ConfigurationError: lists everything that is wrong with the experiment.
       FloatingPointError: the loss became NaN or infinite.
       InterruptedRunError: the process got SIGTERM; the state is saved.
-      Exception: data, a reward or a rollout failed. A run of one process has saved its state.
+      Exception: data, a reward or a rollout failed. If the run has one process, its state is saved.
     """
     prepared = prepare.prepare(experiment, run_mode="train")
     assert prepared.train_data is not None
@@ -127,7 +128,7 @@ class _Loop:
         Returns:
           The train state, its step, and the position of the data iterator.
         """
-        # The step of a saved state is never 0.
+        # A saved state never has step 0, so that 0 can stand for no checkpoint.
         if process_zero_decides(lambda: self.checkpoint_manager.latest_step() or 0) == 0:
             return self.trainer.init_state(), 0, 0
         state, host, step = self.checkpoint_manager.restore(self.trainer.abstract_state)
@@ -152,12 +153,12 @@ class _Loop:
         num_steps = self.experiment.num_steps
         for step in range(self.start_step, num_steps + 1):
             if signals.is_due():
-                # There is little time: a due evaluation is made after the run is resumed.
+                # SIGTERM leaves little time: a due evaluation is made after the run is resumed.
                 owes = self._is_evaluation_due(step) and step > self.start_step
                 self._save(step, owes_evaluation=owes)
                 self.checkpoint_manager.wait()
                 raise interruption.stopped(step, num_steps)
-            # A restored checkpoint was saved after the evaluation of its step.
+            # A restored checkpoint was saved after the evaluation of its step, unless it owes one.
             if step > self.start_step or step == 0 or self.owes_evaluation:
                 self._evaluate_if_due(step)
                 self._save_if_due(step)
@@ -193,10 +194,10 @@ class _Loop:
         self.steps.add(step, batch, bad)
 
     def _save_what_is_there(self, step: int, position: int, error: Exception) -> None:
-        """Saves after a failure before the update, so that no step is lost.
+        """Saves the state if a step failed before its update, so that no finished step is lost.
 
-        A run of several processes does not save: only one of them may have failed, and saving needs
-        all.
+        A run of several processes does not save: saving needs all processes, and some may not have
+        failed.
         """
         is_there = not any(array.is_deleted() for array in jax.tree.leaves(self.state))
         if not is_there or jax.process_count() > 1 or step in (0, self.start_step):
@@ -226,7 +227,7 @@ class _Loop:
     def _evaluate_if_due(self, step: int) -> None:
         if self.evaluator is None or not self._is_evaluation_due(step):
             return
-        # Steps that are still running count as training time; the evaluation does not.
+        # Wait for steps that are still running: their time counts as training, not as evaluation.
         jax.block_until_ready(self.state)
         start = time.monotonic()
         teaching_params = self.trainer.teaching_params(self.state)
@@ -239,13 +240,13 @@ class _Loop:
             self.owes_evaluation = False
             self.log.sync()
             if jax.process_index() == 0:
-                # The checkpoint exists already, and is not written again.
+                # The checkpoint exists already and is not rewritten: the scores get their own file.
                 layout.write_evaluated(self.checkpoint_manager.directory, step, self.scores)
         self._check_best_metric()
         self.log.leave_out(time.monotonic() - start)
 
     def _made_evaluation(self, step: int) -> dict[str, float] | None:
-        """Returns the scores of an owed evaluation that was made after its checkpoint was saved."""
+        """Returns the scores of a checkpoint's owed evaluation if it was made later, else None."""
         return layout.read_evaluated(self.checkpoint_manager.directory, step)
 
     def _check_best_metric(self) -> None:
@@ -259,7 +260,7 @@ class _Loop:
     def _save_if_due(self, step: int) -> None:
         checkpoints = self.experiment.checkpoints
         due = step > 0 and step % checkpoints.period == 0
-        # The best checkpoint can only be kept if it was saved.
+        # Every scored step is saved, since it may turn out to be the best.
         scored = checkpoints.best_metric is not None and step > 0 and self.scored_step == step
         if due or scored or step == self.experiment.num_steps:
             self._save(step)
@@ -272,7 +273,7 @@ class _Loop:
         checkpoints = self.experiment.checkpoints
         self.steps.finish()
         sums = self.sums.to_host()
-        # Earlier sums were checked when their line of metrics was written.
+        # Earlier sums were checked when their line of the metrics log was written.
         non_finite.check_means(metric_sums.means(sums), step)
         if not non_finite.is_finite(self.state):
             what = "the parameters or the optimizer's state are"
@@ -303,8 +304,12 @@ class _Loop:
         )
 
     def close(self, *, alone: bool) -> None:
-        """Closes all resources; `alone` if the other processes may not be closing theirs."""
-        with contextlib.ExitStack() as stack:  # Closes each even if another one fails.
+        """Closes all resources.
+
+        Args:
+          alone: whether other processes may not be closing their resources, as after a failure.
+        """
+        with contextlib.ExitStack() as stack:  # Closes every resource, even if another fails.
             stack.callback(self.profiler.close)
             stack.callback(self.checkpoint_manager.close, alone=alone)
             stack.callback(self.iterator.close)

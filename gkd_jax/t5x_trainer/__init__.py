@@ -1,12 +1,11 @@
 """GKD in T5X's own trainer: a model class and a trainer class for `t5x.train.train()`.
 
-T5X reads the data, restores and saves the student, applies the updates and evaluates. This room
+T5X reads the data, restores and saves the student, applies the updates and evaluates. This package
 adds the objective, the rollout, the choice of outputs for each step, and a teacher whose parameters
 are an argument of T5X's partitioned step. `gin_configs/t5x/gkd.gin` sets both classes; docs/t5x.md
 has the commands. Start with `trainer`.
 
-This is the only room that imports T5X, which is not on the package index. No other room imports
-this one.
+No other package of gkd_jax imports T5X, which is not on PyPI. None of them imports this package.
 """
 
 from gkd_jax.t5x_trainer.model import GkdModel

@@ -14,7 +14,7 @@ T5XBatch = Mapping[str, Array]
 def to_batch(batch: T5XBatch) -> Batch:
     """Converts T5X's features to a `Batch`.
 
-    T5X's features have no example ids; the row in the global batch is used as the id.
+    T5X's features have no example ids. The index of a row in the global batch is used instead.
 
     Raises:
       ValueError: several examples are packed into a row.

@@ -20,17 +20,17 @@ from gkd_jax.models.t5_config import T5Config
 from gkd_jax.objectives.objective import Objective, final_weights
 from gkd_jax.t5x_trainer.batches import T5XBatch, to_batch
 
-# Feature with the final weights of the whole batch. The step adds it before T5X splits the batch
-# into microbatches; batches of other functions do not have it.
+# Name of the feature with the final loss weights, computed over the whole batch. The training step
+# adds it before T5X splits the batch into microbatches. Evaluation batches do not have it.
 FINAL_WEIGHTS = "gkd_final_weights"
 
 
 def t5_of(module: nn.Module, *, setting: str) -> T5:
-    """Returns our T5 with the sizes, and so with the parameter tree, of T5X's network.
+    """Returns gkd_jax's T5 with the sizes of T5X's network, and so with the same parameter tree.
 
     Args:
       module: a `t5x.examples.t5.network.Transformer`.
-      setting: name of the setting that gives it, for messages.
+      setting: name of the setting that gives the module, for messages.
 
     Raises:
       ValueError: the module is another kind of network.
@@ -42,8 +42,8 @@ def t5_of(module: nn.Module, *, setting: str) -> T5:
             "@network.Transformer(): other networks of T5X have other parameters."
         )
     sizes = module.config
-    # T5X has no such settings: its decoder always starts with 0, and the minimal network does not
-    # scan its layers.
+    # Settings that are not copied. `dtype` is converted below. T5X has no settings for the others:
+    # its decoder always starts with 0, and its minimal network does not scan layers.
     ours = {"dtype", "decoder_start_id", "scan_layers", "remat_policy"}
     names = {field.name for field in dataclasses.fields(T5Config)} - ours
     same = {name: getattr(sizes, name) for name in names}
@@ -53,9 +53,9 @@ def t5_of(module: nn.Module, *, setting: str) -> T5:
 class GkdModel(models.EncoderDecoderModel):
     """T5X's encoder-decoder model with a distillation loss.
 
-    Initialisation, decoding and scoring are T5X's and use its network. The loss is that of
-    `gkd_jax.distillation.loss`, computed by our T5 from the same parameters. The teacher's
-    parameters are an argument of the loss; the model has only the teacher's network.
+    Initialisation, decoding and scoring are T5X's and use T5X's network. The loss is computed by
+    `gkd_jax.distillation.loss`, with gkd_jax's T5 and the same parameters. The model stores the
+    teacher's network only. The teacher's parameters are an argument of `loss_fn`.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class GkdModel(models.EncoderDecoderModel):
           feature_converter_cls: converter with the features of `seqio.EncDecFeatureConverter`.
 
         Raises:
-          ValueError: a network is of another kind, the output layers differ, or the objective is
-            not between a student and a teacher alone.
+          ValueError: a network is of another kind, the output layers differ, or the objective
+            does not compare with a teacher or needs a reward.
         """
         super().__init__(
             module=module,
@@ -132,8 +132,8 @@ class GkdModel(models.EncoderDecoderModel):
 
         Args:
           params: student's parameters, with respect to which the loss is differentiated.
-          batch: features. In a training step they have the final weights of the whole batch, of
-            which this may be a microbatch.
+          batch: features of a batch or a microbatch. In a training step they include
+            `FINAL_WEIGHTS`, which is computed over the whole batch.
           dropout_rng: key of the student's dropout; None disables it. The teacher has no dropout.
           teacher_params: teacher's parameters, which get no gradient.
 
@@ -162,7 +162,7 @@ class GkdModel(models.EncoderDecoderModel):
         num_tokens = jnp.sum(batch.loss_weights)
         rate = t5x.metrics.TimeRate.from_model_output
         metrics = {
-            # The losses of the microbatches sum to that of the batch, so this is a mean over steps.
+            # The sum over a step's microbatches, averaged over steps.
             "loss": t5x.metrics.AveragePerStep(total=loss),
             "loss_per_token": clu.metrics.Average(
                 total=jnp.sum(batch.loss_weights * per_token), count=num_tokens

@@ -1,4 +1,4 @@
-"""Jitted functions in the form in which T5X's trainer lowers, compiles and calls them."""
+"""Jitted functions with the interface with which T5X's trainer lowers, compiles and calls them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from gkd_jax.t5x_trainer.model import GkdModel
 class ModelWithTeacher:
     """The model with the teacher's parameters, for T5X's step and evaluation functions.
 
-    It exists only while such a function is traced: `teacher_params` are then tracers, so that they
-    become an argument of the compiled program and not a constant in it.
+    An object exists only while such a function is traced. Its `teacher_params` are tracers, so that
+    the parameters become an argument of the compiled program, not a constant in it.
     """
 
     model: GkdModel
@@ -38,9 +38,10 @@ class ModelWithTeacher:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramWithTeacher:
-    """A partitioned function `(train_state, teacher_params, batch)` that T5X calls without teacher.
+    """A partitioned function `(train_state, teacher_params, batch)`, called without the teacher.
 
-    T5X's `partitioner.compile` calls `lower` and `compile`; each returns the next stage.
+    T5X calls it as `(train_state, batch)`. T5X's `partitioner.compile` calls `lower`, which returns
+    a lowered function, and then `compile`, which returns a compiled one.
     """
 
     program: Any
@@ -61,14 +62,15 @@ class ProgramWithTeacher:
 class GkdStep:
     """One step of GKD's Algorithm 1: choose the source of the outputs, sample if needed, update.
 
-    As `ProgramWithTeacher`, it has the stages partitioned, lowered and compiled.
+    T5X lowers and compiles a step in the same way as a `ProgramWithTeacher`.
 
     Attributes:
-      is_on_policy: chooses, on the host, whether the next step uses the student's outputs.
+      is_on_policy: function that decides, on the host, whether the next step uses the student's
+        outputs.
       on_data: update on the data's outputs; None if lambda is 1.
       sample: maps `(params, step, batch)` to a batch with the student's outputs; None if lambda
         is 0.
-      on_samples: update on that batch; None if lambda is 0.
+      on_samples: update on the batch that `sample` returns; None if lambda is 0.
     """
 
     is_on_policy: Callable[[], bool]
@@ -87,7 +89,7 @@ class GkdStep:
         if self.sample is None:
             return dataclasses.replace(self, on_data=on_data)
         sample = self.sample.lower(train_state.params, train_state.step, batch)
-        # Samples may have other shapes than the data's outputs.
+        # The shapes of samples and of the data's outputs may differ.
         on_samples = self.on_samples.lower(train_state, sample.out_info)
         return GkdStep(self.is_on_policy, on_data, sample, on_samples)
 

@@ -22,7 +22,8 @@ from gkd_jax.t5x_trainer.batches import T5XBatch, from_batch, to_batch
 from gkd_jax.t5x_trainer.model import FINAL_WEIGHTS, GkdModel
 from gkd_jax.t5x_trainer.programs import GkdStep, ModelWithTeacher, ProgramWithTeacher
 
-# Separates the keys of samples from those of dropout, which T5X derives from the step's key.
+# Folded into a step's key to get the key of its samples, so that they do not share random numbers
+# with dropout, whose keys T5X derives from the step's key.
 _SAMPLE_STREAM = 0x73616D70
 
 
@@ -30,8 +31,8 @@ class GkdTrainer(t5x.trainer.Trainer):
     """T5X's trainer with a teacher and with the student's own outputs.
 
     The teacher's parameters are sharded as T5X's partitioner shards a model of that size. They are
-    an argument of each step and each training evaluation: not donated, not differentiated, without
-    optimizer state, and not saved in the run's checkpoints.
+    an argument of each step and each training evaluation. They are not donated, not differentiated
+    and not saved in the run's checkpoints, and have no optimizer state.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class GkdTrainer(t5x.trainer.Trainer):
 
         Args:
           *args: arguments of `t5x.trainer.Trainer`, whose model must be a `GkdModel`.
-          teacher_checkpoint: T5X checkpoint, native or Orbax, or another that `load_params` reads.
+          teacher_checkpoint: T5X checkpoint (native or Orbax), or another format that `load_params`
+            reads.
           output_mix: lambda, the share of steps on the student's own outputs.
-          rollout: sampling of these outputs.
-          seed: seed of the choice of outputs. The choice depends on the seed and the step alone, so
-            that it is the same on all hosts and after a restart.
+          rollout: sampling of the student's outputs.
+          seed: seed of the choice between the data's and the student's outputs. The choice
+            depends on the seed and the step alone, so that it is the same on all hosts and after a
+            restart.
           **kwargs: further arguments of `t5x.trainer.Trainer`.
 
         Raises:
@@ -77,7 +80,7 @@ class GkdTrainer(t5x.trainer.Trainer):
 
     def _restore_teacher(self, checkpoint: str) -> Params:
         teacher: T5 = self._model.teacher
-        # In the compute dtype: the teacher's parameters are never updated.
+        # The compute dtype suffices, since the teacher's parameters are never updated.
         wanted = jax.tree.map(
             lambda p, s: jax.ShapeDtypeStruct(p.shape, teacher.config.dtype, sharding=s),
             teacher.abstract_params(),
@@ -93,7 +96,7 @@ class GkdTrainer(t5x.trainer.Trainer):
     def train(
         self, batch_iter: Iterator[Any], num_steps: int, start_step: int | None = None
     ) -> Any:
-        """Trains as T5X's trainer does. Steps are counted on the host, also to choose outputs."""
+        """Trains like T5X's trainer, and counts steps on the host to choose the outputs of each."""
         if start_step is None:
             start_step = int(self.train_state.step)
         self._next_step = start_step
@@ -118,7 +121,7 @@ class GkdTrainer(t5x.trainer.Trainer):
         return self._with_teacher(t5x.trainer.eval_step, out_axis_resources=None)
 
     def _make_update(self, *, on_policy: bool) -> ProgramWithTeacher:
-        """Returns T5X's update with its microbatches, and with the weights of the whole batch."""
+        """Returns T5X's update over microbatches, with the loss weights of the whole batch."""
 
         def update(model: ModelWithTeacher, train_state: Any, batch: T5XBatch) -> Any:
             reduction = self._model.objective.reduction
@@ -163,7 +166,7 @@ class GkdTrainer(t5x.trainer.Trainer):
         )
 
     def _with_teacher(self, function: Callable[..., Any], **partition: Any) -> ProgramWithTeacher:
-        """Partitions a function of a `ModelWithTeacher`, the train state and a batch."""
+        """Partitions a function of `(model: ModelWithTeacher, train_state, batch)`."""
 
         def program(train_state: Any, teacher_params: Params, batch: T5XBatch) -> Any:
             model = ModelWithTeacher(self._model, teacher_params, self._partitioner.mesh)
