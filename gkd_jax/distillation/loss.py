@@ -33,11 +33,12 @@ def make_loss_fn(
     Returns:
       A function `(student_params, teaching_params, batch, weights, dropout_key)` that returns the
       sum of `weights` times the per-token values, and the per-token values. `teaching_params` are
-      an argument, never a constant of the program, and get no gradient. The teacher runs without
-      dropout.
+      an argument so that they are not compiled into the program as constants; they get no gradient.
+      The teacher runs without dropout.
 
     Raises:
-      ValueError: from the returned function, if the objective needs a teacher and there is none.
+      ValueError: raised by the returned function if the objective needs a teacher, but there is
+        neither a teacher nor a batch with stored distributions.
     """
 
     def loss_fn(
@@ -80,7 +81,7 @@ def _weighted_loss(
     batch: Batch,
     weights: Float[Array, "B T"],
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """Returns the weighted sum of the divergence and its per-token values."""
+    """Returns the weighted sum of the divergence, and the divergence per token."""
     if isinstance(objective, SpanObjective):
         assert isinstance(teacher, Predictions)
         assert batch.teacher_tokens is not None, "a Retokenizer adds it"
@@ -148,7 +149,7 @@ def make_returns_fn(
 
 
 def batch_weights(batch: Batch, objective: Objective) -> Float[Array, "B T"]:
-    """Returns the final weight of each token of a batch; they sum to 1, or to 0 without tokens."""
+    """Returns the final weight of each token. The sum is 1, or 0 if no token has weight."""
     return final_weights(
         batch.measured_weights, reduction=objective.reduction, segments=batch.targets_segments
     )
@@ -157,11 +158,13 @@ def batch_weights(batch: Batch, objective: Objective) -> Float[Array, "B T"]:
 def loss_metrics(
     per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
 ) -> Metrics:
-    """Computes the metrics of a step, as sums and weights, comparable over batches of any size.
+    """Computes the metrics of a step as pairs (sum, weight).
+
+    Such pairs can be added over batches of any size.
 
     Args:
-      per_token: values of the loss.
-      batch: batch that they belong to.
+      per_token: loss of each token.
+      batch: batch that the tokens belong to.
       weights: final weights as returned by `batch_weights`, before factors such as
         `Batch.importance`.
     """
@@ -178,7 +181,7 @@ def loss_metrics(
 
 
 def _packing_metrics(batch: Batch) -> Metrics:
-    """For packed rows, the number of examples and the share of positions that hold a token."""
+    """Returns, for packed rows, the number of examples and the share of positions with a token."""
     if batch.inputs_segments is None or batch.targets_segments is None:
         return {}
     masks = [batch.inputs_segments > 0, batch.targets_segments > 0]
@@ -193,8 +196,12 @@ def _packing_metrics(batch: Batch) -> Metrics:
 def mean_over_sequences(
     per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns the weighted sum of per-token values as a mean, weighted by the batch's sequences."""
+    """Returns the weighted sum of per-token values as a mean over sequences.
+
+    The mean is returned as (mean * number of sequences, number of sequences), so that it can be
+    added over batches.
+    """
     num_sequences = count_outputs(batch.measured_weights, batch.targets_segments)
-    # where, not a product: an infinite value at a masked position must not become NaN.
+    # `where` instead of a product, which would be NaN for an infinite value at a masked position.
     mean = jnp.sum(jnp.where(weights != 0, weights * per_token, 0.0))
     return mean * num_sequences, num_sequences

@@ -228,7 +228,7 @@ def reward_metrics(
     weights = is_real.astype(jnp.float32)
     metrics: Metrics = {"mean": (jnp.sum(rewards * weights), jnp.sum(weights))}
     if num_samples > 1:
-        # Either all rows of a prompt are real or none.
+        # The rows of a prompt are either all real or all filler.
         prompt_weights = weights.reshape(-1, num_samples)[:, 0]
         std = jnp.std(rewards.reshape(-1, num_samples), axis=1)
         metrics["group_std"] = (jnp.sum(std * prompt_weights), jnp.sum(prompt_weights))

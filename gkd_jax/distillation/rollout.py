@@ -27,8 +27,8 @@ class Rollout:
         Self-Generated Mistakes", arXiv 2306.13649.
       num_samples: number of outputs per prompt, N; the batch becomes N times as large.
       target_length: maximum length of an output; None for the length of the batch's `targets`.
-      chunk_size: maximum number of decoding steps between two checks for whether all outputs have
-        ended.
+      chunk_size: maximum number of decoding steps before the loop checks again whether all
+        outputs have ended.
       teacher_assistance: how the teacher takes part in sampling the outputs of training steps;
         None samples from the student alone. Evaluations always sample from the student alone.
 
@@ -93,14 +93,14 @@ def sample_outputs(
 ) -> Batch:
     """Replaces the outputs of a batch by outputs sampled from a model, without dropout.
 
-    A pure function to be jitted. Its control flow depends on the global batch, so it works with
-    sharded batches and parameters. No gradient flows through it.
+    A pure function to be jitted. All devices follow the same control flow, that of the global
+    batch, so batches and parameters may be sharded. No gradient flows through the outputs.
 
     Args:
       model: model to sample from.
-      params: its parameters.
-      batch: only its prompts, ids and target length are used.
-      key: must differ in every step, e.g. folded with the step number.
+      params: parameters of the model.
+      batch: batch of which only the prompts, ids and target length are used.
+      key: random key that must differ in every step, e.g. folded with the step number.
       rollout: settings for sampling.
       eos_ids: ids that end an output; may be empty.
       pad_id: fills `targets` after the end.
@@ -111,7 +111,7 @@ def sample_outputs(
       filler rows. Fields of a prompt are repeated for each of its samples.
 
     Raises:
-      ValueError: rows are packed; or as `gkd_jax.sampling.decode.decode`.
+      ValueError: rows are packed, or a condition of `gkd_jax.sampling.decode.decode` is violated.
     """
     if batch.inputs_segments is not None:
         raise ValueError(
@@ -141,7 +141,7 @@ def sample_outputs(
 
 
 def _repeat_prompts(batch: Batch, num_samples: int) -> Batch:
-    """Repeats each row for its samples, and drops the fields that belong to the former outputs."""
+    """Repeats each row for its samples, and removes the fields that describe the old outputs."""
     prompts = dataclasses.replace(
         batch, advantages=None, importance=None, stored_teacher=None, teacher_tokens=None
     )
@@ -157,10 +157,11 @@ def mix_outputs(
       batch: the data's outputs.
       sampled: one sample for each prompt of `batch`, of the same length.
       fraction: probability of taking the sample; the paper's lambda.
-      key: must differ in every step; an example's coin depends on it and its `example_id`.
+      key: random key that must differ in every step. The coin of an example depends on this key and
+        on the example's `example_id`.
     """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.example_id)
-    # In (0, 1], so that a fraction of 0 takes no sample and a fraction of 1 takes all.
+    # Coins are in (0, 1]. A fraction of 0 therefore takes no sample, and a fraction of 1 takes all.
     coins = 1.0 - jax.vmap(jax.random.uniform)(keys)
     is_sampled = (coins <= fraction)[:, None]
     return dataclasses.replace(
@@ -171,7 +172,7 @@ def mix_outputs(
 
 
 def rollout_metrics(batch: Batch, *, eos_ids: tuple[int, ...]) -> Metrics:
-    """Computes metrics of outputs, sampled or not, for curves and alarms. Can be jitted.
+    """Computes metrics of outputs, whether sampled or taken from the data. Can be jitted.
 
     * `output_length`: mean number of tokens, the end-of-sequence token included.
     * `truncated_share`: share of outputs that do not finish with an end-of-sequence token.
@@ -184,7 +185,7 @@ def rollout_metrics(batch: Batch, *, eos_ids: tuple[int, ...]) -> Metrics:
       eos_ids: ids that end an output; if empty, all outputs count as truncated.
 
     Returns:
-      Metric name to (sum, weight) over real rows.
+      A dictionary from metric names to (sum, weight) over real rows.
     """
     is_real = (batch.example_id >= 0).astype(jnp.float32)
     mask = batch.loss_weights > 0
@@ -209,7 +210,7 @@ def _repetition(batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
     num_grams = batch.targets.shape[1] - REPETITION_GRAM + 1
     if num_grams < 1:
         return jnp.zeros(()), jnp.zeros(())
-    # A 4-gram counts if its last token does. The others are sorted to the end.
+    # A 4-gram counts if its last token belongs to the output. The others are sorted to the end.
     is_output = (batch.loss_weights > 0) & (batch.example_id >= 0)[:, None]
     outside = (~is_output[:, REPETITION_GRAM - 1 :]).astype(jnp.int32)
     grams = [batch.targets[:, i : i + num_grams] for i in range(REPETITION_GRAM)]

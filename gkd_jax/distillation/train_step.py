@@ -1,7 +1,7 @@
 """One training step: loss, gradient, update. Pure functions, jitted by the training loop.
 
 The step does not depend on where the batch's targets came from, so supervised distillation,
-on-policy distillation and plain fine-tuning are the same function. The loss itself is in `loss`.
+on-policy distillation and plain fine-tuning share one function. The loss itself is in `loss`.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def split_microbatches(tree: Any, num_microbatches: int) -> Any:
 
 
 def _step_metrics(objective: Objective, per_token: Array, batch: Batch, weights: Array) -> Metrics:
-    """Adds the divergence alone to the metrics, if the objective has other terms as well."""
+    """Computes the metrics; adds the divergence alone if the objective has other terms as well."""
     metrics = loss_metrics(per_token, batch, weights)
     divergence = divergence_alone(objective.divergence, per_token)
     if divergence is not None:
@@ -62,7 +62,7 @@ def make_gradient_fn(
     *,
     num_microbatches: int,
 ) -> Callable[..., tuple[Params, Metrics]]:
-    """Builds the function that computes gradient and metrics of one batch.
+    """Builds the function that computes the gradient and the metrics of one batch.
 
     Args:
       student: model that is trained.
@@ -73,8 +73,9 @@ def make_gradient_fn(
 
     Returns:
       A function `(params, teaching_params, batch, weights, key, frozen)` that returns the gradient
-      with respect to `params`, and metrics. `params` are the student's trained parameters and
-      `frozen`, None by default, the others; `weights` are the final weights of the whole batch.
+      with respect to `params`, and metrics. `params` are the student's trained parameters. `frozen`
+      are its other parameters; the default is None. `weights` are the final weights of the whole
+      batch.
     """
     loss_fn = make_loss_fn(student, teacher, objective)
 
@@ -114,7 +115,7 @@ def _accumulate(
     *,
     num_microbatches: int,
 ) -> tuple[Params, Float[Array, "B T"]]:
-    """Sums the gradients of all microbatches; returns them and the per-token values of all rows."""
+    """Returns the sum of the microbatches' gradients, and the per-token values of all rows."""
 
     def accumulate(carry: Params, microbatch: Any) -> tuple[Params, Array]:
         (_, per_token), grads = of_microbatch(*microbatch)
@@ -143,7 +144,7 @@ def make_train_step(
 
     Loss and gradient do not depend on `num_microbatches`: the weight of every token is computed
     over the whole batch first, and the microbatches' gradients are summed in float32. Dropout masks
-    do depend on it.
+    do depend on `num_microbatches`.
 
     Args:
       student: model that is trained.
@@ -152,17 +153,19 @@ def make_train_step(
       objective: divergence, temperatures and reduction.
       optimizer: computes the update from the gradient.
       num_microbatches: number of parts that the batch is split into.
-      sources: sources of the teacher's parameters. By default they are the `teacher_params` given
-        to the step. If one source is an `Average`, the state's average follows each update.
+      sources: sources of the teacher's parameters. By default, all parameters are the
+        `teacher_params` given to the step. If one source is an `Average`, the step also updates the
+        average in the state.
       skips_non_finite: whether a step with a NaN or infinite loss or gradient leaves the state
         unchanged and counts in no metric except 'target_tokens'.
 
     Returns:
       A function `(state, teacher_params, batch, key, frozen)` that returns the new state and
-      metrics. `teacher_params` are the restored parameters of the teacher, from which `sources`
-      are resolved. `key` must differ in every step. `frozen`, None by default, are the student's
-      parameters that are not trained; they are not differentiated and not part of the state. The
-      metric 'non_finite' is 1 if loss or gradient are NaN or infinite, else 0.
+      metrics. `teacher_params` are the restored parameters of the teacher, as an argument of
+      `parameter_sources.resolve`. `key` must differ in every step. `frozen` are the student's
+      parameters that are not trained; the default is None. They are not differentiated and not part
+      of the state. The metric 'non_finite' is 1 if the loss or the gradient is NaN or infinite,
+      else 0.
     """
     gradients = make_gradient_fn(student, teacher, objective, num_microbatches=num_microbatches)
     average_decay = parameter_sources.average_decay(sources)
@@ -207,7 +210,11 @@ def _updated(
 def _unless_finite(
     is_finite: Bool[Array, ""], state: TrainState, new_state: TrainState, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
-    """Returns the new state and metrics; if not finite, the old state and metrics of weight 0."""
+    """Returns the new state and metrics.
+
+    If `is_finite` is False, returns the old state, and metrics of which all but 'target_tokens'
+    have weight 0.
+    """
     kept: TrainState = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old), new_state, state
     )
@@ -221,7 +228,11 @@ def _unless_finite(
 def make_eval_step(
     student: LanguageModel, teacher: LanguageModel | None, objective: Objective
 ) -> Callable[[Params, Params | None, Batch], Metrics]:
-    """Builds `(student_params, teaching_params, batch)` -> metrics of the loss, without dropout."""
+    """Builds the evaluation step, which computes the loss without dropout.
+
+    Returns:
+      A function `(student_params, teaching_params, batch)` that returns metrics.
+    """
     loss_fn = make_loss_fn(student, teacher, objective)
 
     def eval_step(student_params: Params, teaching_params: Params | None, batch: Batch) -> Metrics:

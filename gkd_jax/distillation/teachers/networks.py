@@ -19,12 +19,13 @@ class AbstractTeacher(abc.ABC):
     """Interface of all teachers.
 
     A teacher runs without dropout and gets no gradient. Subclasses are frozen dataclasses that
-    define `describe`, `model_for` and, if its parameters are not restored networks, `sources`.
+    define `describe` and `model_for`. If their parameters are not those of restored networks, they
+    also define `parameter_sources`.
     """
 
     @abc.abstractmethod
     def describe(self, start: str) -> str:
-        """Describes where the teacher's parameters come from, for plans, logs and saved files.
+        """Returns where the teacher's parameters come from, as text for plans, logs and files.
 
         Args:
           start: description of the student's initial parameters.
@@ -32,7 +33,7 @@ class AbstractTeacher(abc.ABC):
 
     @property
     def networks(self) -> tuple["Teacher", ...]:
-        """Networks that are restored from a checkpoint of their own; empty for self-teachers."""
+        """Networks that have their own checkpoints to be restored from; empty for self-teachers."""
         return ()
 
     @property
@@ -44,8 +45,8 @@ class AbstractTeacher(abc.ABC):
     def model_for(self, student: LanguageModel) -> LanguageModel | None:
         """Returns the model that computes the teacher's logits.
 
-        The model is restricted to the vocabulary entries that it shares with `student`. None if
-        the teacher's distributions are precomputed.
+        The model is restricted to the vocabulary entries that it shares with `student`. Returns
+        None if the teacher's distributions are precomputed.
         """
 
     def parameter_sources(self, student: LanguageModel) -> Sources:
@@ -65,16 +66,17 @@ class AbstractTeacher(abc.ABC):
     ) -> Params | None:
         """Restores the parameters of those sources that have to be loaded before training.
 
-        The functions may return other trees than arrays, such as shapes or shardings.
+        `network` and `initial_student` may return trees of shapes or shardings instead of arrays.
 
         Args:
           student: the model that is trained.
-          network: loads the parameters of one network.
-          initial_student: loads the parameters that the student starts with.
+          network: function that loads the parameters of one network.
+          initial_student: function that loads the parameters that the student starts with.
 
         Returns:
-          The `teacher_params` of `parameter_sources`: a tree for a single source, otherwise a tuple
-          with one tree per source; None for the sources that are not restored.
+          The `teacher_params` described in `parameter_sources`: a tree for a single source,
+          otherwise a tuple with one tree per source. Sources that are not restored have None in
+          place of a tree.
         """
         trees = []
         for source in self.parameter_sources(student):
@@ -85,7 +87,7 @@ class AbstractTeacher(abc.ABC):
         return parameter_sources.join_sources(trees)
 
     def restore_networks(self, network: Callable[["Teacher"], Params]) -> Params:
-        """Loads `networks` and returns their parameters as the teacher's model takes them."""
+        """Loads the parameters of `networks`, in the structure that the teacher's model takes."""
         return tuple(network(teacher) for teacher in self.networks)
 
     @property
@@ -95,7 +97,7 @@ class AbstractTeacher(abc.ABC):
 
     @property
     def num_sources(self) -> int | None:
-        """Number of sources of the data's mixture, if a row's source selects its teacher."""
+        """Number of sources of the data, if the source of a row selects its teacher; else None."""
         return None
 
     def store_for(self, data: str) -> str | None:
@@ -115,14 +117,14 @@ class Teacher(AbstractTeacher):
     It is restored in its compute dtype, has no optimizer state and is never saved.
 
     Attributes:
-      model: the teacher's model. If its output layer is padded to another size than the
-        student's, the two are compared over the entries that both have.
+      model: the teacher's model. If its output layer is padded to another size than the student's
+        output layer, the two models are compared over the entries that both have.
       checkpoint: a checkpoint of gkd_jax (a run's directory or one step of it) or of T5X.
-      vocabulary: the teacher's own vocabulary, which is compared with the student's, entry by
-        entry. None assumes that the two are the same if the output layers have the same size and
-        the checkpoint does not record its vocabulary.
-      weights: 'int8' keeps the weights of matrix products in int8 (`models.quantised`), half the
-        memory of bfloat16; None keeps all weights in the compute dtype.
+      vocabulary: the teacher's vocabulary, which is checked against the student's, entry by entry.
+        If it is None and the checkpoint records no vocabulary, the two vocabularies are assumed to
+        be the same, provided that the output layers have the same size.
+      weights: 'int8' keeps the weights of matrix products in int8 (`models.quantised`), which takes
+        half the memory of bfloat16. None keeps all weights in the compute dtype.
 
     Raises:
       ValueError: `weights` is neither None nor 'int8'.
@@ -142,7 +144,7 @@ class Teacher(AbstractTeacher):
 
     @property
     def network(self) -> LanguageModel:
-        """The model that runs: `model`, quantized if `weights` says so."""
+        """The model that computes the logits: `model`, quantized if `weights` is 'int8'."""
         return self.model if self.weights is None else Int8(self.model)
 
     @property
@@ -166,7 +168,7 @@ class Teacher(AbstractTeacher):
 
 @dataclasses.dataclass(frozen=True)
 class CrossTokenizerTeacher(AbstractTeacher):
-    """One frozen network with another tokenizer: it reads the same text in its own tokens.
+    """One frozen network with another tokenizer. It reads the same text in its own tokens.
 
     The divergence compares spans of equal text (`objectives.spans`).
 
@@ -175,7 +177,8 @@ class CrossTokenizerTeacher(AbstractTeacher):
       inputs_length: longest prompt, in the teacher's tokens; None for the student's limit.
       targets_length: longest output, in the teacher's tokens; None for the student's limit. Spans
         beyond it do not enter the loss.
-      inputs_eos: whether prompts end with the end-of-sequence token; None to do as the student.
+      inputs_eos: whether prompts end with the end-of-sequence token; None uses the student's
+        setting.
       inputs_bos: whether prompts begin with the beginning-of-sequence token.
 
     Raises:
@@ -229,7 +232,7 @@ class CrossTokenizerTeacher(AbstractTeacher):
 
 
 class _Ensemble(AbstractTeacher):
-    """Several networks, all in memory, compared over the vocabulary entries that all have."""
+    """Several networks, all in memory, restricted to the vocabulary entries that all have."""
 
     teachers: tuple[Teacher, ...]
 
@@ -259,12 +262,12 @@ class TeacherMixture(_Ensemble):
     applied to the mixture. All networks are in memory at once.
 
     Attributes:
-      teachers: the networks, over one vocabulary.
+      teachers: the networks, which have the same vocabulary.
       weights: w_i, positive; they are normalized to sum to 1. None gives equal weights.
 
     Raises:
-      ValueError: `teachers` is empty or holds anything but a `Teacher`, or `weights` are not as
-        many positive numbers.
+      ValueError: `teachers` is empty or holds anything but a `Teacher`, or `weights` does not hold
+        one positive number per teacher.
     """
 
     teachers: tuple[Teacher, ...]
@@ -306,10 +309,10 @@ class RoutedTeachers(_Ensemble):
     """Several frozen networks, each of which teaches some sources of the data's mixture.
 
     Training and evaluation data must be a `data.mixtures.Mixture`. All networks are in memory, and
-    all of them run on every batch, since its rows may come from any source.
+    all of them run on every batch, since the rows of a batch may come from any source.
 
     Attributes:
-      teachers: the networks, over one vocabulary.
+      teachers: the networks, which have the same vocabulary.
       routes: index into `teachers` for each source of the mixture, in order. None routes source i
         to teacher i.
 
@@ -353,7 +356,7 @@ class RoutedTeachers(_Ensemble):
 
 
 def _checked_teachers(owner: type, teachers: Iterable[object]) -> tuple[Teacher, ...]:
-    """Returns the networks as a tuple, since a list, as gin passes it, is not hashable."""
+    """Checks the networks and returns them as a tuple: the list that gin passes is not hashable."""
     checked = []
     for teacher in teachers:
         if not isinstance(teacher, Teacher):

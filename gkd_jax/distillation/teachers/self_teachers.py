@@ -17,17 +17,18 @@ class SelfTeacher(AbstractTeacher):
 
 @dataclasses.dataclass(frozen=True)
 class InitialStudent(SelfTeacher):
-    """The frozen student as it was before training, in its compute dtype.
+    """The student as it was before training, frozen and in its compute dtype.
 
-    Its parameters are loaded again at every start: restored from `Student.initial_checkpoint`, or
-    initialized from the run's seed if there is none. They are not saved, so the checkpoint must not
-    change; if it belongs to a run that is still training, name one of its `checkpoint_<step>`
-    folders. For a student with adapters (`LoRA`) the teacher is the base without adapters and uses
-    the student's arrays, so that no second copy is kept.
+    Its parameters are loaded again at every start of the run: restored from
+    `Student.initial_checkpoint`, or initialized from the run's seed if there is none. They are not
+    saved, so the checkpoint must not change. If the checkpoint belongs to a run that is still
+    training, name one of that run's `checkpoint_<step>` folders. For a student with adapters
+    (`LoRA`) the teacher is the base without adapters and uses the student's arrays, so that no
+    second copy is kept.
 
-    At equal temperatures and without dropout the gradient of the first step is 0. This teacher
-    keeps the student near its starting point when combined with another loss or used at another
-    temperature.
+    If both temperatures are equal and there is no dropout, the gradient of the first step is 0.
+    Combined with another loss, or at a different teacher temperature, this teacher keeps the
+    student near its starting point.
     """
 
     def describe(self, start: str) -> str:
@@ -46,8 +47,8 @@ class AverageStudent(SelfTeacher):
 
     a_n = decay * a_(n-1) + (1 - decay) * theta_n, with a_0 = theta_0.
 
-    The average is updated after every step and is part of the training state and its checkpoints:
-    float32, as large as the student's trained parameters.
+    The average is updated after every step. It is part of the training state and of its
+    checkpoints, in float32, and as large as the student's trained parameters.
 
     Attributes:
       decay: decay per update, above 0 and below 1; the average covers about the last
@@ -87,9 +88,9 @@ class AverageStudent(SelfTeacher):
 class LiveStudent(SelfTeacher):
     """The student itself at every step, without dropout and without gradient.
 
-    If teacher and student read the same prompt in the same way, their divergence has no gradient.
-    It has one if the two differ: by the student's dropout, or by a teacher temperature below the
-    student's, which sharpens the student's own distributions.
+    The divergence has a gradient only if the distributions of teacher and student differ. They
+    differ if the teacher reads another prompt, if the student has dropout, or if the teacher
+    temperature is below the student's, which sharpens the student's own distributions.
     """
 
     def describe(self, start: str) -> str:

@@ -11,8 +11,8 @@ from gkd_jax.models.base import LanguageModel
 class StoredTeacher(AbstractTeacher):
     """Distributions of a teacher over the data's targets, written by `--run_mode=store_teacher`.
 
-    No network is loaded or run. The store only covers the targets of the data, so the student must
-    be trained on those alone: `OutputMix.student_data_fraction` has to be 0.
+    No network is loaded or run. The distributions cover only the targets of the data, so the
+    student must be trained on these targets alone: `OutputMix.student_data_fraction` has to be 0.
 
     Attributes:
       path: folder with the distributions for the training data.
