@@ -56,7 +56,7 @@ def chunk_positions(vocab_size: int, num_positions: int, *, platform: str) -> in
 
 
 def group_positions(vocab_size: int, chunk: int, *, platform: str) -> int:
-    """Returns the number of positions in a group, whose divergences are computed at a time.
+    """Returns the number of positions in a group, the part of a chunk that is computed at a time.
 
     On a CPU a group has at least two positions, because XLA is slower on a vector of logits (one
     position) than on a matrix. On other platforms the whole chunk is one group.

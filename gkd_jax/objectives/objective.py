@@ -154,7 +154,7 @@ def final_weights(
 
     Call it on the whole batch, before the batch is split into microbatches. The weighted sums of
     the microbatches then add up to the loss and gradient of the batch. If outputs are sampled, call
-    it after the rollout, on the batch of samples.
+    it after the rollout, with the weights of the outputs that are trained on.
 
     Args:
       loss_weights: weight of each token in the loss, not negative, 0 at tokens that do not count;

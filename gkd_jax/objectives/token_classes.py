@@ -41,8 +41,8 @@ class Classes:
     def sums(self, log_probs: Float[Array, "*n V"]) -> Float[Array, "*n E1"]:
         """Returns the log of each class's probability; -inf for a class without tokens.
 
-        Most classes have one token, whose log-probability is gathered. Only the further tokens of
-        other classes are summed.
+        Most classes have one token, whose log-probability is gathered. A sum is computed only for
+        classes with several tokens.
         """
         firsts, others, classes = self._tokens
         first_log_probs = log_probs[..., np.maximum(firsts, 0)]
