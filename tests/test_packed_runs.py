@@ -39,6 +39,7 @@ def distillation(folder, teacher, **changes):
     return small_runs.gkd(folder, teacher, **settings | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.pitfall(43)
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(tiny_teacher, tmp_path, monkeypatch):
     """Bit for bit, with dropout and microbatches; batches have different numbers of examples."""

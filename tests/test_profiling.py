@@ -99,6 +99,7 @@ train.train(
 """
 
 
+@pytest.mark.slow
 def test_a_trace_of_chosen_steps(tmp_path, tiny_teacher, monkeypatch):
     # In a process of its own: one that has compiled for a TPU without having it cannot trace.
     monkeypatch.setenv("PYTHONPATH", str(processes.ROOT / "tests"))

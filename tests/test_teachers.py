@@ -74,6 +74,7 @@ def probabilities(model, params, batch, temperature: float = 1.0) -> np.ndarray:
     return probs / probs.sum(-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_a_mixtures_divergence_is_that_of_the_mixed_distributions():
     """In the plain form, and in chunks as training has it; and it gets no gradient."""
     student, batch = small_runs.model(), random_batch()
@@ -293,6 +294,7 @@ def state():
     return dataclasses.replace(made, average=params_of(model, 1))
 
 
+@pytest.mark.slow
 def test_the_live_student_teaches_what_dropout_changes(state):
     """Without it nothing: the gradient of equal distributions is exactly 0."""
     batch, key = random_batch(), jax.random.key(7)

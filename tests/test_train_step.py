@@ -114,7 +114,9 @@ def test_microbatches_do_not_change_loss_or_gradient(name, num_microbatches):
     )
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow][: name != "adamw"]) for name in OPTIMIZERS]
+)
 @pytest.mark.parametrize("num_microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(name, num_microbatches):
     optimizer = OPTIMIZERS[name]
