@@ -147,9 +147,9 @@ def write_hf_checkpoint(
       model: model that the parameters belong to.
       params: parameters, fetched from the devices one at a time.
       dtype: dtype of the written weights, 'float32' or 'bfloat16'.
-      config: contents of config.json of the checkpoint that the model was loaded from. All fields
-        of the language model are kept, except for the dtype. If `config` is None, only the fields
-        that follow from the model are written.
+      config: contents of config.json of the checkpoint that the model was loaded from. The fields
+        are kept unchanged except for the dtype; of a model with images, only those of its text part
+        are kept. If `config` is None, only the fields that follow from the model are written.
       shard_bytes: maximum size of a weight file in bytes.
 
     Returns:

@@ -70,9 +70,9 @@ def seqio_task(
 ) -> Task:
     """Converts a seqio task or mixture into a task, with its splits, tokens and metrics.
 
-    The metrics are those of the seqio task that take (targets, predictions); the task's
-    postprocessing is applied first. A mixture has metrics only if all of its tasks have the same
-    metrics and postprocessing.
+    Of the seqio task's metrics, those with the signature (targets, predictions) are kept. The
+    task's postprocessing is applied before them. A mixture has metrics only if all of its tasks
+    have the same metrics and postprocessing.
 
     Args:
       name: name in seqio's registry.
@@ -123,7 +123,8 @@ def seqio_vocabulary(
     Args:
       name: name of a seqio task or mixture.
       module: module to import first, which registers the task.
-      feature: 'targets', or 'inputs' if their vocabularies differ.
+      feature: feature whose vocabulary is returned, 'targets' or 'inputs'. The choice matters
+      only if their vocabularies differ.
 
     Returns:
       A vocabulary with the same ids. SentencePiece and byte vocabularies do not need TensorFlow.
@@ -263,8 +264,8 @@ class SeqioSource:
     def _dataset(self, provider: Any) -> Any:
         import tensorflow as tf
 
-        # Seeds TensorFlow operations that have no seed of their own. They occur in sources that are
-        # functions, which often take no seed.
+        # Sets TensorFlow's global seed for operations without a seed of their own. The function
+        # of a `FunctionDataSource` often takes no seed and contains such operations.
         tf.random.set_seed(self.seed)
         arguments: dict[str, Any] = {
             "sequence_length": None if self.feature_lengths is None else dict(self.feature_lengths),

@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeAlias
 from gkd_jax.data.text_files import blocks
 
 Piece: TypeAlias = bytes | str | None
-"""The text of a token id: its bytes, or the name of a token without text, or None for an unused id.
-The concatenated bytes of several tokens are the text that these tokens decode to, except for a
-space at the start. Vocabularies that know their pieces have an attribute `pieces`, with one piece
-for each id in order."""
+"""The piece of a token id: `bytes` if the token stands for text, `str` (the token's name) if it
+does not, None if the id has neither. The concatenated bytes of a sequence of tokens are its
+decoded text, except that decoding may drop a leading space. Vocabularies that know their pieces
+have an attribute `pieces`, with one piece for each id in order."""
 
 
 class Vocabulary(Protocol):
@@ -35,7 +35,7 @@ class Vocabulary(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """Padding token. May be an end-of-sequence token: no mask is inferred from padding."""
+        """Padding token. It may be an end-of-sequence token: no mask is inferred from padding."""
         ...
 
     @property
@@ -123,7 +123,7 @@ def check_same_vocabulary(
 
 @dataclasses.dataclass(frozen=True)
 class ByteVocabulary:
-    """UTF-8 bytes with the ids of ByT5: padding 0, end of sequence 1, unknown 2, byte b 3 + b."""
+    """UTF-8 bytes with ByT5's ids: 0 padding, 1 end of sequence, 2 unknown, b + 3 for byte b."""
 
     _OFFSET = 3
 
@@ -253,8 +253,8 @@ class SentencePieceVocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         tokens = up_to_eos(ids, self.eos_ids)
         # Ids beyond the size belong to a padded output layer; SentencePiece raises an error for
-        # them. Only the model's own padding token is skipped: a substitute for it is a token with
-        # a meaning of its own.
+        # them. Only a padding token that the model defines is skipped. If `pad_id` falls back to
+        # another id, that id is an ordinary token and is decoded.
         padding = self._processor.pad_id()
         return self._processor.decode(
             [token for token in tokens if 0 <= token < self.size and token != padding]
@@ -291,7 +291,8 @@ def _load_sentencepiece(path: str, extra_ids: int) -> Any:
     model = b"".join(blocks(path, setting=setting))
     sentencepiece = import_sentencepiece()
     try:
-        # SentencePiece raises no error for an empty model, as if one were to be loaded later.
+        # SentencePiece accepts an empty model without an error (as if its model were to be loaded
+        # later), so it is checked for here.
         if not model:
             raise ValueError("the file is empty")
         processor = sentencepiece.SentencePieceProcessor()

@@ -165,7 +165,7 @@ def loss_metrics(
     Args:
       per_token: loss of each token.
       batch: batch that the tokens belong to.
-      weights: final weights as returned by `batch_weights`, before factors such as
+      weights: final weights as returned by `batch_weights`, not multiplied by factors such as
         `Batch.importance`.
     """
     measured = batch.measured_weights
@@ -196,10 +196,11 @@ def _packing_metrics(batch: Batch) -> Metrics:
 def mean_over_sequences(
     per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns the weighted sum of per-token values as a mean over sequences.
+    """Returns the mean over sequences of per-token values, as a metric that adds over batches.
 
-    The mean is returned as (mean * number of sequences, number of sequences), so that it can be
-    added over batches.
+    The final weights of a batch make the weighted sum of its per-token values a mean. The metric
+    is the pair (mean * number of sequences, number of sequences): pairs of several batches are
+    added, and divided when they are written.
     """
     num_sequences = count_outputs(batch.measured_weights, batch.targets_segments)
     # `where` instead of a product, which would be NaN for an infinite value at a masked position.

@@ -101,7 +101,7 @@ def decoder_from_hf(family: Family, config: HFConfig) -> DecoderConfig:
 
 
 def decoder_to_hf(family: Family, config: DecoderConfig) -> dict[str, Any]:
-    """Returns the `config.json` of a decoder-only model, as a model of the given family."""
+    """Returns the contents of a `config.json` that describes `config` as a model of `family`."""
     described: dict[str, Any] = {
         "architectures": [family.class_name],
         "model_type": family.model_type,
@@ -289,8 +289,9 @@ def t5_from_hf(config: HFConfig) -> T5Config:
         head_dim=config["d_kv"],
         mlp_dim=config["d_ff"],
         mlp_activations=_choose(config, "feed_forward_proj", _T5_PROJECTIONS, "relu"),
-        # transformers 5 sets tie_word_embeddings to True in every T5. Its scale_decoder_outputs is
-        # False if the output layer is separate, as in T5 1.1.
+        # transformers 5 writes tie_word_embeddings = True for every T5, so that field cannot be
+        # relied on. It also writes scale_decoder_outputs, which is False if the output layer is
+        # separate (T5 1.1), so that field is read first.
         logits_via_embedding=bool(
             config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
         ),

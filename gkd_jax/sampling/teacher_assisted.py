@@ -56,8 +56,10 @@ class Corrected:
     This is interleaved sampling as in "Speculative Knowledge Distillation: Bridging the
     Teacher-Student Gap Through Interleaved Sampling" (arXiv 2410.11325). A token that is not among
     the teacher's `top_k` most likely tokens is replaced by a token sampled from the teacher.
-    Sampling at temperature 1 is exactly equivalent to this procedure. Another temperature, top-k or
-    top-p of the sampling method applies to the distribution that results from the replacement.
+    The combined model has the distribution of a token after this replacement, so sampling from it
+    at temperature 1, without a cut, is exactly this procedure. The temperature, top-k and top-p
+    of the sampling method, if set, apply to that distribution; they are independent of the
+    attribute `top_k`.
 
     Attributes:
       top_k: number of the teacher's most likely tokens that are not replaced; the paper uses 25.
@@ -76,7 +78,8 @@ class Corrected:
             )
 
     def combine(self, student: LanguageModel, teacher: LanguageModel) -> CorrectedModel:
-        """Returns the model whose distribution includes the replacement; see `CorrectedModel`."""
+        """Returns a model of the distribution of a token after the replacement; see
+        `CorrectedModel`."""
         return CorrectedModel((student, teacher), top_k=self.top_k)
 
 

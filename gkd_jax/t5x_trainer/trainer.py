@@ -1,4 +1,4 @@
-"""T5X's trainer with a teacher and with the student's own outputs."""
+"""T5X's trainer, extended by a teacher and by training on the student's own outputs."""
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -28,7 +28,7 @@ _SAMPLE_STREAM = 0x73616D70
 
 
 class GkdTrainer(t5x.trainer.Trainer):
-    """T5X's trainer with a teacher and with the student's own outputs.
+    """T5X's trainer, extended by a teacher and by training on the student's own outputs.
 
     The teacher's parameters are sharded as T5X's partitioner shards a model of that size. They are
     an argument of each step and each training evaluation. They are not donated, not differentiated
@@ -96,7 +96,8 @@ class GkdTrainer(t5x.trainer.Trainer):
     def train(
         self, batch_iter: Iterator[Any], num_steps: int, start_step: int | None = None
     ) -> Any:
-        """Trains like T5X's trainer, and counts steps on the host to choose the outputs of each."""
+        """Trains like T5X's trainer. Counts steps on the host, since the step number decides
+        whether a step uses the data's or the student's outputs."""
         if start_step is None:
             start_step = int(self.train_state.step)
         self._next_step = start_step
@@ -121,7 +122,8 @@ class GkdTrainer(t5x.trainer.Trainer):
         return self._with_teacher(t5x.trainer.eval_step, out_axis_resources=None)
 
     def _make_update(self, *, on_policy: bool) -> ProgramWithTeacher:
-        """Returns T5X's update over microbatches, with the loss weights of the whole batch."""
+        """Returns T5X's update over microbatches. Loss weights are normalized over the whole
+        batch, before it is split."""
 
         def update(model: ModelWithTeacher, train_state: Any, batch: T5XBatch) -> Any:
             reduction = self._model.objective.reduction

@@ -39,7 +39,8 @@ class StepFunctions:
     """Jitted functions that build and update the training state.
 
     Attributes:
-      init: builds the state from the trained parameters, whose buffers are donated.
+      init: builds the state from the trainable (not frozen) parameters, whose buffers are
+        donated.
       step: makes a training step; the buffers of the old state are donated.
       abstract_state: shapes, dtypes and shardings of the state.
     """
@@ -49,7 +50,8 @@ class StepFunctions:
     abstract_state: TrainState
 
 
-# Runs with equal settings, such as the cells of a study, share the compiled functions.
+# Cached: runs whose arguments here are equal, such as many runs of one study, share the compiled
+# functions.
 @functools.cache
 def jit_step_functions(
     student: LanguageModel,
@@ -144,7 +146,7 @@ class Trainer:
         self.teacher_params = parameters.load_teacher(experiment) if self._sources else None
         vocabulary = dataset.config.vocabulary
         functions = step_functions_of(experiment, measured_objective(experiment, vocabulary))
-        # These are the same functions if no reward is added to the divergence.
+        # Without a reward in the objective, the cache returns `functions` again here.
         on_policy = step_functions_of(experiment, on_policy_objective(experiment))
         self.on_policy_step_fn = on_policy.step
         self._scorer = make_scorer(experiment, dataset)
