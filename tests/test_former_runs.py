@@ -150,6 +150,56 @@ def test_flags_of_before_the_rooms_still_work(binding, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    "bindings",
+    [
+        ["STORE_SUPPORT = @supports.Draws()"],
+        # As saved configurations write the defaults of what a macro names.
+        ["STORE_SUPPORT/supports.TopK.k = 8"],
+        ["STORE_SUPPORT = @STORE_SUPPORT/supports.TopK()", "STORE_SUPPORT/supports.TopK.k = 8"],
+    ],
+)
+def test_former_names_of_a_store_still_work(bindings, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = ["MODEL_DIR = 'none'", "INITIAL_CHECKPOINT_PATH = None", "STORE_PATH = 'none'"]
+    config = configuration.parse(
+        roots=(Experiment,),
+        gin_files=["gin_configs/arithmetic.gin", "gin_configs/store_teacher.gin"],
+        bindings=[*given, *bindings],
+    )
+    wanted = "Draws" if "Draws" in bindings[0] else "TopK.k = 8"
+    assert f"stored_distributions.{wanted}" in config.text
+
+
+def test_dotted_imports_of_former_modules(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "mine.gin"
+    path.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "import gkd_jax.experiment\nimport gkd_jax.teachers\nimport gkd_jax.models.config\n"
+        "include 'gin_configs/arithmetic.gin'\n"
+        "MODEL_DIR = 'none'\nINITIAL_CHECKPOINT_PATH = None\n"
+        "student/gkd_jax.models.config.T5Config.emb_dim = 32\n"
+        "gkd_jax.experiment.Experiment.teacher = @gkd_jax.teachers.LiveStudent()\n"
+    )
+    text = configuration.parse(roots=(Experiment,), gin_files=[str(path)]).text
+    assert "emb_dim = 32" in text
+    assert "teachers.LiveStudent()" in text
+
+
+def test_a_former_gin_file_is_found_on_a_search_path(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    configuration.parse(
+        roots=(Experiment,),
+        gin_files=["arithmetic.gin", "methods/self_distillation.gin"],
+        bindings=[
+            *("MODEL_DIR = 'none'", "INITIAL_CHECKPOINT_PATH = None"),
+            "TEACHER_CHECKPOINT_PATH = 'none'",
+        ],
+        search_paths=["gin_configs"],
+    )
+
+
 def test_a_former_name_in_a_flag_is_told(monkeypatch, caplog):
     monkeypatch.chdir(ROOT)
     names.warn_once.cache_clear()

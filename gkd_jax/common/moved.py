@@ -152,7 +152,9 @@ _GIN_ALIASES = {
     "other_divergences": "objectives.other_divergences",
     "pipeline": "data.pipeline",
     "policies": "sampling.teacher_assisted",
+    "supports": "distillation.stored_distributions",
     "t5": "models.t5",
+    "text_metrics": "data.metrics.text_metrics",
 }
 
 

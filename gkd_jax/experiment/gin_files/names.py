@@ -76,9 +76,13 @@ class Namespace:
         if name in self.modules:
             return self.modules[name]
         module = moved.gin_alias(name)
-        if module is not None and module.split(".")[1] in self.modules:
-            warn_once(f"'{name}.' is now '{module.split('.')[1]}.' in gin files.")
-            return importlib.import_module(module)
+        if module is not None:
+            # The file may import the module itself, or a package that re-exports its names.
+            homes = {module, *_parents(module)}
+            present = [bound for bound, home in self.modules.items() if home.__name__ in homes]
+            if present:
+                warn_once(f"'{name}.' is now '{present[0]}.' in gin files.")
+                return importlib.import_module(module)
         problem = f"'{name}' (in '{selector}') is not imported in this file."
         imports = [f"`{_import_line(found)}`" for found in _modules_of_the_package().get(name, ())]
         if imports:
@@ -91,6 +95,12 @@ class Namespace:
                 or f" Import its module, e.g. `import {name}`."
             )
         )
+
+
+def _parents(module: str) -> list[str]:
+    """Lists the full names of the packages that contain a module, without the outermost."""
+    parts = module.split(".")
+    return [".".join(parts[:length]) for length in range(2, len(parts))]
 
 
 def _import(name: str) -> types.ModuleType:
@@ -142,6 +152,10 @@ def _attribute(module: types.ModuleType, name: str) -> tuple[types.ModuleType, A
         warn_once(f"{module.__name__}.{name} is now {home}.{present}. Use that in gin files.")
         module, name = importlib.import_module(home), present
     if not hasattr(module, name):
+        present_module = moved.present_module(f"{module.__name__}.{name}")
+        if present_module is not None:
+            # After `import gkd_jax.former`, which `_import` has warned of.
+            return module, importlib.import_module(present_module)
         raise GinError(f"{module.__name__} has no '{name}'.{did_you_mean(name, _public(module))}")
     return module, getattr(module, name)
 
@@ -233,6 +247,14 @@ def present_macro(name: str) -> str:
         return name
     warn_once(f"the macro {name} is now {present}. Use that in gin files and flags.")
     return present
+
+
+def present_scope(scope: str) -> tuple[str, ...]:
+    """Returns the parts of a scope, in which a macro's former name is replaced.
+
+    Defaults that a saved configuration writes out are bound in scopes named after macros.
+    """
+    return tuple(present_macro(part) for part in scope.split("/")) if scope else ()
 
 
 def present_parameter(target: Target, name: str) -> str:

@@ -81,10 +81,11 @@ class GinParser:
         for candidate in candidates:
             if candidate.is_file():
                 return candidate
-        present = moved.present_gin_file(name)
-        if present is not None:
-            names.warn_once(f"{name} is now {present}.")
-            return self._find(present, including_file)
+        for candidate in candidates:
+            present = moved.present_gin_file(str(candidate))
+            if present is not None and (path := pathlib.Path(present)).is_file():
+                names.warn_once(f"{name} is now {pathlib.Path(name).with_name(path.name)}.")
+                return path
         beside = {
             file.stem: str(pathlib.Path(name).parent / file.name)
             for folder in folders
@@ -168,7 +169,7 @@ class GinParser:
             self._bind(statement, source)
 
     def _bind(self, statement: config_parser.BindingStatement, source: _Source) -> None:
-        scope = tuple(statement.scope.split("/")) if statement.scope else ()
+        scope = names.present_scope(statement.scope)
         if not statement.arg_name:
             key = Key((*scope, names.present_macro(statement.selector)), MACRO, "value")
         else:
@@ -195,20 +196,19 @@ class _Delegate(config_parser.ParserDelegate):
         self._resolve = resolve
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
-        *scope, selector = scoped_configurable_name.split("/")
+        scope, _, selector = scoped_configurable_name.rpartition("/")
         target = self._resolve(selector)
         if not evaluate and dataclasses.is_dataclass(target.function):
             raise GinError(
                 f"@{scoped_configurable_name} refers to a class where an object is wanted. Write "
                 f"@{scoped_configurable_name}() with parentheses."
             )
-        return Reference(tuple(scope), target, evaluate)
+        return Reference(names.present_scope(scope), target, evaluate)
 
     def macro(self, macro_name: str) -> Any:
         if macro_name in ("gin.REQUIRED", "REQUIRED"):
             return REQUIRED
-        *scope, name = macro_name.split("/")
-        return Reference((*scope, names.present_macro(name)), MACRO, evaluate=True)
+        return Reference(names.present_scope(macro_name), MACRO, evaluate=True)
 
 
 class _StatementParser(config_parser.ConfigParser):
