@@ -2,7 +2,7 @@
 
     python -m gkd_jax.main --gin_file=gin_configs/wmt_ende.gin --gin.MODEL_DIR='"runs/wmt"'
 
-Without --gin_file it runs gin_configs/quickstart.gin, which needs no download.
+Without --gin_file, the command runs gin_configs/quickstart.gin, which needs no download.
 """
 
 import logging as python_logging
@@ -285,7 +285,7 @@ def _exit_with(message: str, *, status: int = 2) -> NoReturn:
 
 
 def _set_up_logging() -> None:
-    """Adds the time of day to log lines. Of other packages, only warnings and errors are logged."""
+    """Adds the time of day to log lines, and limits other packages to warnings and errors."""
     if flags.FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.INFO)
     handler = logging.get_absl_handler()

@@ -1,4 +1,4 @@
-"""Description of a run: its settings, which a gin file binds, and the checks made before it starts.
+"""Settings of a run, as gin files bind them, and the checks made before the run starts.
 
 This package compiles and trains nothing. Start with `experiment.Experiment` and `settings`.
 `prepare` opens the data and makes the checks that `checks` defines. `plan` describes the run as

@@ -59,13 +59,13 @@ class Experiment:
       checkpoints: saving of checkpoints.
       alarms: thresholds above which a warning is logged.
       non_finite: handling of steps whose loss or gradient is NaN or infinite.
-      hang_seconds: time limit in seconds for each step and each evaluation batch. If none finishes
-        within this time, each process writes the stacks of its threads and exits. None disables
-        the limit.
+      hang_seconds: time limit in seconds for each step and each evaluation batch. If no step
+        and no evaluation batch finishes within this time, each process writes the stacks of its
+        threads and exits. None disables the limit.
       profile_steps: first and last step of a profiler trace, counted from 1; None for no trace.
-      log_period: steps between lines of training metrics.
-      seed: seed of all random numbers of the run except those for the order of examples, which
-        `train_data.seed` determines.
+      log_period: number of steps between lines of training metrics.
+      seed: seed of all random numbers of the run. Only the order of examples has another seed,
+        `train_data.seed`.
     """
 
     student: Student

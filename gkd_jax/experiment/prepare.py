@@ -40,7 +40,7 @@ __all__ = ["ConfigurationError", "Prepared", "prepare"]
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Opened and checked data sets. Those that the run mode does not read are None."""
+    """Opened and checked data sets. A data set that the run mode does not read is None."""
 
     train_data: Dataset | None = None
     eval_data: Dataset | None = None
@@ -60,8 +60,8 @@ def prepare(
       experiment: the experiment that is to run.
       run_mode: 'train', 'eval', 'generate', 'store_teacher', 'export' or 'interactive'. It
         determines which data are opened and what is checked.
-      made_before: models of the checkpoints that other runs of a study will write, by path. These
-        checkpoints need not exist yet.
+      made_before: model of each checkpoint that another run of a study will write, by the
+        checkpoint's path. These checkpoints need not exist yet.
 
     Returns:
       The data sets that the run mode reads.
@@ -132,7 +132,7 @@ def _train(preparation: _Preparation) -> None:
 
 
 def _evaluate(preparation: _Preparation) -> None:
-    """Checks the evaluation data, the student's checkpoint, and the teacher if it is needed."""
+    """Checks the evaluation data, the student's checkpoint, and the teacher if one is needed."""
     experiment = preparation.experiment
     if experiment.evaluation is None:
         preparation.problems.texts.append(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 
 class ConfigurationError(ValueError):
-    """An experiment is wrong. The message lists every problem that was found.
+    """Error of a wrong experiment. The message lists every problem that was found.
 
     Attributes:
       problems: one text for each problem.
@@ -34,7 +34,8 @@ class Problems:
     def collecting(self, where: str = "") -> Iterator[None]:
         """Catches and records the errors in a `with` block that a user can cause.
 
-        These are `ValueError` and `OSError`. Later checks then still run.
+        These errors are `ValueError` and `OSError`. The program continues after the block, so that
+        later checks still run.
 
         Args:
           where: prefix of the recorded texts.

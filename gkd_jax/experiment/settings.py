@@ -19,8 +19,8 @@ def require_positive(owner: object, *names: str, otherwise: str = "") -> None:
     Args:
       owner: a dataclass.
       *names: names of its fields.
-      otherwise: end of the error message, for users who set 0 to switch a feature off: what to set
-        instead.
+      otherwise: end of the error message. It tells users who set 0 to switch a feature off what to
+        set instead.
     """
     for name in names:
         value = getattr(owner, name)
@@ -35,8 +35,8 @@ def require_positive(owner: object, *names: str, otherwise: str = "") -> None:
 def check_kinds(owner: Any) -> None:
     """Checks that the fields of a dataclass have values of the annotated types.
 
-    A field may be None only if its annotation allows it. The class of another value is checked only
-    if the annotation consists of dataclasses.
+    A field may be None only if its annotation allows None. The class of any other value is checked
+    only if all classes in the annotation are dataclasses.
 
     Raises:
       ValueError: a field is None although its annotation excludes None, or is not an instance of
@@ -122,7 +122,7 @@ class Checkpoints:
       keep: number of recent checkpoints to keep; None keeps all.
       best_metric: evaluation metric, for example 'bleu', whose best checkpoint is kept as well;
         None keeps recent checkpoints only.
-      best_mode: 'max' or 'min': whether a higher or a lower metric is better.
+      best_mode: 'max' if a higher metric is better, 'min' if a lower metric is better.
     """
 
     period: int = 1000
@@ -141,7 +141,9 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class Alarms:
-    """Thresholds for warnings about degenerate outputs. A share above its threshold is logged.
+    """Thresholds for warnings about degenerate outputs.
+
+    A warning is logged if a share is above its threshold.
 
     Attributes:
       truncated_share: threshold for the share of sampled outputs that do not end within the target
@@ -165,7 +167,8 @@ class NonFinite:
 
     Attributes:
       action: 'stop' ends the run; 'skip' continues with parameters and optimizer state unchanged.
-      most_in_a_row: maximum number of consecutive skipped steps; one more ends the run.
+      most_in_a_row: maximum number of consecutive skipped steps. The run ends if the loss or the
+        gradient of the next step is not finite either.
     """
 
     action: str = "stop"

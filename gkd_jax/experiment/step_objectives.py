@@ -60,8 +60,8 @@ def common_text_of(experiment: Experiment, vocabulary: Vocabulary) -> CommonText
     if own is None:
         return None
     sizes = (experiment.student.model.vocab_size, model.vocab_size)
-    # Typed as Any, since the cached `common_text` needs hashable arguments. Vocabularies are frozen
-    # dataclasses and so hashable.
+    # Typed as Any: the cached `common_text` accepts only hashable types. mypy does not know that
+    # vocabularies, which are frozen dataclasses, are hashable.
     both: Any = (vocabulary, own.vocabulary)
     return common_text(*both, sizes)
 
@@ -70,7 +70,8 @@ def common_text_of(experiment: Experiment, vocabulary: Vocabulary) -> CommonText
 def _vocabularies(common: CommonText) -> Vocabularies:
     """Returns the token classes of student and teacher for a `SpanObjective`.
 
-    Cached: equal texts give the same object, so that functions are not compiled again.
+    Cached, so that equal arguments give the same object. Functions that were compiled for the
+    object are then not compiled again.
     """
 
     def both(table: Table) -> tuple[Classes, Classes]:

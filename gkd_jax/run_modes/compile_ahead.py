@@ -94,7 +94,7 @@ def compile_for(
 
 
 def on_topology(experiment: Experiment, topology: str) -> Experiment:
-    """Returns the experiment on the devices of a slice. The devices need not be attached.
+    """Returns the experiment with a mesh of a slice's devices, which need not be attached.
 
     Raises:
       ValueError: libtpu is not installed.
@@ -150,9 +150,9 @@ def _compile(one: Function, *, unknown_trips: int, slice_size: int) -> Part:
 def _compiled(one: Function) -> tuple[Any, str]:
     """Returns the compiled function, and its program as text.
 
-    The text is read from the compiler's dump if there is one. jaxlib's `as_text` is the fallback,
-    since it first parses the program and may fail: it did not know the asynchronous gathers on the
-    sparse cores of v5p.
+    The text is read from the compiler's dump if there is one, otherwise from jaxlib's `as_text`.
+    The dump is preferred because `as_text` parses the program and may fail: for example, it did not
+    know the asynchronous gathers on the sparse cores of v5p.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}

@@ -21,7 +21,8 @@ class Part:
 
     Attributes:
       name: 'train step', 'rollout', 'evaluation' or 'divergence'.
-      temporaries: bytes per chip in addition to the resident arrays; None if it does not fit.
+      temporaries: bytes per chip in addition to the resident arrays; None if the function does
+        not fit.
       needed: needed memory, as written in the compiler's error message; '' if the function fits.
       seconds_to_compile: compilation time on this machine.
       cost: cost of one call on one chip.

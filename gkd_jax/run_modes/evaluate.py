@@ -66,7 +66,7 @@ class Evaluator:
         ids = {"eos_ids": vocabulary.eos_ids, "pad_id": vocabulary.pad_id}
         decoding = Rollout(method=self.config.method)
         self._decode = jitted_functions.jit_rollout(decoding, model, partitioner, **ids)
-        # The teacher scores these samples, so they are restricted to tokens that it knows.
+        # The teacher scores these samples, so the student samples only tokens that the teacher has.
         student = experiment.student_model
         self._rollout = jitted_functions.jit_rollout(
             experiment.rollout, student, partitioner, **ids
@@ -90,7 +90,8 @@ class Evaluator:
 
         Args:
           params: student's parameters.
-          teaching_params: teacher's parameters. If None, only a stored teacher is compared.
+          teaching_params: teacher's parameters. If None, the student can be compared only with a
+            stored teacher.
           step: training step. It enters the random keys and the names of the written files.
         """
         sums = metric_sums.MetricSums()

@@ -48,10 +48,13 @@ def export(experiment: Experiment) -> str:
     """Writes the student's newest parameters with the settings of `Experiment.export`.
 
     The directory has weights in safetensors, config.json, generation_config.json, the tokenizer's
-    files, and a model card that describes the run. For T5X, it has `checkpoint_<step>` instead
-    of the first three. If only the adapters are written, it has their weights and
-    adapter_config.json instead. The directory is written under a temporary name, and renamed when
-    it is complete.
+    files, and a model card that describes the run. In two cases other files replace the weights,
+    config.json and generation_config.json:
+
+    - in T5X's format, `checkpoint_<step>`;
+    - if only the adapters are written, the weights of the adapters and adapter_config.json.
+
+    The directory is written under a temporary name, and renamed when it is complete.
 
     Returns:
       The path of the directory.
@@ -125,7 +128,7 @@ def _merged(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params
 
 
 def _write_adapters(experiment: Experiment, params: Params, folder: epath.Path) -> list[str]:
-    """Writes the adapters alone, for PEFT."""
+    """Writes only the adapters, in PEFT's format."""
     model = experiment.student.model
     assert isinstance(model, lora.LoRA)
     adapters, _ = lora.split(model, params)

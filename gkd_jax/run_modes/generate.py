@@ -121,7 +121,8 @@ def _lines(rows: Batch, dataset: Dataset, *, first: int) -> Iterator[str]:
 class _OutputFile:
     """A JSON lines file to which whole batches are appended.
 
-    A second file holds its identity: a digest of everything that determines the content.
+    A second file holds the identity of the first: a digest of everything that determines its
+    content.
     """
 
     def __init__(self, generation: Generation, identity: str):
@@ -142,7 +143,7 @@ class _OutputFile:
             self._path.write_text("")
 
     def num_done(self) -> int:
-        """Counts prompts whose outputs are all written; removes what a crash left incomplete."""
+        """Counts prompts whose outputs are all written; removes incomplete outputs of a crash."""
         if not self._path.exists():
             return 0
         # Read as bytes: a crash may have cut the last line within a character.

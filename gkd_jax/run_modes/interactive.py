@@ -62,7 +62,7 @@ def _prompts() -> Iterator[str]:
 
 
 def _one_prompt(experiment: Experiment, prompt: str, number: int) -> Batch:
-    """Returns a batch with the prompt, padded to the mesh's smallest batch size."""
+    """Returns a batch with the prompt, padded to the smallest batch size of the mesh."""
     generation, layout = experiment.generation, experiment.partitioner.data_layout
     assert generation is not None
     config = dataclasses.replace(

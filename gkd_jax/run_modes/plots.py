@@ -8,7 +8,7 @@ from etils import epath
 
 
 def read_curve(model_dir: str, metric: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and values of a metric in metrics.jsonl; empty lists if it has none."""
+    """Returns the steps and values of a metric in metrics.jsonl; empty lists if there are none."""
     path = epath.Path(model_dir) / "metrics.jsonl"
     if not path.exists():
         return [], []

@@ -1,7 +1,7 @@
 """Run mode `store_teacher`: writes the teacher's distributions for a data set's outputs.
 
-Training from such a store (`teachers.StoredTeacher`) does not run the teacher. If writing a store
-was stopped, it resumes.
+Training from such a store (`teachers.StoredTeacher`) does not run the teacher. A stopped run of
+this mode resumes.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def store_teacher(experiment: Experiment) -> str:
     Examples that an earlier run with the same settings wrote are kept.
 
     Returns:
-      One line with the folder and the size of the store, also per token.
+      One line with the folder of the store, its size, and its size per token.
 
     Raises:
       ConfigurationError: lists everything that is wrong with the experiment.
@@ -156,7 +156,7 @@ def _describe(
         "vocabulary": vocabularies.describe_vocabulary(storing.data.vocabulary),
         "vocab_size": model.vocab_size,
         "temperature": float(experiment.objective.teacher_temperature),
-        # The sparsification. The key is kept so that older stores can be read.
+        # The value is the sparsification. Its key is still 'support', as in older stores.
         "support": str(storing.sparsification),
         "packing": storing.sparsification.packing(model.vocab_size).describe(),
         "seed": experiment.seed,
@@ -165,7 +165,7 @@ def _describe(
 
 
 def fingerprint_of_params(params: Params) -> str:
-    """Returns a hex digest of the bits and names of parameters; it is the same on every mesh."""
+    """Returns a hex digest of the names and bits of parameters, independent of the mesh."""
     arrays = jax.tree_util.tree_leaves_with_path(params)
     sums = jax.device_get(_bit_sums([array for _, array in arrays]))
     named = [
@@ -186,8 +186,8 @@ def _bit_sums(arrays: list[Array]) -> list[Array]:
             place = place * jnp.uint32(array.shape[axis]) + lax.broadcasted_iota(
                 jnp.uint32, array.shape, axis
             )
-        # Positions have odd factors from the whole range, so that exchanging two numbers changes
-        # the sum.
+        # Each position has an odd factor from the whole 32-bit range, so that exchanging two
+        # numbers changes the sum.
         factor = (place * jnp.uint32(2654435761)) ^ (place >> 7)
         return jnp.sum(bits * (2 * factor + 1))
 

@@ -122,7 +122,7 @@ class Study:
         return experiment
 
 
-# Names of the rows of models that no cell trains: the teacher's networks and the initial student.
+# Row names of the models that no cell trains: the teacher's networks and the initial student.
 _TEACHER, _STUDENT = "teacher", "student"
 _GIVEN = rf"{_TEACHER}(_\d+)?|{_STUDENT}"
 
@@ -163,7 +163,7 @@ def check_study(study: Study) -> str:
             plans.append(f"{cell.name}:\n{describe_plan(experiment, prepared)}")
     with problems.collecting("Study.test: "):
         experiment = _for_test(study, study.experiment_of(study.cells[0], seed=seed))
-        # The models were checked above, so only the test data remain.
+        # The models were checked above, so only the test data remain to be checked.
         model = base_of(experiment.student.model)
         student = Student(model, study.cell_dir(study.cells[0].name, seed))
         experiment = dataclasses.replace(
@@ -221,10 +221,11 @@ def run_study(study: Study, *, before_start: Callable[[], None] | None = None) -
 
 
 def _given_networks(study: Study) -> list[tuple[str, Experiment]]:
-    """Returns the first teacher and the first initial student that the study does not train.
+    """Lists the networks that the study compares but does not train.
 
-    The table has a row for each of their networks. The list has, for each network, the name of the
-    row and an experiment whose student is the network.
+    They are the networks of the first teacher that has any, and the first initial student. Each
+    entry has the name of the network's row in the table, and an experiment whose student is the
+    network.
     """
     found: dict[str, Experiment] = {}
     seed = study.seeds[0]
@@ -235,7 +236,7 @@ def _given_networks(study: Study) -> list[tuple[str, Experiment]]:
             networks = _networks(cell.experiment.teacher)
             names = [_TEACHER, *(f"{_TEACHER}_{i}" for i in range(2, len(networks) + 1))]
             given = dict(zip(names, networks, strict=False))
-        # An initial student that the study trains has the row of its cell.
+        # If another cell trains the initial student, the row of that cell has its score.
         if cell.student_from is None and student.initial_checkpoint is not None:
             given.setdefault(_STUDENT, student)
         for name, network in given.items():

@@ -123,7 +123,7 @@ class _Loop:
         self.start_time = time.monotonic()
 
     def _start(self) -> tuple[TrainState, int, int]:
-        """Resumes this run, or else starts from given or random parameters.
+        """Resumes this run, or starts from the initial checkpoint or random parameters.
 
         Returns:
           The train state, its step, and the position of the data iterator.
@@ -158,7 +158,8 @@ class _Loop:
                 self._save(step, owes_evaluation=owes)
                 self.checkpoint_manager.wait()
                 raise interruption.stopped(step, num_steps)
-            # A restored checkpoint was saved after the evaluation of its step, unless it owes one.
+            # A resumed run does not repeat the evaluation of its first step, which was made before
+            # the checkpoint was saved. If SIGTERM prevented the evaluation, it is made now.
             if step > self.start_step or step == 0 or self.owes_evaluation:
                 self._evaluate_if_due(step)
                 self._save_if_due(step)
@@ -196,8 +197,8 @@ class _Loop:
     def _save_what_is_there(self, step: int, position: int, error: Exception) -> None:
         """Saves the state if a step failed before its update, so that no finished step is lost.
 
-        A run of several processes does not save: saving needs all processes, and some may not have
-        failed.
+        A run of several processes does not save: saving needs all processes, and processes that
+        did not fail would not take part.
         """
         is_there = not any(array.is_deleted() for array in jax.tree.leaves(self.state))
         if not is_there or jax.process_count() > 1 or step in (0, self.start_step):
@@ -246,7 +247,10 @@ class _Loop:
         self.log.leave_out(time.monotonic() - start)
 
     def _made_evaluation(self, step: int) -> dict[str, float] | None:
-        """Returns the scores of a checkpoint's owed evaluation if it was made later, else None."""
+        """Returns the scores of an evaluation that was made after its step's checkpoint was saved.
+
+        Returns None if there was no such evaluation.
+        """
         return layout.read_evaluated(self.checkpoint_manager.directory, step)
 
     def _check_best_metric(self) -> None:
@@ -307,7 +311,7 @@ class _Loop:
         """Closes all resources.
 
         Args:
-          alone: whether other processes may not be closing their resources, as after a failure.
+          alone: True after a failure, when other processes may not be closing their resources.
         """
         with contextlib.ExitStack() as stack:  # Closes every resource, even if another fails.
             stack.callback(self.profiler.close)

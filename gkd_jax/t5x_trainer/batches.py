@@ -8,7 +8,7 @@ from gkd_jax.common.array_types import Array
 from gkd_jax.common.batch import Batch
 
 T5XBatch = Mapping[str, Array]
-"""Arrays by T5X's feature names, as `seqio.EncDecFeatureConverter` makes them."""
+"""Maps the names of T5X's features to arrays, as `seqio.EncDecFeatureConverter` does."""
 
 
 def to_batch(batch: T5XBatch) -> Batch:

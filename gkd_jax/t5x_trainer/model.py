@@ -55,7 +55,7 @@ class GkdModel(models.EncoderDecoderModel):
 
     Initialisation, decoding and scoring are T5X's and use T5X's network. The loss is computed by
     `gkd_jax.distillation.loss`, with gkd_jax's T5 and the same parameters. The model stores the
-    teacher's network only. The teacher's parameters are an argument of `loss_fn`.
+    teacher's network but not the teacher's parameters, which are an argument of `loss_fn`.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class GkdModel(models.EncoderDecoderModel):
           feature_converter_cls: converter with the features of `seqio.EncDecFeatureConverter`.
 
         Raises:
-          ValueError: a network is of another kind, the output layers differ, or the objective
-            does not compare with a teacher or needs a reward.
+          ValueError: a network is of another kind, the output layers differ, the objective
+            uses no teacher, or the objective needs a reward.
         """
         super().__init__(
             module=module,

@@ -1,4 +1,4 @@
-"""Jitted functions with the interface with which T5X's trainer lowers, compiles and calls them."""
+"""Jitted functions with the methods that T5X's trainer uses to lower, compile and call them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,8 +17,9 @@ from gkd_jax.t5x_trainer.model import GkdModel
 class ModelWithTeacher:
     """The model with the teacher's parameters, for T5X's step and evaluation functions.
 
-    An object exists only while such a function is traced. Its `teacher_params` are tracers, so that
-    the parameters become an argument of the compiled program, not a constant in it.
+    An instance exists only while one of these functions is traced. Its `teacher_params`
+    are tracers, so that the parameters become an argument of the compiled program, not a constant
+    in it.
     """
 
     model: GkdModel
@@ -38,10 +39,11 @@ class ModelWithTeacher:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramWithTeacher:
-    """A partitioned function `(train_state, teacher_params, batch)`, called without the teacher.
+    """Adds the teacher's parameters to the arguments with which T5X calls a partitioned function.
 
-    T5X calls it as `(train_state, batch)`. T5X's `partitioner.compile` calls `lower`, which returns
-    a lowered function, and then `compile`, which returns a compiled one.
+    T5X calls an instance with `(train_state, batch)`; the instance calls the partitioned function
+    with `(train_state, teacher_params, batch)`. T5X's `partitioner.compile` calls `lower`, which
+    returns a lowered function, and then `compile`, which returns a compiled one.
     """
 
     program: Any

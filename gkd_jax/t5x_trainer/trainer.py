@@ -22,15 +22,15 @@ from gkd_jax.t5x_trainer.batches import T5XBatch, from_batch, to_batch
 from gkd_jax.t5x_trainer.model import FINAL_WEIGHTS, GkdModel
 from gkd_jax.t5x_trainer.programs import GkdStep, ModelWithTeacher, ProgramWithTeacher
 
-# Folded into a step's key to get the key of its samples, so that they do not share random numbers
-# with dropout, whose keys T5X derives from the step's key.
+# Folded into a step's key to get the key of its samples. T5X derives the keys of dropout from the
+# step's key too, and samples and dropout must not share random numbers.
 _SAMPLE_STREAM = 0x73616D70
 
 
 class GkdTrainer(t5x.trainer.Trainer):
     """T5X's trainer, extended by a teacher and by training on the student's own outputs.
 
-    The teacher's parameters are sharded as T5X's partitioner shards a model of that size. They are
+    The teacher's parameters are sharded by the axis rules of T5X's partitioner. They are
     an argument of each step and each training evaluation. They are not donated, not differentiated
     and not saved in the run's checkpoints, and have no optimizer state.
     """
@@ -96,8 +96,10 @@ class GkdTrainer(t5x.trainer.Trainer):
     def train(
         self, batch_iter: Iterator[Any], num_steps: int, start_step: int | None = None
     ) -> Any:
-        """Trains like T5X's trainer. Counts steps on the host, since the step number decides
-        whether a step uses the data's or the student's outputs."""
+        """Trains like T5X's trainer, and counts steps on the host.
+
+        The step number decides whether a step uses the data's or the student's outputs.
+        """
         if start_step is None:
             start_step = int(self.train_state.step)
         self._next_step = start_step
@@ -122,8 +124,10 @@ class GkdTrainer(t5x.trainer.Trainer):
         return self._with_teacher(t5x.trainer.eval_step, out_axis_resources=None)
 
     def _make_update(self, *, on_policy: bool) -> ProgramWithTeacher:
-        """Returns T5X's update over microbatches. Loss weights are normalized over the whole
-        batch, before it is split."""
+        """Returns T5X's update over microbatches.
+
+        Loss weights are normalized over the whole batch, before it is split.
+        """
 
         def update(model: ModelWithTeacher, train_state: Any, batch: T5XBatch) -> Any:
             reduction = self._model.objective.reduction

@@ -38,7 +38,7 @@ def describe_frozen(frozen: Params | None) -> dict[str, Any]:
 def check_frozen(
     experiment: Experiment, described: Mapping[str, Any], host: Mapping[str, Any]
 ) -> None:
-    """Checks that the restored base is the one on which a checkpoint's adapters were trained.
+    """Checks that the restored base has the weights on which a checkpoint's adapters were trained.
 
     Args:
       experiment: the experiment.

@@ -1,4 +1,4 @@
-"""Checks that a checkpoint holds the model and the vocabulary that it is used for."""
+"""Checks that a checkpoint matches the model and the vocabulary with which it is used."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,17 +27,19 @@ def check_checkpoint(
 ) -> bool:
     """Checks the shapes and the vocabulary of a checkpoint without reading its parameters.
 
-    If the model has adapters, only their shapes are checked: its checkpoint holds nothing else.
+    If the model has adapters, only their shapes are checked, since its checkpoint has no others.
 
     Args:
       setting: the setting that gives the path, for messages.
       path: the checkpoint.
       model: the model that is to use the checkpoint's parameters.
       vocabulary: the vocabulary of the data.
-      made_before: models of the checkpoints that other runs of a study will write, by path.
+      made_before: model of each checkpoint that another run of a study will write, by the
+        checkpoint's path.
 
     Returns:
-      Whether the checkpoint records, or will record, the vocabulary that it was trained with.
+      Whether the checkpoint records the vocabulary that it was trained with. Always True
+      for a checkpoint in `made_before`, since a run records its vocabulary.
 
     Raises:
       ValueError: the checkpoint is missing, or belongs to another model or vocabulary.
@@ -90,7 +92,8 @@ def _check_same_shapes(
 def _unstacked_params(model: LanguageModel) -> Params:
     """Returns a model's shapes with one entry per layer, whether or not its layers are scanned.
 
-    A checkpoint with scanned layers can be restored into a model without, and vice versa.
+    A checkpoint with scanned layers can be restored into a model whose layers are not
+    scanned, and vice versa.
     """
     return stacking.unstack(model.abstract_params(), lambda array, _: layer_shape(array))
 

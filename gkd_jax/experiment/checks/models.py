@@ -30,7 +30,8 @@ class ModelChecks:
 
         Args:
           experiment: the experiment.
-          made_before: models of the checkpoints that other runs of a study will write, by path.
+          made_before: model of each checkpoint that another run of a study will write, by the
+            checkpoint's path.
           problems: collection to which problems are added.
         """
         self._experiment = experiment
@@ -46,8 +47,8 @@ class ModelChecks:
     def teacher_to_train(self, vocabulary: Vocabulary) -> None:
         """Checks every network of the teacher.
 
-        If the teacher is the initial student or its frozen base, checks the student's initial
-        checkpoint.
+        Also checks the student's initial checkpoint if the teacher reads its parameters: if the
+        teacher is the initial student or the frozen base of the student.
         """
         if self._experiment.teacher is None:
             return

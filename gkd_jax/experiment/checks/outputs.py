@@ -17,7 +17,8 @@ def check_policy(experiment: Experiment) -> None:
 
     Raises:
       ValueError: no teacher is used in training, the teacher cannot predict the next token of the
-        student's output, or the divergence needs outputs that the student draws alone.
+        student's output, or the divergence needs outputs that the student samples without
+        assistance.
     """
     assistance, teacher = experiment.rollout.teacher_assistance, experiment.teacher
     if assistance is None:
@@ -62,7 +63,7 @@ def check_policy(experiment: Experiment) -> None:
 
 
 def check_packing(experiment: Experiment) -> None:
-    """Checks that data whose prompts the student answers are not packed.
+    """Checks that data are not packed if the student answers their prompts.
 
     Raises:
       ValueError: rows are packed and student outputs are used, or evaluation data are packed.
@@ -79,7 +80,7 @@ def check_packing(experiment: Experiment) -> None:
 
 
 def check_not_packed(setting: str, data: DatasetConfig) -> None:
-    """Checks that data whose prompts a model answers are not packed.
+    """Checks that data are not packed, since a model is to answer their prompts.
 
     Each row must have one prompt.
 
@@ -102,7 +103,7 @@ def check_replay(experiment: Experiment) -> None:
     """Checks that the replay buffer is used, and fits the objective.
 
     Raises:
-      ValueError: no whole batches of outputs are sampled, no output would be replayed, or the
+      ValueError: no step samples a whole batch of outputs, no output would be replayed, or the
         divergence needs outputs of the current student.
     """
     replay, outputs = experiment.replay, experiment.outputs
@@ -128,7 +129,7 @@ def check_reward(experiment: Experiment) -> None:
     """Checks that the reward is used, and that its gradient is unbiased.
 
     Raises:
-      ValueError: no whole batches of outputs are sampled, the outputs do not come from the current
+      ValueError: no step samples a whole batch of outputs, the outputs do not come from the current
         student's own distribution, or the objective does not fit the reward.
     """
     reward, outputs = experiment.reward, experiment.outputs

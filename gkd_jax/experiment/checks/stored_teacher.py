@@ -1,4 +1,4 @@
-"""Checks that a stored teacher fits the run, and adds to data sets what the teacher reads."""
+"""Checks that a stored teacher fits the run, and adds the teacher's fields to data sets."""
 
 from gkd_jax.data.pipeline import Dataset
 from gkd_jax.data.teacher_store import StoreReader
@@ -9,7 +9,7 @@ from gkd_jax.experiment.settings import Storing
 def check_stored_teacher(experiment: Experiment) -> None:
     """Checks that a run with a stored teacher trains on the data's outputs alone.
 
-    The store has distributions for no other outputs.
+    The store has no distributions for other outputs.
 
     Raises:
       ValueError: the run also trains on the student's own outputs.

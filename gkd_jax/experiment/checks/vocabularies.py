@@ -27,9 +27,10 @@ def check_vocab_size(
 def check_padding(
     student: LanguageModel, teacher: Teacher, vocabulary: Vocabulary, *, is_known: bool
 ) -> None:
-    """Checks that vocabularies were compared if the output layers differ in size.
+    """Checks that the vocabularies were compared if the two output layers differ in size.
 
-    Only the comparison shows that the additional entries of the larger layer are padding.
+    Without the comparison, the additional entries of the larger output layer may be tokens and not
+    padding.
 
     Args:
       student: student's model.
@@ -84,7 +85,10 @@ def check_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> None:
 
 
 def describe_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> str | None:
-    """Describes how a `CrossTokenizerTeacher` is compared with the student, else returns None."""
+    """Describes how a `CrossTokenizerTeacher` is compared with the student.
+
+    Returns None if training uses no such teacher.
+    """
     objective = measured_objective(experiment, vocabulary)
     if not isinstance(objective, SpanObjective) or objective.vocabularies is None:
         return None
@@ -96,7 +100,10 @@ def describe_own_tokens(experiment: Experiment, vocabulary: Vocabulary) -> str |
 
 
 def describe_padding(experiment: Experiment) -> str | None:
-    """Describes the entries that are cut off if output layers differ in size, else returns None."""
+    """Describes the entries that are cut off from output layers of different size.
+
+    Returns None if the sizes are equal or training uses no teacher.
+    """
     student, teacher = experiment.student.model, experiment.teacher
     if teacher is None or not experiment.objective.divergence.needs_teacher:
         return None

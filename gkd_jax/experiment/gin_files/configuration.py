@@ -1,10 +1,15 @@
 """Configurations from gin files, with T5X's conventions and strict checks.
 
 A misspelt name, an unused binding and a missing value are errors here. gin itself accepts unused
-bindings and unused macros. Therefore statements are parsed first (`parser`). Then the objects from
-which the root (the `Experiment` or `Study`) is built are found statically (`walk`). The checked
-configuration is written as one text with all defaults (`text`). gin evaluates this text, so that a
-saved configuration cannot differ from the run that saved it.
+bindings and unused macros. Therefore this package checks a configuration before gin evaluates it:
+
+1. `parser` parses all statements.
+2. `walk` finds, without building them, all objects that are needed to build the root, which is the
+   `Experiment` or the `Study`.
+3. `text` writes the checked configuration as one text with all defaults.
+
+gin evaluates this text. The same text is saved, so that a saved configuration cannot differ from
+the configuration that ran.
 """
 
 import dataclasses
@@ -102,7 +107,7 @@ def parse(
       search_paths: folders in which gin files are searched.
 
     Returns:
-      The checked configuration. Bindings that are unused because of later ones are left out.
+      The checked configuration. Bindings that later bindings make unused are left out.
 
     Raises:
       GinError: a name is misspelt, a binding is unused, or an object is built from itself. The
@@ -120,7 +125,10 @@ def parse(
 
 
 def parse_text(text: str, *, roots: Sequence[Callable[..., Any]], name: str) -> GinConfig:
-    """Parses the text of a saved configuration like `parse`; messages name the file `name`."""
+    """Parses and checks the text of a saved configuration, as `parse` does.
+
+    `name` is the file name in messages.
+    """
     parser = GinParser((".", *_PACKAGE_SEARCH_PATHS))
     parser.parse_text(text, file=name)
     _raise_problems(parser.problems)
@@ -214,7 +222,7 @@ def check_config(
     path = epath.Path(model_dir) / _CONFIG_FILE
     try:
         text = path.read_text() if path.exists() else None
-    except Exception as error:  # Each library that reaches buckets has its own.
+    except Exception as error:  # Bucket libraries have their own exception types.
         raise ValueError(
             f"Experiment.model_dir cannot be read: {path} ({error!r}). Set MODEL_DIR to a folder "
             "or a bucket that you may read and write; for a bucket gcsfs must be installed."
@@ -276,7 +284,7 @@ def save_config(model_dir: str, config: GinConfig, *, command: str) -> None:
         unfinished = folder / f".{_CONFIG_FILE}.{uuid.uuid4().hex}"
         unfinished.write_text(text)
         unfinished.replace(path)
-    except Exception as error:  # Each library that reaches buckets has its own.
+    except Exception as error:  # Bucket libraries have their own exception types.
         told = error.strerror if isinstance(error, OSError) else None
         raise ValueError(
             f"model_dir must be a folder that can be written; got {model_dir} "

@@ -154,7 +154,7 @@ def _attribute(module: types.ModuleType, name: str) -> tuple[types.ModuleType, A
     if not hasattr(module, name):
         present_module = moved.present_module(f"{module.__name__}.{name}")
         if present_module is not None:
-            # After `import gkd_jax.former`, which `_import` has warned of.
+            # `name` is the former name of a submodule, of which `_import` has warned already.
             return module, importlib.import_module(present_module)
         raise GinError(f"{module.__name__} has no '{name}'.{did_you_mean(name, _public(module))}")
     return module, getattr(module, name)
@@ -189,7 +189,7 @@ def canonical_target(
     """Returns the target of a class or function, which does not depend on how it was imported.
 
     The target's module is the package that re-exports the function, or else the module that defines
-    it. If neither has it under its name, `module` and `name` are used.
+    it. If neither module has the function under its own name, `module` and `name` are used.
 
     Args:
       module: full name of the module in which the function was found.
@@ -208,7 +208,9 @@ def canonical_target(
 
 
 def find_known(selector: str, targets: Iterable[Target]) -> Target | None:
-    """Returns the target whose full name ends with `selector`, a name in a flag; None if none does.
+    """Returns the target whose full name ends with `selector`, or None if there is no such target.
+
+    `selector` is a name of a class or function that a flag gives, such as `Rollout`.
 
     Raises:
       GinError: the names of several targets end with `selector`.
@@ -252,7 +254,8 @@ def present_macro(name: str) -> str:
 def present_scope(scope: str) -> tuple[str, ...]:
     """Returns the parts of a scope, in which a macro's former name is replaced.
 
-    Defaults that a saved configuration writes out are bound in scopes named after macros.
+    Scopes may be named after macros: the value of a macro is built in such a scope, and a saved
+    configuration binds the defaults of the value there.
     """
     return tuple(present_macro(part) for part in scope.split("/")) if scope else ()
 

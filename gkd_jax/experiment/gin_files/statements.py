@@ -13,7 +13,7 @@ COMMAND_LINE = "command line"
 
 
 class GinError(ValueError):
-    """A gin file or binding is wrong. The message lists every problem that was found."""
+    """Error of a wrong gin file or binding. The message lists every problem that was found."""
 
 
 class MissingValues(GinError):
@@ -89,7 +89,7 @@ MACRO = Target(module="", name="macro", function=_macro)
 class Reference:
     """A reference `@scope/target`, or `@scope/target()` if `evaluate`.
 
-    `%NAME` is a reference to `MACRO` in the scope NAME, with `evaluate`.
+    `%NAME` is a reference to `MACRO` in the scope NAME, with `evaluate` set.
     """
 
     scope: tuple[str, ...]
@@ -106,7 +106,10 @@ REQUIRED = _Required()
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """Left side of a binding. For a macro NAME: parameter `value` of `MACRO` in the scope NAME."""
+    """Left side of a binding.
+
+    The key of a macro NAME is the parameter `value` of `MACRO` in the scope NAME.
+    """
 
     scope: tuple[str, ...]
     target: Target

@@ -108,7 +108,8 @@ class Walk:
     def _without_macros(self, scope: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the prefix of a scope that ends before the first macro.
 
-        Users write only this prefix. A call in the whole scope receives bindings in it as well.
+        Users write only this prefix. A call in the whole scope also receives the bindings in the
+        prefix.
         """
         macros = {key.scope for key in self.bindings if key.target == MACRO}
         named = (index for index, name in enumerate(scope) if (name,) in macros)
@@ -127,9 +128,10 @@ def merge(statements: Sequence[Binding], root: Target) -> tuple[Bindings, set[Bi
     """Merges statements in order; the last one wins.
 
     Returns:
-      The merged bindings, and the bindings that were in use when a later statement overrode any.
-      These bindings may end up unused without being an error: if a file replaces the optimizer of
-      an included file, the learning rate of the old optimizer stays bound.
+      The merged bindings, and the bindings that were in use before a later statement overrode one
+      of the bindings. It is not an error if the overriding statement makes such a binding unused.
+      For example, if a file replaces the optimizer of an included file, the learning rate of the
+      old optimizer stays bound.
     """
     merged: Bindings = {}
     overridden: set[Binding] = set()
