@@ -1,4 +1,4 @@
-"""The type `Batch`, which data pipeline, rollout and training step exchange."""
+"""The type `Batch`, which is passed from the data pipeline to rollout and training step."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from gkd_jax.common.array_types import Array, Bool, Float, Int
 
 @flax.struct.dataclass
 class TeacherDistributions:
-    """A teacher's next-token distributions at the outputs of a batch, computed in advance.
+    """A teacher's next-token distribution for each output token of a batch, computed in advance.
 
     A distribution consists either of all entries of the vocabulary, or of some entries and a tail.
     The tail is the total probability of all other tokens, so that entries and tail sum to 1. The
@@ -31,7 +31,7 @@ class TeacherDistributions:
 
 @flax.struct.dataclass
 class TeacherTokens:
-    """The outputs of a batch in the vocabulary of a teacher that does not share the student's.
+    """The outputs of a batch in the vocabulary of a teacher, if it differs from the student's.
 
     Spans align the two tokenizations. A span is the text between two consecutive positions at which
     both tokenizations have a token boundary. The end of sequence is a span of its own.
@@ -42,8 +42,8 @@ class TeacherTokens:
       spans: for each of the student's tokens, the number of its span; numbers start at 1 and
         increase along a row, and 0 marks tokens outside of all spans.
       teacher_spans: the same for the teacher's tokens.
-      labels: for each of the student's tokens, the entry that stands for the text of its span in
-        the distributions that are compared (`objectives.spans`).
+      labels: for each of the student's tokens, the index of the entry to which the probability of
+        its span's text is added, in the distributions that `objectives.spans` compares.
     """
 
     targets: Int[Array, "B U"]
@@ -65,8 +65,9 @@ class Batch:
     mean over sequences is taken over outputs, not over rows.
 
     Examples:
-      Two additions in bytes ('1+1=' with output '2', '20+3=' with output '23'), as the pipeline
-      makes them. The last token of each output is the end of sequence (1); padding is 0.
+      The pipeline makes a batch of two additions, '1+1=' with output '2' and '20+3=' with output
+      '23'. The vocabulary consists of bytes. The last token of each output is the end of sequence
+      (1); padding is 0.
 
       >>> from gkd_jax import data
       >>> from gkd_jax.data.vocabularies import ByteVocabulary

@@ -81,7 +81,7 @@ class GrowingFile:
         start = time.monotonic()
         try:
             self._path.write_bytes(bytes(self._content))
-        except Exception as error:  # Each library for buckets has exceptions of its own.
+        except Exception as error:  # Each bucket library has its own exceptions.
             raise RuntimeError(
                 f"{self._path} could not be written ({error!r}). Is the bucket still there, and "
                 "may you write to it?"
@@ -102,8 +102,8 @@ class GrowingFile:
 def prefer_gcsfs() -> None:
     """Makes etils access buckets through gcsfs instead of TensorFlow, if gcsfs is installed.
 
-    TensorFlow's files do not support `seek` while they are written, and its exceptions have types
-    of their own.
+    TensorFlow's files do not support `seek` during writing. TensorFlow also raises its own types of
+    exceptions instead of Python's.
     """
     if importlib.util.find_spec("gcsfs") is not None:
         os.environ.setdefault("EPATH_USE_TF", "false")
@@ -120,7 +120,7 @@ def children(folder: epath.Path) -> list[epath.Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except Exception as error:
-        # TensorFlow's exception, which etils passes on.
+        # TensorFlow's exception for a missing folder, which etils does not convert.
         if type(error).__name__ == "NotFoundError":
             return []
         raise

@@ -9,7 +9,9 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 
 
 def find(path: epath.PathLike) -> epath.Path:
-    """Returns the path of a checkpoint. A name on the hub is downloaded (and cached) first.
+    """Returns the path of a checkpoint.
+
+    If a name on the hub is given, the checkpoint is downloaded (and cached) first.
 
     Args:
       path: an existing path, or a name on the hub. `name@revision` selects a revision other than

@@ -19,7 +19,7 @@ class MeshAxes:
     Attributes:
       rows: axes that the rows of a batch are split over.
       sequence: axes that the positions of a sequence are split over.
-      width: axes that wide dimensions of parameters are split over, the vocabulary among them.
+      width: axes that wide dimensions of parameters, such as the vocabulary, are split over.
     """
 
     rows: tuple[str, ...] = ()

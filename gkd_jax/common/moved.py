@@ -91,9 +91,9 @@ _MODULES = {
 
 # Classes and functions that were renamed or moved to another module. Maps 'module.former name' to
 # the present module and name. 'module' is the present name of the module that defined the class or
-# function. A package that re-exported it needs a second entry, with the name of the package. Python
-# imports of former names work from all packages, but from a module only if it has a `__getattr__`
-# that calls `load_moved`.
+# function. If a package re-exported the class or function, a second entry with the name of the
+# package is needed. Python imports of former names work from all packages. They work from a module
+# only if it has a `__getattr__` that calls `load_moved`.
 _NAMES = {
     "objectives.other_divergences.EntropyAware": "objectives.divergence_sums.EntropyAware",
     "objectives.other_divergences.WeightedSum": "objectives.divergence_sums.WeightedSum",
@@ -117,8 +117,8 @@ _NAMES = {
     "sampling.teacher_assisted.Policy": "sampling.teacher_assisted.TeacherAssistance",
 }
 
-# Maps 'module.owner.former parameter' to the present name of the parameter. Its owner is a class or
-# function, written with the present names of owner and module. Subclasses inherit the entry.
+# Maps 'module.owner.former parameter' to the present name of the parameter. The owner is a class or
+# function; owner and module have their present names here. Subclasses inherit the entry.
 _SETTINGS = {
     "distillation.rollout.Rollout.policy": "teacher_assistance",
     "experiment.settings.NonFinite.policy": "action",
@@ -136,9 +136,9 @@ _GIN_FILES = {
     "gin_configs/methods/self_distillation.gin": "gin_configs/methods/same_size_teacher.gin",
 }
 
-# Names under which the gin files in gin_configs/ used to import modules. They now import only the
-# packages, which re-export the contents of these modules. Flags and gin files of users, which are
-# read after those in gin_configs/, may still use the names.
+# Names under which the gin files in gin_configs/ used to import modules. These gin files now import
+# only the packages, which re-export the contents of the modules. Flags and users' gin files, which
+# are read later, may still use the former names.
 _GIN_ALIASES = {
     "beam_search": "sampling.beam_search",
     "config": "models.t5_config",
@@ -183,7 +183,7 @@ def present_name(module: str, name: str) -> tuple[str, str] | None:
 
 
 def former_names(module: str, name: str) -> list[str]:
-    """Lists the former full names of a class or function, with all former names of its module."""
+    """Lists the former full names of a class or function, under every former name of its module."""
     inner = f"{module}.{name}".removeprefix(_PACKAGE)
     names = [f"{former}.{name}" for former in former_modules(module)]
     for former, present in _NAMES.items():

@@ -23,7 +23,7 @@ _QUESTION = "How many?"
 
 _Steps = list[tuple[str, int]]
 
-# Maps each split to the tenths of all problems that belong to it.
+# Problems are divided into tenths by their hash. Maps each split to the numbers of its tenths.
 _SHARES = {"test": (0,), "validation": (1,), "train": tuple(range(2, 10))}
 
 
@@ -37,7 +37,7 @@ class ArithmeticProblems:
 
     Attributes:
       split: 'train', 'validation' or 'test'; splits share no problem.
-      num_examples: number of examples. Training problems take no memory.
+      num_examples: number of examples. Training problems are made on demand and take no memory.
       seed: different seeds draw different problems from the same split.
       min_steps, max_steps: smallest and largest number of operations in a problem.
       max_operand: largest start value, and largest operand of an addition or subtraction.
@@ -78,12 +78,15 @@ class ArithmeticProblems:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the settings, and of the first examples to detect changes of the code."""
+        """Digest of the settings and of the first examples.
+
+        The examples are included so that changes of the code change the digest.
+        """
         first = [self[index] for index in range(min(4, self.num_examples))]
         return hashlib.sha256(repr((self, first)).encode()).hexdigest()
 
     def open(self) -> "ArithmeticProblems":
-        """Returns itself, after drawing the held-out problems.
+        """Returns itself. For a held-out split, all problems are drawn first.
 
         Raises:
           ValueError: the split has fewer than `num_examples` problems of this difficulty.
@@ -134,7 +137,7 @@ class ArithmeticProblems:
         return _numbers(f"{self.seed}/{self.split}/{draw}")
 
     def _draw_problem(self, numbers: Iterator[int]) -> tuple[int, _Steps]:
-        """Draws a problem of this split by rejection, on average in 10 tries if it is held out."""
+        """Draws problems until one is in this split: on average 10 draws for a held-out split."""
         while True:
             num_steps = _between(numbers, self.min_steps, self.max_steps)
             value = start = _between(numbers, 2, self.max_operand)

@@ -30,7 +30,8 @@ class BatchMaker:
       pad_id: padding token.
       teacher_rows: reads the teacher's prompts, if they differ from the student's.
       stored_teacher: a teacher's stored distributions for the outputs, if batches include them.
-      source_id: maps the number of an example to its source in a mixture, if batches include it.
+      source_id: maps the number of an example to its source in a mixture. None if batches do not
+        include `source_id`.
     """
 
     rows: RowReader
@@ -63,7 +64,7 @@ class BatchMaker:
 
         Args:
           examples: numbers of the examples.
-          positions: their positions in the global order.
+          positions: positions of these examples in the global order.
         """
         features: Iterable[tuple[np.ndarray, ...]] = self.rows.read(examples).tokens()
         if self.teacher_rows is not None:
@@ -94,7 +95,7 @@ class BatchMaker:
         Args:
           examples: examples in the global order.
           batch_size: number of rows of the whole batch.
-          first_row: first row of the whole batch to return.
+          first_row: index, in the whole batch, of the first row to return.
           num_rows: number of rows to return.
         """
         for placements in packed_rows.assign_rows(

@@ -52,7 +52,7 @@ class ChatTemplate:
                 **special,
                 **self.settings,
             )
-        # The code of a template may raise any exception.
+        # A template contains code, which may raise any exception.
         except Exception as error:
             raise ValueError(
                 f"the chat template of {self.path} refuses a conversation of the roles "

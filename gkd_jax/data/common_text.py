@@ -26,14 +26,15 @@ Tokens: TypeAlias = Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The classes of the tokens of student and teacher. Every class has tokens of both.
+    """The classes of the tokens of student and teacher. Each class has tokens of both.
 
     Attributes:
       student: class of each entry of the student's output layer.
       teacher: class of each entry of the teacher's output layer.
       numbers: maps the text of a class, or the name of a token without text, to the class.
-      rest: class of the tokens that belong to no class in `numbers`: `len(numbers)`. If only one
-        vocabulary has such tokens, `rest` is one of the classes in `numbers` instead.
+      rest: class of the tokens that belong to no class in `numbers`. It is `len(numbers)`, unless
+        only one vocabulary has such tokens. In that case it is one of the classes in `numbers`,
+        since a class must have tokens of both vocabularies.
     """
 
     student: Int[np.ndarray, " V"]
@@ -73,8 +74,8 @@ class CommonText:
     """Compares two vocabularies by the text of their tokens.
 
     A SentencePiece vocabulary encodes a text with a hidden space at its start, which decoding
-    drops. If only one of the two vocabularies does so, the first token of a text has classes of its
-    own (`first`), which are determined without this space.
+    drops. If only one of the two vocabularies has hidden spaces, the first token of a text has
+    classes of its own (`first`), which are determined without the hidden space.
 
     Args:
       student: the student's vocabulary.
@@ -110,7 +111,7 @@ class CommonText:
             self.first = _table(own, theirs, sizes)
 
     def align(self, ids: Tokens) -> Alignment:
-        """Encodes an output of the student with the teacher's vocabulary and aligns the two.
+        """Encodes an output of the student with the teacher's vocabulary and aligns both.
 
         Args:
           ids: the student's tokens, up to and including the end of sequence if the output has one.
@@ -137,7 +138,7 @@ class CommonText:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, not counting the rest."""
+        """Number of classes, not counting the additional class `Table.rest`."""
         return max(len(self.table.numbers), len(self.first.numbers))
 
     def class_of(self, text: bytes | None, *, is_first: bool) -> tuple[int, bool]:
@@ -155,12 +156,12 @@ class CommonText:
 
 @functools.lru_cache(maxsize=8)
 def common_text(student: Vocabulary, teacher: Vocabulary, sizes: tuple[int, int]) -> CommonText:
-    """Returns the comparison of two vocabularies from a cache."""
+    """Returns the `CommonText` of two vocabularies, which is cached."""
     return CommonText(student, teacher, sizes)
 
 
 def hidden_spaces(vocabulary: Vocabulary) -> int:
-    """Returns how many spaces at the start of a text decoding drops: 0, 1, or -1 for all."""
+    """Returns the number of leading spaces that decoding drops: 0, 1, or -1 for all."""
     pieces = _pieces(vocabulary)
     word = next(
         (
@@ -179,7 +180,7 @@ def hidden_spaces(vocabulary: Vocabulary) -> int:
 
 
 def _pieces(vocabulary: Vocabulary) -> list[Piece]:
-    """Returns the text of each id, with one common name for all end-of-sequence tokens."""
+    """Returns the piece of each id. All end-of-sequence tokens get the same name, `_END`."""
     pieces = getattr(vocabulary, "pieces", None)
     if pieces is None:
         raise ValueError(
@@ -268,7 +269,8 @@ def _spans(
 def _starts(texts: Sequence[bytes | None]) -> dict[int, int]:
     """Maps each byte offset at which tokens with text start to the first of these tokens.
 
-    The end of the text is mapped to the number of tokens, or to the first empty token (b'') there.
+    The end of the text is mapped to the first empty token (b'') there; if there is no such token,
+    to the number of tokens.
     """
     starts: dict[int, int] = {}
     offset = 0
@@ -281,7 +283,7 @@ def _starts(texts: Sequence[bytes | None]) -> dict[int, int]:
 
 
 def _equal_sections(left: bytes, right: bytes) -> list[tuple[int, int, int]]:
-    """Returns the offsets on both sides and the lengths of equal sections, in order."""
+    """Returns (left offset, right offset, length) of each section that is equal on both sides."""
     if left == right:
         return [(0, 0, len(left))]
     matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)

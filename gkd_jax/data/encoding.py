@@ -1,6 +1,6 @@
 """Encoding of examples as rows of token ids: end of sequence, truncation, padding, and a cache.
 
-This module is independent of the order of examples, of batches and of processes.
+Nothing in this module depends on the order of examples, the batch size or the processes.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class Encoder:
 
     @property
     def filler_id(self) -> int:
-        """The token that an empty prompt is replaced by."""
+        """The token that replaces an empty prompt."""
         return (*self.vocabulary.eos_ids, self.vocabulary.pad_id)[0]
 
     def _ids(self, text: str, ids: Sequence[int] | None, field: str) -> list[int]:
@@ -128,7 +128,7 @@ class Rows:
             return np.arange(width)[None, :] < full_length[:, None]
 
         loss_weights = real(self.targets.shape[1], self.full_lengths[:, 1])
-        # Fields of a Batch may be JAX or NumPy arrays: these are NumPy arrays, in host memory.
+        # A Batch may hold JAX or NumPy arrays. This one holds NumPy arrays, in host memory.
         arrays: dict[str, Any] = {
             "inputs": self.inputs,
             "inputs_mask": real(self.inputs.shape[1], self.full_lengths[:, 0]),
@@ -148,7 +148,8 @@ class RowReader:
       read_text: maps the number of an example to its text.
       encoder: converts text to token ids.
       num_examples: number of examples.
-      cache_bytes: size limit of the cache. Rows are cached only if those of all examples fit.
+      cache_bytes: size limit of the cache. Rows are cached only if the rows of all examples
+        fit.
 
     Attributes:
       caches: whether rows are cached.
@@ -169,7 +170,7 @@ class RowReader:
         row_bytes = (encoder.inputs_length + encoder.targets_length) * dtype.itemsize + 8
         self.caches = num_examples * row_bytes <= cache_bytes
         if self.caches:
-            # The operating system allocates pages when they are first written.
+            # If the padding id is 0, memory is allocated only when rows are first written.
             self._cache = self._empty(num_examples, dtype)
             self._is_cached = np.zeros(num_examples, bool)
 

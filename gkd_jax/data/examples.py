@@ -12,7 +12,7 @@ class Examples:
 
     Args:
       task: the task.
-      split: name of a split of the task; its source is opened.
+      split: name of a split of the task. The source of the split is opened.
       num_examples: number of examples to use, from the first; None uses all of them.
 
     Raises:

@@ -69,14 +69,15 @@ class HFTokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         pieces = (self._tokenizer.id_to_token(token) or "" for token in range(self.size))
-        # Renamed as in T5's SentencePiece models with seqio's sentinels, to get equal fingerprints.
+        # Sentinels are renamed as in T5's SentencePiece models in seqio, so that a tokenizer and a
+        # SentencePiece model with the same pieces have the same fingerprint.
         named = (f"▁{piece}" if re.fullmatch(r"<extra_id_\d+>", piece) else piece
                  for piece in pieces)  # fmt: skip
         return fingerprint_of_pieces(piece.encode("utf-8") for piece in named)
 
     @functools.cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """Text of each id, according to the tokenizer's decoder.
+        """Piece of each id, according to the tokenizer's decoder.
 
         Raises:
           ValueError: this kind of tokenizer (such as WordPiece) does not define the bytes of each
@@ -194,7 +195,8 @@ def _kinds(decoder: dict[str, Any] | None) -> set[str]:
 def _byte_letters() -> dict[str, int]:
     """Maps letters to bytes: byte-level tokenizers write each byte of a piece as a letter.
 
-    Bytes of printable characters are written as these characters.
+    A byte that is a printable character of Latin-1 is written as this character. All other bytes
+    are written as the characters from U+0100 on.
     """
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in visible]

@@ -25,11 +25,11 @@ from gkd_jax.data.batches import MAX_EXAMPLE_ID, BatchMaker
 _LAST_POSITION = 1 << 60
 _SAMPLE_EXAMPLES = 1000
 _SAMPLE_ROWS = 32
-_BLOCK = 64  # Examples that are read at a time to be packed.
+_BLOCK = 64  # Number of examples that packing reads at a time.
 
 
 class TrainIterator(Iterator[Batch]):
-    """Endless iterator over training batches, whose whole state is `position`.
+    """Endless iterator over training batches. Its whole state is `position`.
 
     Attributes:
       position: number of examples in the batches returned so far, over all processes and since
@@ -183,6 +183,6 @@ def _prefetch(
 
 
 def _closing(prefetched: grain.DatasetIterator[Any]) -> Iterator[Any]:
-    """Iterates over prefetched items and stops their threads when the iterator is dropped."""
+    """Iterates over prefetched items. When the iterator is dropped, prefetching stops."""
     with contextlib.closing(prefetched):
         yield from prefetched

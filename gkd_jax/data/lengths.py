@@ -15,7 +15,7 @@ def check_prompts_differ(examples: Examples, rows: RowReader, vocabulary: Vocabu
 
     Args:
       examples: texts of the examples.
-      rows: their token ids.
+      rows: reads the token ids of the examples.
       vocabulary: vocabulary of the token ids.
 
     Raises:

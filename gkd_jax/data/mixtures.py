@@ -22,8 +22,8 @@ class Templated:
       source: source of the examples.
       inputs: template of the prompt.
       targets: template of the output.
-      labels: for each field that holds a class number, the texts of the classes, which are
-        templates too (`{'label': ('{choice1}', '{choice2}')}`).
+      labels: maps each field that holds a class number to the texts of the classes, in order. The
+        texts are templates too (`{'label': ('{choice1}', '{choice2}')}`).
       unescape_newlines: whether to replace a backslash followed by n in the data by a newline, as
         FLAN's TSV files require.
     """

@@ -59,7 +59,8 @@ def assign_rows(
     """Yields the placements of one global batch after another.
 
     Args:
-      examples: examples in the global order. The last ones are dropped if they do not fill a batch.
+      examples: examples in the global order. At the end, examples that do not fill a batch are
+        dropped.
       num_rows: number of rows of a global batch.
       widths: for each feature, the length of a row. No example may have a longer feature.
     """
@@ -106,7 +107,7 @@ def measure(
 ) -> PackingStatistics:
     """Measures how densely rows are filled, over the first batches.
 
-    As many whole batches are measured as are needed for `num_examples` examples.
+    Whole batches are measured until they contain at least `num_examples` examples.
     """
     num_placed = num_tokens = num_batches = 0
     for placements in assign_rows(examples, num_rows=num_rows, widths=widths):
@@ -124,7 +125,7 @@ def measure(
 def rows_of_feature(
     placements: Iterable[Placement], feature: int, *, num_rows: int, width: int, pad_id: int
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
-    """Returns the rows of one feature: token ids, and the segment of each (0 on padding)."""
+    """Returns the token ids of one feature, and the segment of each token (0 on padding)."""
     tokens = np.full((num_rows, width), pad_id, np.int32)
     segments = np.zeros((num_rows, width), np.int32)
     for placement in placements:

@@ -40,7 +40,8 @@ class DatasetConfig:
       task: a task, or the name of a registered task (`MIXTURE_OR_TASK_NAME`).
       split: a split of the task.
       feature_lengths: maximum lengths of 'inputs' and 'targets', including the end-of-sequence
-        token (`TASK_FEATURE_LENGTHS`); with `teacher_chat` also of 'teacher_inputs'.
+        token (`TASK_FEATURE_LENGTHS`). With `teacher_chat`, a length of 'teacher_inputs' may be
+        given too.
       batch_size: number of rows of a batch over all processes, with one example per row unless
         `pack` is set.
       vocabulary: converts text to token ids.
@@ -56,19 +57,19 @@ class DatasetConfig:
       inputs_bos: whether prompts start with the vocabulary's beginning-of-sequence token, which
         decoder-only models such as Llama and Gemma were trained with.
       cut_inputs: the side on which a prompt that is too long is cut: 'right', as in seqio, or
-        'left', which keeps the question and the start of the answer in a chat template.
+        'left', which keeps the end of a chat prompt: the question and the start of the answer.
       chat: template of a chat model, in which the task's prompt is the user's message; None uses
         the prompt unchanged.
-      teacher_chat: the teacher's template, if the teacher was trained with another one.
+      teacher_chat: the teacher's template, if the teacher was trained with a different one.
       cache_bytes: size limit of the cache of token ids in host memory. Token ids are cached only if
-        those of all examples fit.
+        the token ids of all examples fit.
       read_threads: number of threads that prefetch batches; 0 makes each batch when it is
         requested.
-      pack: whether several examples share a row of a training batch, in steps on the data's
-        outputs. `feature_lengths` are then the lengths of the rows. Each example is placed in the
-        first row with room for it. A batch ends at the first example that fits in no row, so the
-        number of examples varies between batches. Evaluations and the writing of teacher stores
-        always have one example per row.
+      pack: whether several examples share a row of a training batch, in steps that train on the
+        outputs of the data set. `feature_lengths` are then the lengths of the rows. Each example is
+        placed in the first row with room for it. A batch ends at the first example that fits in no
+        row, so the number of examples varies between batches. Evaluations and the writing of
+        teacher stores always have one example per row.
     """
 
     task: Task | str
@@ -138,7 +139,7 @@ class DatasetConfig:
 
     @property
     def teacher_inputs_length(self) -> int:
-        """Maximum length of the teacher's prompt; by default that of the student's prompt."""
+        """Maximum length of the teacher's prompt; by default the same as the student's."""
         return self.feature_lengths.get(_TEACHER, self.feature_lengths["inputs"])
 
     @property
@@ -196,7 +197,7 @@ class Dataset:
             length = config.teacher_inputs_length
             encoder = dataclasses.replace(self._encoder, inputs_length=length)
             self._maker.teacher_rows = self._reader(encoder, config.teacher_chat)
-            self._maker.teacher_rows.read(np.zeros(1, np.int64))  # Tries the template.
+            self._maker.teacher_rows.read(np.zeros(1, np.int64))  # Fails if the template is broken.
         self._iterators = BatchIterators(
             self._maker,
             num_examples=self.num_examples,
@@ -212,7 +213,7 @@ class Dataset:
     ) -> RowReader:
         def read(index: int) -> TextExample:
             example = self.raw(index)
-            if as_text:  # Token ids in an example are of the student's vocabulary.
+            if as_text:  # An example's token ids are from the student's vocabulary.
                 example = dataclasses.replace(example, inputs_ids=None, targets_ids=None)
             if chat is None:
                 return example
@@ -253,7 +254,8 @@ class Dataset:
 
         Args:
           vocabulary: the teacher's vocabulary.
-          inputs_length: maximum length of a prompt; None uses that of the student's prompts.
+          inputs_length: maximum length of a prompt; None uses
+            `DatasetConfig.teacher_inputs_length`.
           inputs_eos: whether prompts end with the end-of-sequence token; None uses the student's
             setting.
           inputs_bos: whether prompts start with the beginning-of-sequence token.
@@ -383,7 +385,7 @@ class Dataset:
 
     @property
     def packing(self) -> packed_rows.PackingStatistics:
-        """Statistics of how full the packed training rows are, measured on the first examples."""
+        """Statistics of the packed training rows, measured on the first examples."""
         return self._iterators.packing
 
     @property

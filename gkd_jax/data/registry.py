@@ -51,7 +51,7 @@ def get_task(name: str, *, module: str | None = None) -> Task:
     if name in known:
         return known[name]
     names = set(known)
-    # If seqio is not imported yet, its registry is empty, so its slow import is not needed.
+    # If seqio is not imported yet, no seqio task is registered, so the slow import is skipped.
     if "seqio" in sys.modules:
         if name in seqio_adapter.seqio_names():
             return seqio_adapter.seqio_task(name)

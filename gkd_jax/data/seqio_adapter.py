@@ -124,7 +124,7 @@ def seqio_vocabulary(
       name: name of a seqio task or mixture.
       module: module to import first, which registers the task.
       feature: feature whose vocabulary is returned, 'targets' or 'inputs'. The choice matters
-      only if their vocabularies differ.
+        only if their vocabularies differ.
 
     Returns:
       A vocabulary with the same ids. SentencePiece and byte vocabularies do not need TensorFlow.
@@ -298,7 +298,7 @@ def _takes_seed(provider: Any) -> bool:
 
 
 def _text(example: Mapping[str, Any], feature: str, vocabulary: Any) -> str:
-    """Returns the text before tokenization if the task includes it, else the decoded tokens."""
+    """Returns the text before tokenization if the example has it, else the decoded tokens."""
     text = example.get(f"{feature}_pretokenized")
     if isinstance(text, bytes):
         return text.decode("utf-8", errors="replace")

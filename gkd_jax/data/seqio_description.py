@@ -18,8 +18,8 @@ def describe(provider: Any, split: str) -> dict[str, Any]:
     """Describes a seqio task or mixture: sources, files, preprocessors, vocabularies, rates.
 
     Code is described by its source text and its closure, local files by size and modification time.
-    Other modules and files that a function reads are not included: remove the cached folder after
-    changing them.
+    Other modules and files that a function reads are not included. After changing them, remove the
+    cached token files.
     """
     import seqio
 

@@ -17,7 +17,7 @@ _JSON_PREFIX = "json:"
 
 
 def encode_reference(target: Any) -> str:
-    """Encodes a postprocessed target as text: strings are unchanged, other types become JSON.
+    """Encodes a postprocessed target as text. Strings are unchanged; other types become JSON.
 
     Raises:
       ValueError: the target does not consist of text, numbers, lists and dictionaries.

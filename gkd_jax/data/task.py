@@ -61,7 +61,7 @@ class TextExample:
       inputs_ids: token ids of `inputs`, from a source that is already tokenized (a seqio task).
         They are used instead of encoding the text. They may end with the end-of-sequence token or
         not: the batch contains this token exactly once in both cases.
-      targets_ids: token ids of `targets`, likewise.
+      targets_ids: the same for `targets`.
     """
 
     inputs: str
@@ -111,7 +111,7 @@ class Task:
         `FieldsToText` reads both from fields of the example.
       metrics: functions of (references, parsed predictions).
       output_parser: function that is applied to each decoded prediction before the metrics are
-        computed. The references that `to_text` returns are already in its output format.
+        computed. The references that `to_text` returns must be parsed already.
       inputs_eos: whether the prompt ends with the end-of-sequence token, as in T5.
       vocabulary_fingerprint: fingerprint of the vocabulary with which the sources were tokenized,
         if they contain token ids. A `DatasetConfig` with another vocabulary is then an error.

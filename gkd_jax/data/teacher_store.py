@@ -2,9 +2,9 @@
 
 `meta.json` describes the store: teacher, data, vocabulary, temperature, and the packing into bytes.
 `distributions.bin` contains one block of bytes per example, in the order of the data set.
-`index.bin` contains one entry per block, with the offset of its end, its checksum and a checksum of
-the example's tokens. A block is written before its index entry. If a run is interrupted while it
-writes a block, the incomplete block is detected and written again.
+`index.bin` contains one entry per block: the offset of the block's end, the block's checksum and a
+checksum of the example's tokens. A block is written before its index entry. If a run is interrupted
+while it writes a block, the incomplete block is detected and written again.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def _checksum_of_tokens(inputs: np.ndarray, targets: np.ndarray) -> int:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Describes the differences of two mappings as 'name: ... before, ... now', or returns ''."""
+    """Describes how two mappings differ as 'name: ... before, ... now'; '' if they are equal."""
     return "; ".join(
         f"{key}: {before.get(key, 'unknown')} before, {now.get(key, 'unknown')} now"
         for key in sorted({*before, *now})

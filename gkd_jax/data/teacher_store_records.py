@@ -192,5 +192,5 @@ def _all_in_tail(num_rows: int, target_length: int, num_entries: int) -> Any:
 
 
 def _made_of(**arrays: Any) -> Any:
-    # Fields may be JAX or NumPy arrays: these are NumPy arrays, in host memory.
+    # The type allows JAX or NumPy arrays. Here all fields are NumPy arrays, in host memory.
     return TeacherDistributions(**arrays)

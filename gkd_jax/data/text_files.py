@@ -61,7 +61,8 @@ def _open_raw(path: str) -> IO[bytes]:
     if scheme in _EPATH_SCHEMES:
         from etils import epath
 
-        # Read as a whole, since files in buckets do not always support the operations of gzip.
+        # Read as a whole, since files in buckets do not always support the operations that
+        # decompression needs.
         return io.BytesIO(epath.Path(path).read_bytes())
     import fsspec
 
@@ -158,8 +159,9 @@ class TextFile:
         if self._content is not None:
             line = self._content[start : start + length]
         else:
-            # Positioned reads need no lock between threads. If the file was truncated meanwhile,
-            # they return too few bytes, which can be reported; a memory map would end the process.
+            # Positioned reads need no lock between threads. If the file was truncated after it was
+            # indexed, a read returns too few bytes, which can be reported. Access to a memory map
+            # of a truncated file would crash the process.
             line = os.pread(self._descriptor, length, start)
             if len(line) != length:
                 raise ValueError(
@@ -177,7 +179,7 @@ class TextLines:
       setting: name of the setting with the paths, for messages.
 
     Raises:
-      ValueError: there is no file, all files are empty, or one is not UTF-8 text.
+      ValueError: `paths` is empty, all files are empty, or a file is not UTF-8 text.
     """
 
     def __init__(self, paths: tuple[str, ...], *, setting: str):

@@ -22,8 +22,8 @@ def write_token_files(
 ) -> None:
     """Writes examples to a temporary folder, which is renamed when it is complete.
 
-    If several processes write the same folder, the files of the first are kept. The files of the
-    others have the same content and are removed.
+    If several processes write the same folder, the files of the first process to finish are kept.
+    The files of the other processes have the same content and are removed.
 
     Args:
       folder: folder to create; its parent is created if it does not exist.

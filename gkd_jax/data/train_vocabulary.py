@@ -106,7 +106,7 @@ def _train(sentences: Iterator[str], *, vocab_size: int, model_type: str, **opti
 def _write(model: bytes, output: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(f"{os.fspath(output).removesuffix('.model')}.model")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when it is complete, so that a concurrent run never reads half a model.
+    # The file is renamed when it is complete, so that a concurrent run never reads half a model.
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(model)
     os.chmod(file.name, 0o644)

@@ -30,12 +30,15 @@ class Vocabulary(Protocol):
 
     @property
     def size(self) -> int:
-        """Number of ids in use; a model's output layer may be padded beyond it."""
+        """Number of ids in use. A model's output layer may have more entries, which are padding."""
         ...
 
     @property
     def pad_id(self) -> int:
-        """Padding token. It may be an end-of-sequence token: no mask is inferred from padding."""
+        """Padding token. It may equal an end-of-sequence token.
+
+        This is safe, since masks are explicit and never inferred from the padding token.
+        """
         ...
 
     @property
@@ -154,7 +157,7 @@ class ByteVocabulary:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """Text of each id."""
+        """Piece of each id."""
         return ("<pad>", "</s>", "<unk>", *(bytes([byte]) for byte in range(256)))
 
     def encode(self, text: str) -> list[int]:
@@ -181,7 +184,7 @@ class SentencePieceVocabulary:
       path: the model file, a local path or a URL ('gs://...').
       extra_ids: number of sentinels '<extra_id_0>', ... that are added after the model's pieces.
         The first one has the highest id, as in seqio (T5: 100).
-      eos_id: overrides the model's end-of-sequence id.
+      eos_id: end-of-sequence id to use instead of the model's own; None uses the model's own.
     """
 
     path: str | os.PathLike[str]
@@ -235,7 +238,7 @@ class SentencePieceVocabulary:
 
     @functools.cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """Text of each id."""
+        """Piece of each id."""
         return tuple(self._piece(token) for token in range(self.size))
 
     def _piece(self, token: int) -> Piece:
@@ -291,8 +294,7 @@ def _load_sentencepiece(path: str, extra_ids: int) -> Any:
     model = b"".join(blocks(path, setting=setting))
     sentencepiece = import_sentencepiece()
     try:
-        # SentencePiece accepts an empty model without an error (as if its model were to be loaded
-        # later), so it is checked for here.
+        # SentencePiece accepts an empty model without an error, so an empty file is rejected here.
         if not model:
             raise ValueError("the file is empty")
         processor = sentencepiece.SentencePieceProcessor()
@@ -312,9 +314,9 @@ def _load_sentencepiece(path: str, extra_ids: int) -> Any:
 def _sentinels(extra_ids: int) -> bytes:
     """Returns the extra pieces in serialized form, to be appended to a serialized model.
 
-    Concatenating serialized protocol buffers concatenates their repeated fields. Therefore no
-    protobuf library is needed to add pieces, which are entries of field 1 of the model. Their own
-    fields are 1 (piece), 2 (score) and 3 (type, which is 4 for user-defined pieces).
+    Concatenating serialized protocol buffers concatenates their repeated fields. The pieces of a
+    model are its repeated field 1, so they can be added without a protobuf library. Each piece has
+    the fields 1 (text), 2 (score) and 3 (type, which is 4 for user-defined pieces).
     """
     pieces = []
     for number in reversed(range(extra_ids)):

@@ -3,8 +3,9 @@
 Cobbe et al., "Training Verifiers to Solve Math Word Problems" (arXiv 2110.14168) and Wei et al.,
 "Chain-of-Thought Prompting Elicits Reasoning in Large Language Models" (arXiv 2201.11903) evaluate
 models with a calculator: the right-hand side of each generated equation is computed. If the number
-in the text is wrong, the correct number replaces it there and in the following text. Text that may
-not be an equation (units, percentages, mixed numbers, words inside) is unchanged.
+in the text is wrong, the correct number replaces it there and in the following text. If it is
+uncertain whether a text is an equation (it has units, percentages, mixed numbers or words), it is
+unchanged.
 """
 
 import dataclasses
@@ -55,8 +56,8 @@ def apply_calculator(text: str) -> str:
     Handles 'a + b = c' and GSM8K's annotations '<<a+b=c>>c', with + - * / and their typographic
     forms, parentheses, dollar signs and thousands separators. A right-hand side with decimals is
     kept if it is the result rounded to the same number of decimals. A corrected number replaces the
-    wrong one in later equations and in the answer. The replacement ends where the wrong number is
-    the correct result of a later equation.
+    wrong one in later equations and in the answer. If the
+    wrong number is the correct result of a later equation, it is not replaced from there on.
 
     Args:
       text: a generated solution.
@@ -164,7 +165,7 @@ def _right_side(tokens: list[_Token], equals: int) -> int | None:
 
 
 def _evaluate(tokens: list[_Token]) -> Fraction | None:
-    """Returns the value of an expression with at least one operation, or None."""
+    """Returns the value of an expression; None if it is invalid or has no operation."""
     items: list[Fraction | str] = []
     for token in tokens:
         text = token.replacement if token.replacement is not None else token.text

@@ -20,11 +20,11 @@ _SENTENCE_END = re.compile(r"\n|[.!?](?:\s|$)")
 def parse_answer(text: str) -> Fraction | None:
     """Returns the final number of a worked solution.
 
-    If the text contains '####' (the format of GSM8K), this is the number after the first '####'.
-    Otherwise, if the text contains 'The answer is' (chain-of-thought format), it is the number in
-    the sentence after the last such phrase. Otherwise it is the last number of the text. If an
-    equation follows '####' or the phrase, its right-hand side is used. Dollar signs, thousands
-    separators, a trailing full stop and decimals are supported.
+    If the text contains '####' (GSM8K's format), the number after the first '####' is returned.
+    Otherwise, if the text contains 'The answer is' (chain-of-thought format), the number that
+    follows the last such phrase in the same sentence is returned. Otherwise the last number of the
+    text is returned. If an equation follows '####' or the phrase, its right-hand side is used.
+    Dollar signs, thousands separators, a trailing full stop and decimals are supported.
 
     Args:
       text: a solution, from the data or generated.
@@ -58,7 +58,7 @@ def _numbers(text: str) -> list[Fraction]:
 def gsm8k_accuracy(
     references: list[list[str]], predictions: list[str], *, use_calculator: bool = False
 ) -> dict[str, Score]:
-    """Computes the share of predictions whose final answer equals a reference's as a number.
+    """Computes the share of predictions whose final answer is numerically equal to a reference.
 
     Args:
       references: worked solutions, or plain answers.

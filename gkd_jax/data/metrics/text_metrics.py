@@ -24,8 +24,8 @@ def bleu(
 
     Post, "A Call for Clarity in Reporting BLEU Scores" (arXiv 1804.08771). The standard error is
     the standard deviation of corpus BLEU over resampled test sets (Koehn, "Statistical Significance
-    Tests for Machine Translation Evaluation", 2004), drawn with a fixed seed, so that the same
-    outputs always give the same numbers.
+    Tests for Machine Translation Evaluation", 2004). The test sets are resampled with a fixed seed,
+    so that the same outputs always give the same numbers.
 
     Args:
       references: at least one reference for each example.
@@ -44,7 +44,8 @@ def bleu(
     check_pairs(references, predictions)
     sacrebleu = _require("sacrebleu.metrics", "BLEU", "sacrebleu")
     metric = sacrebleu.BLEU(tokenize=tokenize, lowercase=lowercase)
-    # sacrebleu takes one list per index of a reference, with None for missing references.
+    # sacrebleu takes a list of the first references of all examples, a list of the second, and so
+    # on. None stands for a missing reference.
     most = max(len(texts) for texts in references)
     streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
     value = metric.corpus_score(predictions, streams).score
@@ -87,7 +88,7 @@ def resampled_bleu(
       Corpus BLEU of each sample, from 0 to 100.
 
     Raises:
-      ValueError: as `bleu`.
+      ValueError: as in `bleu`.
     """
     check_pairs(references, predictions)
     sacrebleu = _require("sacrebleu.metrics", "BLEU", "sacrebleu")
@@ -123,9 +124,9 @@ def rouge(
     """Computes ROUGE-1, -2, -L and -Lsum: mean F-measures over the examples.
 
     Lin, "ROUGE: A Package for Automatic Evaluation of Summaries" (2004), computed by the package
-    rouge_score with its stemmer, as in T5 and GKD. ROUGE-Lsum splits at line breaks; as in T5,
-    ' . ' starts a new line. T5 reports the median of bootstrapped means, which differs from this
-    mean only by noise.
+    rouge_score with its stemmer, as in T5 and GKD. ROUGE-Lsum treats each line as a sentence;
+    as in T5, ' . ' ends a line. T5 reports the median of bootstrapped means, which differs from
+    this mean only by noise.
 
     Args:
       references: at least one reference for each example. Each type of ROUGE uses the reference
@@ -157,7 +158,7 @@ def rouge(
 def exact_match(
     references: list[list[str]], predictions: list[str], *, ignore_case: bool = False
 ) -> dict[str, Score]:
-    """Computes the share of predictions that equal one of their references, up to white space.
+    """Computes the share of predictions that equal one of their references, apart from white space.
 
     Args:
       references: at least one reference for each example.

@@ -14,9 +14,11 @@ _ANSWER_PHRASE = re.compile(r"the\s+(?:final\s+)?answer\s+is:?\s*", re.IGNORECAS
 
 
 def final_answer(output: str) -> str:
-    """Returns the text after the last 'the answer is' without its full stop, or the whole text.
+    """Returns the text after the last 'the answer is', or the whole text without such a phrase.
 
-    As the output parser of chain-of-thought data, it makes metrics compare only final answers.
+    Only the rest of the phrase's line is returned, without a full stop at the end. Use this
+    function as the output parser of chain-of-thought data, so that metrics compare only final
+    answers.
     """
     phrases = list(_ANSWER_PHRASE.finditer(output))
     if not phrases:

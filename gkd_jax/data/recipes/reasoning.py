@@ -80,7 +80,7 @@ class GSM8KText:
           KeyError: the example lacks a field.
         """
         question = example[self.question_field]
-        # The prompt must not contain the answer to the question itself.
+        # An exemplar with the same question would reveal the answer.
         others = [pair for pair in self.exemplars if pair[0] != question][: self.num_exemplars]
         lines = [f"Q: {asked}\nA: {answered}\n\n" for asked, answered in others]
         targets, reference = self._targets(example)
@@ -132,8 +132,8 @@ def gsm8k(
       validation: held-out examples; None omits the split, since GSM8K has none.
       test: test examples; None uses the test split of TFDS, on which the GKD paper reports.
       num_exemplars: number of solved problems before each question; 4 in the GKD paper.
-      exemplars: source of other exemplars, of which the first are used; None uses the first four of
-        Wei et al. (`CHAIN_OF_THOUGHT_EXEMPLARS`).
+      exemplars: source of other exemplars, used in order from the first; None uses the first four
+        of Wei et al. (`CHAIN_OF_THOUGHT_EXEMPLARS`).
       question_field, answer_field, rationale_field, answer_format: see `GSM8KText`.
       metrics: metric functions of evaluations.
 
@@ -170,7 +170,10 @@ def gsm8k(
 def _exemplars(
     config: SourceConfig, to_text: GSM8KText, num_exemplars: int
 ) -> tuple[tuple[str, str], ...]:
-    """Reads `num_exemplars` exemplars and one more, for questions that are exemplars themselves."""
+    """Reads one exemplar more than `num_exemplars`.
+
+    If the question of an example is itself among the exemplars, the additional one replaces it.
+    """
     source = config.open()
     examples = [source[index] for index in range(min(num_exemplars + 1, len(source)))]
     return tuple(

@@ -22,7 +22,8 @@ def wmt14_en_de(
     """Returns the task WMT14 English to German with cased BLEU, as in T5 and GKD.
 
     Any split may use local files, e.g. `ParallelText('train.en', 'train.de')`. For another pair of
-    languages, set the sources, the prefix and, unless they are 'inputs' and 'targets', the fields.
+    languages, set the sources and the prefix. If the fields are not 'inputs' and 'targets', set
+    them too.
 
     Args:
       name: name of the task.
