@@ -147,9 +147,10 @@ def write_hf_checkpoint(
       model: model that the parameters belong to.
       params: parameters, fetched from the devices one at a time.
       dtype: dtype of the written weights, 'float32' or 'bfloat16'.
-      config: contents of config.json of the checkpoint that the model was loaded from. The fields
-        are kept unchanged except for the dtype; of a model with images, only those of its text part
-        are kept. If `config` is None, only the fields that follow from the model are written.
+      config: contents of the config.json in the checkpoint that the model was loaded from. All
+        fields except for the dtype are written unchanged. If that checkpoint is of a model that
+        also takes images, only the fields of its text part are written. If `config` is None, only
+        the fields that follow from `model` are written.
       shard_bytes: maximum size of a weight file in bytes.
 
     Returns:
@@ -189,7 +190,7 @@ def write_hf_checkpoint(
 
 
 def _stored(folder: epath.Path) -> dict[str, tuple[StoredTensor, bool]]:
-    """Returns, for each parameter, the tensor that stores it and whether it is transposed."""
+    """Returns the tensor that stores each parameter, and whether that tensor is transposed."""
     model = hf_model(os.fspath(folder))
     config = model.config
     tensors = safetensors_files.read_directory(folder)
@@ -222,7 +223,7 @@ def _check_tied(
     tensors: dict[str, StoredTensor],
     found: dict[str, tuple[StoredTensor, bool]],
 ) -> None:
-    """Checks that a stored output layer equals the embedding if the model ties the two.
+    """Checks that a stored output layer equals the embedding, for a model that ties the two.
 
     Raises:
       ValueError: the output layer differs from the embedding.

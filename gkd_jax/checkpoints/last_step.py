@@ -15,7 +15,8 @@ import re
 import sys
 from typing import Any
 
-# Copies of constants whose modules import JAX. A test checks that the copies are equal to them.
+# These constants are copied, because the modules that define them import JAX. A test checks that
+# the copies are equal to the originals.
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 _MANIFEST = "MANIFEST.json"
 _HOST = "host.json"
@@ -25,13 +26,14 @@ _NUM_STEPS = re.compile(r"(?:[\w/]+/)?(?:\w+\.)?Experiment\.num_steps = (?:%(\S+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Progress of a run.
+    """Progress of a run or of a study.
 
     Attributes:
-      last_step: step of the last complete checkpoint, 0 if there is none; for a study, the sum over
-        its runs.
-      train_steps: total number of steps of the run; None if unknown, as for a study.
-      done: whether the last step is saved and its evaluation, if due, is complete.
+      last_step: step of the last complete checkpoint, 0 if there is none. For a study, this is the
+        sum of the last steps of its runs.
+      train_steps: total number of steps of the run. None if it is unknown; always None for a study.
+      done: whether the run's final step is saved and the evaluation of that step, if due, is
+        complete. Always False for a study.
     """
 
     last_step: int
@@ -40,7 +42,7 @@ class Progress:
 
 
 def read_progress(model_dir: pathlib.Path, *, train_steps: int | None = None) -> Progress:
-    """Reads the progress of a run. A folder that does not exist counts as a new run.
+    """Reads the progress of a run or of a study. A missing folder counts as a new run.
 
     Args:
       model_dir: folder of a run or of a study.

@@ -2,7 +2,7 @@
 
 checkpoint_1000/
   arrays/         arrays of the tree, written by Orbax, independent of the mesh
-  host.json       format version, kind, step, names and shapes of the arrays, host values
+  host.json       format version, kind, step, names and shapes of the arrays, values of the caller
   MANIFEST.json   digests of arrays/ and host.json, written last
   UNFINISHED      exists only while the checkpoint is being written or deleted
 """
@@ -118,11 +118,11 @@ def finish(folder: epath.Path, header_text: str) -> None:
 
 
 def delete(folder: epath.Path) -> None:
-    """Deletes a checkpoint. If interrupted, the remaining folder is marked as unfinished."""
+    """Deletes a checkpoint. If this is interrupted, the rest of it is marked as unfinished."""
     (folder / UNFINISHED).write_text("This checkpoint is being deleted.\n")
     (folder / MANIFEST).unlink(missing_ok=True)
-    # UNFINISHED is deleted last: a folder that has arrays, but neither a manifest nor UNFINISHED,
-    # counts as a damaged checkpoint.
+    # UNFINISHED is deleted last, because a folder that has arrays, but neither a manifest nor
+    # UNFINISHED, counts as a damaged checkpoint.
     for child in list(folder.iterdir()):
         if child.is_dir():
             child.rmtree()
@@ -134,7 +134,7 @@ def delete(folder: epath.Path) -> None:
 def is_unfinished(folder: epath.Path) -> bool:
     """Returns whether saving or deleting a checkpoint was interrupted.
 
-    If neither was interrupted, a folder without a manifest is a damaged checkpoint.
+    If this returns False for a folder without a manifest, the checkpoint is damaged.
     """
     if (folder / MANIFEST).exists():
         return False
@@ -219,7 +219,8 @@ def check_shapes(
       limit: maximum number of differences in the error message.
 
     Raises:
-      OtherShapesError: arrays differ; the message names the first few with both shapes.
+      OtherShapesError: names, shapes or dtypes differ. The message names the first few arrays that
+        differ, with the stored and the requested shape.
     """
 
     def text(entry: tuple[tuple[int, ...], str]) -> str:
@@ -280,7 +281,10 @@ def read_arrays(folder: epath.Path, nested_abstract: Mapping[str, Any]) -> dict[
 
 
 def from_nested(nested: Mapping[str, Any], like: PyTree[Any]) -> PyTree[Any]:
-    """Moves arrays from nested dictionaries into the containers of `like`; inverts `to_nested`."""
+    """Returns the arrays of nested dictionaries in the containers of `like`.
+
+    This is the inverse of `to_nested`.
+    """
 
     def find(path: Any, _: Any) -> Any:
         node: Any = nested
@@ -300,7 +304,7 @@ def _names(path: Any) -> list[str]:
 
 
 def write_evaluated(directory: epath.Path, step: int, scores: Mapping[str, float]) -> None:
-    """Writes the scores of an evaluation that was made after the checkpoint of its step was saved.
+    """Writes the evaluation scores of a step whose checkpoint was saved before the evaluation.
 
     The scores go into a file next to the checkpoint. The checkpoint itself is not modified.
     """

@@ -58,7 +58,8 @@ def load_params(
         this dtype, such as bfloat16 for a teacher.
       step: step to load if `path` is the directory of a run; None loads the last intact
         checkpoint.
-      field: field of a run's state to load: 'params', or 'average' if the run keeps an average.
+      field: field of a run's state to load: 'params', or 'average' if the run keeps an average of
+        the student's parameters.
 
     Returns:
       The parameters with the requested dtypes and shardings.
@@ -162,8 +163,8 @@ class _LayerForm:
     """Conversion of a checkpoint's parameters to stacked or separate layers, as requested.
 
     Attributes:
-      stored: shapes to read from the checkpoint: the requested parameters, with layers stacked or
-        separate as in the checkpoint.
+      stored: shapes of the requested parameters as they are stored in the checkpoint, i.e. with
+        its layers stacked or separate.
       convert: function that converts the parameters read from the checkpoint to the requested form.
     """
 

@@ -48,8 +48,8 @@ class CheckpointManager:
           directory: local directory, or a bucket path such as gs://bucket/run.
           keep: number of latest checkpoints to keep; None keeps all. The checkpoint with the best
             metric is kept in addition.
-          keep_every: also keep the checkpoints whose step is a multiple of `keep_every`; None keeps
-            no others.
+          keep_every: number of steps. Checkpoints whose step is a multiple of this number are kept
+            in addition. None keeps no additional checkpoints.
           best_mode: 'max' if the highest metric is the best, 'min' if the lowest is.
           read_only: if True, the directory is not created, and `save` raises an error.
 
@@ -112,13 +112,13 @@ class CheckpointManager:
             is never the best.
 
         Returns:
-          Whether a save was started. False if the run was restored from this checkpoint, so that
-          there is nothing to save.
+          Whether a save was started. False if the run was restored from the checkpoint of this
+          step, which therefore need not be saved again.
 
         Raises:
           ValueError: the manager is read-only, `host` is not JSON, or the directory already has a
             checkpoint of this step or of a later one.
-          Exception: the previous save failed; its error is raised again.
+          Exception: the previous save failed. The exception of that save is raised here.
         """
         if self._read_only:
             raise ValueError(
@@ -156,10 +156,10 @@ class CheckpointManager:
 
         Args:
           alone: if True, this process does not ask the others whether their part of the save
-            succeeded. Use it if the other processes may not be calling `wait`.
+            succeeded. Set this if the other processes may not be calling `wait`.
 
         Raises:
-          Exception: the last save failed; its error is raised again.
+          Exception: the last save failed. The exception of that save is raised here.
         """
         if self._thread is None:
             return
@@ -196,7 +196,8 @@ class CheckpointManager:
     def latest_step(self) -> int | None:
         """Returns the step of the last complete checkpoint; None if no save was ever completed.
 
-        This does not verify digests. `restore` verifies them, and may use an earlier step.
+        This method does not verify digests. `restore` verifies them, and therefore may use an
+        earlier step.
 
         Raises:
           CorruptCheckpointError: there are checkpoints, but all have lost their manifest.
@@ -210,7 +211,10 @@ class CheckpointManager:
         return None
 
     def best_step(self) -> int | None:
-        """Returns the step with the best metric (the earliest if equal); None without metrics."""
+        """Returns the step with the best metric, or None if no checkpoint has a metric.
+
+        If several steps have the same best metric, this is the earliest of them.
+        """
         return self._best(self.all_steps())
 
     def restore(
@@ -230,7 +234,8 @@ class CheckpointManager:
 
         Raises:
           FileNotFoundError: there is no checkpoint, or none of `step`.
-          CorruptCheckpointError: the checkpoint of `step` is corrupt, or all checkpoints are.
+          CorruptCheckpointError: the checkpoint of `step` is corrupt. If `step` is None: all
+            checkpoints are corrupt.
           ValueError: the checkpoint's arrays differ from `abstract_state`, or the checkpoint has
             another format version.
         """
@@ -328,7 +333,8 @@ class CheckpointManager:
         """Deletes unfinished checkpoints of `step` and later steps, and renames corrupt ones.
 
         Returns:
-          Whether to save `step`. False if it is already saved and the run was restored from it.
+          Whether to save `step`. False if a checkpoint of `step` exists and the run was restored
+          from that checkpoint.
         """
         later = [s for s in self._step_folders() if s >= step]
         usable = [s for s in later if self._is_complete(s) and s not in self._corrupt]

@@ -1,8 +1,8 @@
 """Manifests: digests of all files of a checkpoint, written last and verified before a restore.
 
-Array files restore without an error after a bit flip, and a folder left by a killed process may
-look complete. A checkpoint is therefore complete only with its manifest, which lists the size and
-SHA-256 digest of each file and ends with a digest of itself.
+An array file in which a bit has flipped is read without an error, and a folder left by a killed
+process may look complete. A checkpoint therefore counts as complete only if it has a manifest. The
+manifest lists the size and SHA-256 digest of each file, and ends with a digest of this list.
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ from etils import epath
 MANIFEST = "MANIFEST.json"
 
 _CHUNK_BYTES = 1 << 20
-_NUM_THREADS = 8  # hashlib releases the GIL.
+_NUM_THREADS = 8  # hashlib releases the GIL, so digests are computed in parallel.
 
 
 class CorruptCheckpointError(ValueError):
@@ -29,7 +29,7 @@ def write_manifest(folder: epath.Path, *, ignore: tuple[str, ...] = ()) -> None:
     """Flushes the files of a checkpoint to disk and writes their manifest atomically.
 
     Args:
-      folder: a checkpoint; all of its files are closed.
+      folder: a checkpoint whose files are all closed.
       ignore: names of files in `folder` that are not part of the checkpoint.
     """
     names = sorted(_files(folder, ignore=(MANIFEST, *ignore)))
@@ -133,7 +133,7 @@ def _size(path: epath.Path) -> int:
 
 
 def _sync(path: epath.Path) -> None:
-    """Flushes a local file or folder to disk; buckets are durable without it."""
+    """Flushes a local file or folder to disk. Does nothing in a bucket, where files are durable."""
     name = os.fspath(path)
     if "://" in name:
         return

@@ -21,8 +21,8 @@ WEIGHTS = "adapter_model.safetensors"
 def check_base_architecture(path: str | None) -> None:
     """Checks that exported adapters can be loaded onto their base model.
 
-    Adapters name the modules that they belong to. `transformers` gives these modules other names in
-    a model that also takes images.
+    Exported adapters contain the names of the modules that they belong to. In a model that also
+    takes images, `transformers` gives these modules different names.
 
     Args:
       path: path or name of the base model; None if it is not known.
@@ -95,7 +95,7 @@ def _module(path: str, model: LoRA) -> str:
 
 
 def _modules(model: LoRA, products: Mapping[str, Any]) -> set[str]:
-    """Returns the module names of matrix products, one per layer if layers are stacked."""
+    """Returns the module names of matrix products. Stacked layers have one name per layer."""
     return {
         _module(name, model)
         for path, (shape, _) in products.items()
@@ -106,8 +106,8 @@ def _modules(model: LoRA, products: Mapping[str, Any]) -> set[str]:
 def _target_modules(model: LoRA) -> list[str]:
     """Returns the names by which PEFT finds the adapted modules.
 
-    These are the last components of the module names, such as 'q_proj', if no module without
-    adapters has the same last component. Otherwise they are the full module names.
+    PEFT matches a short name, such as 'q_proj', with all modules whose names end in it. If this
+    would match modules without adapters, full module names are returned instead of short ones.
     """
     wanted = _modules(model, model.kernels)
     every = _modules(model, lora.products(model.model))

@@ -2,8 +2,9 @@
 
 A file consists of the length of its header (8 bytes, little-endian), the header (JSON that maps
 names to dtype, shape and offsets) and the bytes of the tensors; see
-https://github.com/huggingface/safetensors. No file contains code. The package `safetensors` is not
-used because it holds all tensors of a file in memory while writing and has no bfloat16 for NumPy.
+https://github.com/huggingface/safetensors. Files contain no code. The package `safetensors` is not
+used because it holds all tensors of a file in memory while it writes them, and because it does not
+support bfloat16 for NumPy.
 """
 
 import dataclasses
@@ -60,7 +61,9 @@ class StoredTensor:
 
 
 def read_directory(folder: epath.Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a directory by name, from the files of its index or its single file.
+    """Returns the tensors of a directory by name.
+
+    The tensors are in the files that an index lists or, if there is no index, in a single file.
 
     Raises:
       FileNotFoundError: there are no safetensors files, or a file is missing.
@@ -135,7 +138,7 @@ def write_directory(
     *,
     shard_bytes: int = 5_000_000_000,
 ) -> list[str]:
-    """Writes tensors to files of at most `shard_bytes`, with an index if there are several.
+    """Writes tensors to files of at most `shard_bytes`, with an index if there are several files.
 
     Args:
       folder: an existing directory.
@@ -182,7 +185,7 @@ def write_file(
     The function takes these tensors, in the order of `shapes`, from the iterator `tensors`. The
     iterator may continue with the tensors of the next file.
     """
-    # `transformers` reads the framework from this entry and rejects files without it.
+    # `transformers` reads the framework from this entry and rejects files that lack it.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (shape, dtype) in shapes.items():

@@ -16,7 +16,7 @@ from gkd_jax.devices.processes import process_zero_decides
 def save_params(
     path: epath.PathLike, params: Params, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Saves parameters with a manifest of digests; `load.load_params` reads them.
+    """Saves parameters, with a manifest of digests, to a folder that `load.load_params` reads.
 
     Args:
       path: a new folder.
@@ -43,8 +43,8 @@ def save_params(
         layout.begin(folder)
         return True
 
-    # Only process 0 checks that the folder is new. The other processes might look after process 0
-    # has already written to it.
+    # Only process 0 checks that the folder is new, because other processes might check it after
+    # process 0 has already written to it.
     process_zero_decides(make_folder)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         args = ocp.args.PyTreeSave(layout.to_nested(tree))

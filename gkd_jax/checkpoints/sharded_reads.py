@@ -60,7 +60,7 @@ def _open(stored: Any) -> tuple[tuple[int, ...], Callable[[tuple[slice, ...]], A
         return stored.shape, lambda index: stored[index]
     import tensorstore
 
-    # Without `fill_missing_data_reads: False`, a lost file of an array would read as zeros.
+    # Without `fill_missing_data_reads: False`, a lost file of an array would be read as zeros.
     spec = {**stored, "fill_missing_data_reads": False}
     array = tensorstore.open(spec, open=True, read=True).result()
     _check_floating(array.dtype.numpy_dtype)

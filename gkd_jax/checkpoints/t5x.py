@@ -4,8 +4,8 @@ Native checkpoints (T5X's `checkpoints.Checkpointer`, version 3) have a msgpack 
 with the tree `{'version', 'optimizer': {'target', 'state'}}`. The leaves of this tree are small
 arrays, or TensorStore specs of Zarr arrays that are stored next to the file. Orbax checkpoints
 (T5X's `OrbaxCheckpointManagerInterface`) have an item `state` with the same tree and all arrays in
-one OCDBT database. Only the parameters, `target`, are read. Written checkpoints hold the parameters
-and the step, but no optimizer state.
+one OCDBT database. Only the subtree `target`, which holds the parameters, is read. Written
+checkpoints hold the parameters and the step, but no optimizer state.
 """
 
 import json
@@ -113,7 +113,7 @@ def write_t5x_checkpoint(folder: epath.Path, params: Params, *, step: int, dtype
             "state": {"step": np.asarray(step, np.int32)},
         },
     }
-    # Written last: without this file the folder is not a checkpoint.
+    # This file is written last, because a folder without it does not count as a checkpoint.
     (folder / "checkpoint").write_bytes(serialization.msgpack_serialize(contents))
 
 
@@ -147,7 +147,7 @@ def _kind(folder: epath.Path) -> str | None:
 
 
 def find_step(root: epath.Path) -> epath.Path | None:
-    """Returns `root` if it is a checkpoint, else the last checkpoint in `root`, or None."""
+    """Returns `root` if it is a checkpoint, else the last checkpoint in it; None if none exists."""
     if (root / "checkpoint").is_file() or (root / "state").is_dir():
         return root
     if not root.is_dir():

@@ -32,8 +32,8 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
 # The documentation states these network bandwidths: 50 Gbit/s per chip for v5p, 6.4 Tbit/s per pod
-# of 256 chips for v5e, and 25.6 Tbit/s per pod of 256 chips for v6e. It states none for v4, which
-# gets the value of v5p.
+# of 256 chips for v5e, and 25.6 Tbit/s per pod of 256 chips for v6e. It states no bandwidth for v4,
+# for which the value of v5p is used.
 CHIPS = {
     "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 6.25e9, _CUBES),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 3.125e9, _FLAT),
@@ -64,7 +64,7 @@ class Topology:
     """One or several TPU slices, such as 'v5e:4x4', or 'v5e:4x4*2' for two slices.
 
     Attributes:
-      generation: generation of the chips.
+      generation: generation of the chips, a key of `CHIPS`.
       size: topology of each slice.
       num_slices: number of slices, connected by the data center network.
     """
@@ -92,7 +92,7 @@ def parse_topology(topology: str) -> Topology:
     """Parses a topology such as 'v5e:4x4' or 'v5e:4x4*2'.
 
     Raises:
-      ValueError: the chip or the size is unknown.
+      ValueError: the generation or the size is unknown, or the number of slices is invalid.
     """
     generation, _, rest = topology.partition(":")
     size, times, number = rest.partition("*")
@@ -108,7 +108,7 @@ def parse_topology(topology: str) -> Topology:
 
 
 def larger(topology: str) -> list[str]:
-    """Returns the larger topologies with the same chips and number of slices, smallest first."""
+    """Returns the larger topologies of the same generation and number of slices, smallest first."""
     given = parse_topology(topology)
     sizes = given.chip.slices
     others = sizes[sizes.index(given.size) + 1 :]

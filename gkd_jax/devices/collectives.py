@@ -21,7 +21,8 @@ def sent(kind: str, read: float, size: int, slices: int) -> tuple[float, float]:
       kind: kind of collective.
       read: bytes of the operands of one device.
       size: number of devices in the group.
-      slices: number of slices that the group spans. Each has the same number of these devices.
+      slices: number of slices that the group spans. Each of these slices contains the same number
+        of the group's devices.
     """
     here = size / slices
     if kind == "all-gather":
@@ -34,10 +35,11 @@ def sent(kind: str, read: float, size: int, slices: int) -> tuple[float, float]:
 
 
 def permuted(rest: str, read: float, slice_size: int) -> tuple[float, float]:
-    """Returns the result of `sent` for a collective-permute: each device sends to one other device.
+    """Returns the bytes that a device sends, like `sent`, for a collective-permute.
 
-    If some devices send within a slice and some to other slices, both are counted, since the
-    program waits for the slower of the two.
+    In a collective-permute, each device sends its operand to one other device. If some devices send
+    within a slice and others to another slice, the operand is counted in both results, since the
+    program waits for the slower transfer.
     """
     pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", rest)
     ends = re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pairs else []

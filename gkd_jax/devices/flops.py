@@ -18,7 +18,7 @@ def traced(function: Callable[..., Any], *arguments: Any, unknown_trips: int = 1
     Args:
       function: function to trace.
       *arguments: arrays or their shapes.
-      unknown_trips: trip count of loops whose number of iterations depends on the data.
+      unknown_trips: trip count assumed for loops whose number of iterations depends on the data.
     """
     return _of(jax.make_jaxpr(function)(*arguments).jaxpr, unknown_trips)
 
@@ -47,7 +47,7 @@ def _of(jaxpr: Any, unknown_trips: int) -> float:
 
 
 def _trips(condition: Any) -> int | None:
-    """Returns the constant with which a loop's condition compares the counter; None without one."""
+    """Returns the constant upper limit in a loop's condition; None if it is not a constant."""
     for equation in condition.eqns:
         if equation.primitive.name == "lt" and isinstance(equation.invars[1], Literal):
             return int(equation.invars[1].val)

@@ -1,6 +1,6 @@
-"""Cost of a compiled program, from its text: FLOPs, memory traffic, and collectives.
+"""Cost of a compiled program (FLOPs, memory traffic, collectives), computed from its text.
 
-Loops are counted once per iteration, whereas XLA's own analysis counts the body of a loop once.
+The body of a loop is counted once per iteration. XLA's own analysis counts it only once per loop.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def cost(text: str, *, unknown_trips: int = 1, slice_size: int | None = None) ->
 
     Args:
       text: text of the program, from `compiled.as_text()`.
-      unknown_trips: trip count of loops whose number of iterations depends on the data.
+      unknown_trips: trip count assumed for loops whose number of iterations depends on the data.
       slice_size: number of consecutive devices that form a slice; None if all devices form one
         slice. If libtpu compiled the program for several slices, the text is the program of one
         slice, with explicit transfers to the other slices.
@@ -155,9 +155,10 @@ class _Counter:
         return read + written - self._updated_in_place(one)
 
     def _sliced_parameters(self, one: Instruction) -> dict[int, float]:
-        """Returns the bytes that a fusion reads of each operand that it reads only in part.
+        """Returns how many bytes a fusion reads from its partly read operands.
 
-        Keys are the indices of these operands. Operands that are read as a whole are left out.
+        The keys are the indices of these operands. Operands that the fusion reads as a whole are
+        left out.
         """
         inside = self._program.computations.get(one.called("calls"), {})
         if one.opcode != "fusion":
@@ -172,9 +173,9 @@ class _Counter:
         return found
 
     def _read(self, name: str, inside: Mapping[str, Instruction]) -> float | None:
-        """Returns the bytes of a value that the instructions of a fusion read.
+        """Returns how many bytes of a value the instructions of a fusion read.
 
-        Returns None if they read the whole value.
+        Returns None if the instructions read the whole value.
 
         Args:
           name: name of the value, a parameter or an instruction of the fusion.
@@ -184,7 +185,7 @@ class _Counter:
         readers = [x for x in inside.values() if name in x.operands]
         for reader in readers:
             read: float | None = None
-            is_first = reader.operands[0] == name  # The others are indices, or the update.
+            is_first = reader.operands[0] == name  # Later operands are indices or an update.
             if reader.opcode in ("dynamic-slice", "gather", "slice") and is_first:
                 read = sum(array.bytes for array in reader.arrays)
             elif reader.opcode == "dynamic-update-slice" and is_first:
@@ -199,7 +200,7 @@ class _Counter:
         return total if readers else None
 
     def _updated_in_place(self, one: Instruction) -> float:
-        """Returns the bytes of its result that a fusion leaves unwritten by updating in place."""
+        """Returns how many bytes of a fusion's result an in-place update leaves unwritten."""
         inner = one.called("calls")
         if one.opcode != "fusion" or inner not in self._program.computations:
             return 0.0
@@ -236,7 +237,7 @@ class _Counter:
             readers = [other for other in others.values() if one.name in other.operands]
             is_cut = any(reader.opcode == "dynamic-slice" for reader in readers)
             if is_fused and is_cut and kind == "all-reduce":
-                # A TPU executes an all-reduce that is fused with a slice as a reduce-scatter.
+                # On a TPU, an all-reduce that is fused with a slice runs as a reduce-scatter.
                 kind = "reduce-scatter"
             within, between = collectives.sent(kind, read, len(group), slices)
         return Cost(
@@ -281,7 +282,8 @@ def _terms(
 ) -> float:
     """Returns how many entries of a convolution's window overlap the input along one axis.
 
-    This is a mean over the positions of the result: near the borders the window overlaps padding.
+    The returned number is a mean over the positions of the result. Near the borders, a part of the
+    window overlaps padding instead of the input.
     """
     name = str(axis["number"])
     size_in = (left[labels[1].index(name)] - 1) * axis["lhs_dilate"] + 1

@@ -60,7 +60,10 @@ class Instruction:
         return sum(array.bytes for array in self.arrays if not array.is_on_chip)
 
     def called(self, name: str) -> str:
-        """Returns the computation that an attribute, such as 'body', names; empty without one."""
+        """Returns the name of a computation that is given by an attribute, such as 'body'.
+
+        Returns an empty string if the instruction does not have the attribute.
+        """
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return match[1] if match else ""
 
@@ -70,7 +73,7 @@ class Program:
     """A compiled program.
 
     Attributes:
-      computations: instructions, by the name of their computation and their own name.
+      computations: maps the name of each computation to its instructions, by their names.
       entry: name of the entry computation.
       num_devices: number of devices that run the program.
     """

@@ -14,7 +14,11 @@ _ROW_AXES = ("slice", "data")
 
 
 def axes_of(mesh: Mesh) -> MeshAxes:
-    """Returns the roles of the axes 'slice', 'data' and 'model', which need not all exist."""
+    """Returns which axes split the rows of a batch, and which axis splits wide layers.
+
+    Rows are split over 'slice' and 'data', and layers over 'model'. Axes that the mesh lacks are
+    left out.
+    """
     rows, width = (
         tuple(axis for axis in axes if axis in mesh.axis_names) for axes in (_ROW_AXES, ("model",))
     )
@@ -26,7 +30,8 @@ def make_mesh(
 ) -> Mesh:
     """Builds a mesh of data * model devices with the axes 'data' and 'model'.
 
-    With several slices, 'slice' is the first axis, and 'data' covers the replicas of one slice.
+    With several slices, the mesh has 'slice' as an additional first axis. The size of 'data' is
+    then the number of model replicas per slice.
 
     Args:
       devices: the devices of the mesh.
@@ -41,14 +46,14 @@ def make_mesh(
     """
     real = len({getattr(device, "slice_index", 0) for device in devices})
     wanted = _checked(num_slices, real, data)
-    # Auto: the compiler chooses the sharding of arrays without a constraint.
+    # With AxisType.Auto, the compiler chooses the sharding of arrays without a sharding constraint.
     auto = (AxisType.Auto,)
     if real == wanted == 1:
         # jax.make_mesh orders devices by the topology of the machine.
         return jax.make_mesh((data, model), _AXES, axis_types=auto * 2, devices=devices)
     array = np.asarray(devices).reshape(data, model)
     if real > 1:
-        # Orders the devices of each slice by its topology.
+        # Orders the devices of each slice by the topology of the slice.
         array = mesh_utils.create_hybrid_device_mesh(
             (data // real, model), (real, 1), devices, allow_split_physical_axes=True
         )

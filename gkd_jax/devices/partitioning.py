@@ -32,7 +32,7 @@ Rows = TypeVar("Rows", bound=PyTree)
 
 @dataclasses.dataclass(frozen=True)
 class DataLayout:
-    """The shard of every global batch that this process loads.
+    """The shard that this process loads from each global batch.
 
     Processes that together hold one copy of a model load the same shard.
 
@@ -59,10 +59,10 @@ class Partitioner:
         pairs.
       teacher_rules: rules for the parameters of teacher networks (`teachers.Teacher`); None uses
         `rules`. The activations of teacher and student always follow `rules`.
-      num_slices: number of slices that are connected by a slower network. Parameters are split
-        within a slice, batches over all slices. None uses the slices that the devices report (TPU
-        slices, or hosts with GPUs). 1 treats all devices as one slice: 'fsdp' then splits
-        parameters over all slices, which needs less memory but uses the slower network.
+      num_slices: number of slices, which are connected by a slower network. Parameters are split
+        within a slice, and batches are split over all slices. None uses the slices that the devices
+        report (TPU slices, or hosts with GPUs). 1 treats all devices as one slice: 'fsdp' then
+        splits parameters over all slices, which needs less memory but uses the slower network.
       devices: devices of the mesh; None uses `jax.devices()`.
     """
 
@@ -129,7 +129,7 @@ class Partitioner:
 
     @property
     def mesh_axes(self) -> MeshAxes:
-        """The roles of the axes of the mesh."""
+        """The axes of the mesh that split rows of a batch, and the axis that splits wide layers."""
         return mesh.axes_of(self.mesh)
 
     @property
@@ -221,8 +221,8 @@ class Partitioner:
 
         Args:
           abstract_state: shapes of the state, with the parameters in its attribute or entry
-            `params`. The optimizer's arrays for a parameter have paths that end in the path of this
-            parameter.
+            `params`. An array that the optimizer keeps for a parameter is recognized by its path,
+            which ends in the path of the parameter.
           param_shardings: sharding of each parameter, as returned by `param_shardings`.
         """
         specs = state_specs(abstract_state, param_shardings)
@@ -234,7 +234,7 @@ class Partitioner:
 
     @functools.cached_property
     def data_layout(self) -> DataLayout:
-        """The shard of every global batch that this process loads.
+        """The shard that this process loads from each global batch.
 
         The index of the shard is in general not the process index: processes that share a model
         replica load the same shard, and the mesh may order processes by topology.
@@ -317,7 +317,7 @@ class Partitioner:
             )
 
     def annotate(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Wraps a function that is to be jitted, so that named activations follow the rules.
+        """Wraps a function for `jit`, so that activations with logical axes follow the rules.
 
         The arguments of the function must be placed on the mesh. Without this wrapper, the compiler
         derives the shardings of activations from the shardings of the parameters and the batch.
@@ -346,7 +346,10 @@ class Partitioner:
             yield
 
     def fetch_to_host(self, tree: PyTree[Any]) -> PyTree[np.ndarray]:
-        """Copies entire global arrays to every process as NumPy; all processes must call it."""
+        """Copies entire global arrays to every process as NumPy arrays.
+
+        All processes must call this method.
+        """
         return processes.fetch_to_host(tree)
 
 

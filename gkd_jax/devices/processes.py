@@ -30,7 +30,8 @@ def process_zero_decides(decide: Callable[[], int]) -> int:
       decide: function that returns a nonnegative integer.
 
     Raises:
-      OSError, ValueError: raised by `decide` on process 0; the other processes raise a ValueError.
+      OSError, ValueError: `decide` raised this error on process 0. The other processes raise a
+        ValueError.
     """
     if jax.process_count() == 1:
         return decide()

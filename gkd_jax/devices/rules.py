@@ -35,7 +35,8 @@ def parse_rules(rules: str | Sequence[Sequence[str | None]], *, setting: str) ->
     """Looks up a table by its name, or checks a table and converts it to tuples.
 
     Args:
-      rules: 'standard', 'fsdp', or a table of pairs. It may consist of lists, which gin passes.
+      rules: 'standard', 'fsdp', or a table of pairs. Table and pairs may be tuples or, as gin
+        passes them, lists.
       setting: name of the setting, for error messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Conversion between separate and stacked layers: of shapes, and of arrays with their shardings."""
+"""Converts shapes and arrays, with their shardings, between separate and stacked layers."""
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -24,7 +24,7 @@ def stacked_shape(*layers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def stack_params(params: Params, wanted: PyTree[jax.ShapeDtypeStruct]) -> Params:
-    """Stacks the parameters of layers and places them on the shardings of `wanted`.
+    """Stacks the parameters of layers and gives the results the shardings of `wanted`.
 
     Parameters are stacked one at a time. The separate arrays of a parameter are deleted before the
     next one is stacked, so that the devices never hold two copies of more than one parameter.

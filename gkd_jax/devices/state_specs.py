@@ -17,12 +17,14 @@ def state_specs(
     """Returns the partition of each array of a training state.
 
     Arrays with the shape of a parameter (the parameter itself, moments, averages) are partitioned
-    like this parameter. Adafactor's row and column statistics lack one axis of the parameter; their
-    other axes are partitioned like the same axes of the parameter. All other arrays are replicated.
+    like this parameter. Adafactor's row and column statistics lack one axis of the parameter; the
+    remaining axes are partitioned like the same axes of the parameter. All other arrays are
+    replicated.
 
     Args:
       abstract_state: shapes of the state, with the parameters in its attribute or entry `params`.
-        The optimizer's arrays for a parameter have paths that end in the path of this parameter.
+        An array that the optimizer keeps for a parameter is recognized by its path, which ends in
+        the path of the parameter.
       param_shardings: sharding of each parameter.
     """
     params = abstract_state["params"] if isinstance(abstract_state, dict) else abstract_state.params
@@ -67,14 +69,15 @@ def _spec_like(
       shape: shape of the parameter.
       spec: partition of the parameter.
       state_shape: shape of the optimizer's array.
-      container: names on the path to the optimizer's tree that contains the array.
+      container: path, as names, of the optimizer's tree that contains the array. For Adafactor's
+        statistics, it contains 'v_row' or 'v_col'.
     """
     full = (*spec, *(None,) * (len(shape) - len(spec)))
     if state_shape == shape:
         return full
     # Adafactor factors the two largest axes: `v_row` lacks the largest axis, and `v_col` lacks the
     # second largest. Axes of equal size are in the order of `np.argsort`. For a square parameter
-    # the two have the same shape, so only the name shows which axis is missing.
+    # `v_row` and `v_col` have the same shape, so only the name shows which axis is missing.
     dropped = {"v_row": -1, "v_col": -2}
     for name in container:
         if name in dropped and len(shape) > 1:

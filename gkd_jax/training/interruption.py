@@ -10,7 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 
 EXIT_STATUS = 75
-"""Exit status of an interrupted run that has saved and can be resumed by the same command;
+"""Exit status of an interrupted run that has saved and can be resumed by the same command. It is
 EX_TEMPFAIL of sysexits.h."""
 
 
@@ -23,7 +23,7 @@ _calls = itertools.count()
 
 
 class Interruption:
-    """Context manager that turns SIGTERM into a request to stop, to be checked between steps.
+    """Context manager that turns SIGTERM into a request to stop. A run checks it between steps.
 
     Inside the context SIGTERM does not end the process. Entering a nested context returns the
     outermost one, so that a signal during one run of a study also stops the study. With several

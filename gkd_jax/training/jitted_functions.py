@@ -98,7 +98,7 @@ def jit_eval_step(
 def without_log_probs(batch: Batch) -> Batch:
     """Drops `sample_log_probs`, which no objective reads.
 
-    Batches of data and of samples then have the same structure, so that a jitted function that is
-    called with either is compiled only once.
+    Without this field, batches of data and batches of samples have the same structure. A jitted
+    function that is called with both is therefore compiled only once.
     """
     return dataclasses.replace(batch, sample_log_probs=None)

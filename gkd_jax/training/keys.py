@@ -10,7 +10,7 @@ from gkd_jax.common.array_types import Array, Key
 class Purpose(enum.IntEnum):
     """Purpose of a random key.
 
-    The keys of existing runs depend on these numbers: never change or reuse one.
+    The keys of existing runs depend on these numbers: never change or reuse a number.
     """
 
     INIT = 0

@@ -23,8 +23,8 @@ class MetricSums:
     def add(self, group: str, metrics: Metrics) -> None:
         """Adds the metrics of one step to a group."""
         present = self.sums.get(group, {})
-        # Sums may be restored from a checkpoint of a run with other settings, which had other
-        # metrics. Metrics that occur on one side only are kept unchanged.
+        # The sums may come from a checkpoint that was saved with other settings and therefore has
+        # other metrics. Metrics that are only in the sums or only in this step are kept unchanged.
         common = sorted(present.keys() & metrics.keys())
         added = _add(*({name: of[name] for name in common} for of in (present, metrics)))
         self.sums[group] = {**present, **metrics, **added}
@@ -52,7 +52,7 @@ class MetricSums:
         )
 
     def means(self) -> dict[str, float]:
-        """Returns the means of the metrics added so far, by the names that `means` gives them."""
+        """Returns the mean of each metric added so far, by 'group/name'."""
         return means(self.to_host())
 
 

@@ -13,7 +13,7 @@ from gkd_jax.training.profiling import PhaseTimes
 from gkd_jax.training.programs import flops_of_step
 from gkd_jax.training.step_kinds import StepKind
 
-# What alarms call the outputs that a group of metrics describes.
+# Maps a group of metrics to the word by which alarms describe the outputs of this group.
 _OUTPUT_NAMES = {"rollout": "sampled", "outputs": "evaluated"}
 
 
@@ -78,7 +78,7 @@ class MetricsLog:
             if utilisation is not None:
                 means[f"{kind}/update_mfu"] = utilisation
         means["learning_rate"] = float(self._experiment.optimizer.schedule(max(num_updates - 1, 0)))
-        # A mean over the steps of all kinds, weighted by how often each kind occurred.
+        # The number of tokens per step is a mean over all steps, whatever their kind.
         tokens = [sums[kind]["target_tokens"] for kind in StepKind if kind in sums]
         tokens_per_step = sum(total for total, _ in tokens) / sum(weight for _, weight in tokens)
         means["target_tokens_per_second"] = tokens_per_step / seconds

@@ -22,7 +22,7 @@ from gkd_jax.experiment.experiment import Experiment
 # after this many later steps have been started. The number is the same on all processes, so that
 # all of them check the same step.
 STEPS_UNDER_WAY = 2
-# Maximum number of batches to write. If a run skips many steps, the first ones tell enough.
+# Maximum number of batches to write. If a run skips many steps, the first batches show the cause.
 _MOST_DUMPS = 10
 FOLDER = "non_finite"
 
@@ -35,7 +35,7 @@ class _Started:
 
 
 class NonFiniteSteps:
-    """Checks the steps of a run for NaN and infinity, each of them soon after it was started.
+    """Checks the steps of a run for NaN and infinity, with a delay of `STEPS_UNDER_WAY` steps.
 
     If the loss or gradient of a step is not finite, its batch is written to files, and the run
     stops or goes on, as set in `Experiment.non_finite`.
@@ -61,15 +61,15 @@ class NonFiniteSteps:
         Raises:
           FloatingPointError: the earlier step was not finite, and the run has to stop.
         """
-        # Stored distributions are dropped because they may be large. They can be found again by
-        # `example_id`.
+        # Stored distributions are dropped because they may be large. Their entries in the store can
+        # be looked up by `example_id`.
         batch = dataclasses.replace(batch, stored_teacher=None, teacher_tokens=None)
         self._started.append(_Started(step, batch, non_finite))
         if len(self._started) > STEPS_UNDER_WAY:
             self._check(self._started.popleft())
 
     def finish(self) -> None:
-        """Checks all steps that were started. Raises like `add`."""
+        """Checks all steps that were started. Raises the errors of `add`."""
         while self._started:
             self._check(self._started.popleft())
 

@@ -53,7 +53,8 @@ def sharded_abstract_params(
 def abstract_network(experiment: Experiment, teacher: Teacher) -> Params:
     """Returns the shapes of the parameters that a teacher's checkpoint stores, with shardings.
 
-    The dtype is the compute dtype of the network. The parameters are not quantised yet.
+    The dtype is the compute dtype of the network. If the network is quantised, these are the shapes
+    before quantisation.
     """
     return sharded_abstract_params(
         experiment,
@@ -64,7 +65,7 @@ def abstract_network(experiment: Experiment, teacher: Teacher) -> Params:
 
 
 def init_params(experiment: Experiment, *, dtype: Any = None) -> Params:
-    """Returns the initial values of the student's trained parameters, sharded.
+    """Returns the initial values of the student's trainable parameters, sharded.
 
     They are restored from `Student.initial_checkpoint`, or initialized from the run's seed. In a
     student with adapters, only the adapters are trained; they are always initialized from the seed.
@@ -89,10 +90,10 @@ def init_params(experiment: Experiment, *, dtype: Any = None) -> Params:
 
 
 def load_frozen(experiment: Experiment) -> Params | None:
-    """Restores the student's frozen parameters, sharded; returns None if all are trained.
+    """Restores the student's frozen parameters, sharded; None if all parameters are trainable.
 
-    The frozen parameters of a student with adapters are those of its base model. Every start of a
-    run restores them from `Student.initial_checkpoint`, in the dtype of the base model.
+    In a student with adapters, the parameters of the base model are frozen. Every start of a run
+    restores them from `Student.initial_checkpoint`, in the dtype of the base model.
 
     Raises:
       ValueError: there is no `Student.initial_checkpoint` to restore them from.
@@ -138,7 +139,7 @@ def load_teacher(experiment: Experiment) -> Params | None:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedParams:
-    """Parameters of a model outside training.
+    """Parameters of a model, for use outside training.
 
     Attributes:
       params: the parameters, sharded.
@@ -162,7 +163,9 @@ class _SavedState:
 
 
 def student_to_use(experiment: Experiment, *, frozen: Params | None = None) -> LoadedParams:
-    """Loads the student's newest parameters in `model_dir`, or its initial ones if there are none.
+    """Loads the student's newest parameters from `model_dir`.
+
+    If `model_dir` has no checkpoint, the initial parameters are loaded instead.
 
     Args:
       experiment: the run.

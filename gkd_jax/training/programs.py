@@ -28,8 +28,8 @@ from gkd_jax.models.wrapper import with_remat_policy
 from gkd_jax.objectives import fused
 from gkd_jax.training import jitted_functions, parameters, trainer
 
-# Placeholders for the ids of the vocabulary, which may have to be read from a file. The values of
-# the ids do not affect the cost.
+# Placeholders for token ids. The real ids are not used, because reading the vocabulary may require
+# a file. The values of the ids do not affect the cost.
 _TOKENS: dict[str, Any] = {"eos_ids": (1,), "pad_id": 0}
 
 
@@ -41,7 +41,7 @@ class Function:
       name: 'train step', 'rollout', 'evaluation' or 'divergence' (of an evaluation).
       function: the jitted function.
       arguments: shapes and shardings of its arguments.
-      plain: the same function without rematerialisation; None if `function` uses none.
+      plain: the same function without rematerialisation; None if `function` has none.
       positions: number of output tokens in one evaluation of the loss, over all devices; 0 for a
         function without a loss.
     """
@@ -75,12 +75,12 @@ class Arguments:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             _batch(experiment),
         )
-        # The key has no sharding, like the keys of a run. The compiled program is then identical to
-        # the program of the run, which therefore finds it in JAX's compilation cache.
+        # Like the keys of a run, this key has no sharding. The program compiled here is therefore
+        # identical to the program of the run, so that the run finds it in JAX's compilation cache.
         self.key = jax.eval_shape(lambda: jax.random.key(0))
 
     def _network(self, teacher: Teacher) -> PyTree[jax.ShapeDtypeStruct]:
-        """Returns the shapes of the parameters of a teacher that `load_teacher` restores."""
+        """Returns the shapes of the parameters that `load_teacher` restores for one network."""
         plain = parameters.abstract_network(self._experiment, teacher)
         model = teacher.network
         if not isinstance(model, Int8):
@@ -121,8 +121,8 @@ class Arguments:
     def residents(self) -> dict[str, int]:
         """Returns the per-chip memory, in bytes, of the arrays that persist across steps.
 
-        These are parameters, optimizer state, teacher and replay buffer. Those that the run does
-        not have are left out.
+        These arrays are parameters, optimizer state, teacher and replay buffer. Entries for arrays
+        that the run does not have are left out.
         """
         found = {
             "student's parameters": self.state.params,
@@ -251,8 +251,8 @@ def _train_step(experiment: Experiment, arguments: Arguments) -> Function:
 def flops_of_step(experiment: Experiment) -> float | None:
     """Returns the FLOPs of a training step over all devices; None if they depend on files.
 
-    They are counted before compilation and without rematerialisation, as if all positions of the
-    outputs had weight.
+    The FLOPs are counted before compilation and without rematerialisation, as if all positions of
+    the outputs had a nonzero loss weight.
     """
     if _unknown(experiment):
         return None
@@ -262,7 +262,7 @@ def flops_of_step(experiment: Experiment) -> float | None:
 
 
 def num_chunks(experiment: Experiment, one: Function) -> int:
-    """Returns the number of chunks that the loss loops over if all positions have weight."""
+    """Returns the number of chunks in the loss's loop if all positions have a nonzero weight."""
     partitioner = experiment.partitioner
     positions = max(1, one.positions // partitioner.smallest_batch)
     entries, parts = experiment.student_model.vocab_size, partitioner.mesh.shape["model"]
@@ -288,7 +288,7 @@ def _rollout(experiment: Experiment, arguments: Arguments) -> Function:
 
 
 def _evaluation_functions(experiment: Experiment, arguments: Arguments) -> Iterator[Function]:
-    """Yields the function that decodes and, if configured, the one that evaluates the objective."""
+    """Yields the decoding function and, if it is configured, the evaluation of the objective."""
     evaluation, partitioner = experiment.evaluation, experiment.partitioner
     assert evaluation is not None
     batch = _evaluation_batch(experiment, arguments.batch)

@@ -39,7 +39,7 @@ def make_scorer(experiment: Experiment, dataset: Dataset) -> Scorer | None:
     """Returns the scorer of the student's own outputs in training; None without a reward.
 
     Args:
-      experiment: the run, already checked.
+      experiment: the run, whose settings have already been checked.
       dataset: the training data of the run.
     """
     reward, rollout = experiment.reward, experiment.rollout
@@ -80,7 +80,8 @@ class RewardScorer:
 
         Args:
           mix: reward, baseline and alpha.
-          dataset: source of the prompts; a `HostReward` gets their texts.
+          dataset: source of the prompts. A `HostReward` gets the texts of the prompts and of their
+            references.
           partitioner: shards rewards and advantages over devices like a batch.
           num_samples: number of samples per prompt.
           reduction: reduction of the objective.

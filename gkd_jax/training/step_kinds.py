@@ -11,6 +11,6 @@ class StepKind(enum.StrEnum):
     ON_POLICY = "on_policy"
     """Outputs sampled at this step."""
     MIXED = "mixed"
-    """Both: for each example, a coin decides between its target and a sampled output."""
+    """Targets of the data for some examples, and sampled outputs for the others, at random."""
     REPLAY = "replay"
     """Outputs sampled at earlier steps."""

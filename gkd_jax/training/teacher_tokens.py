@@ -38,10 +38,10 @@ def make_retokenizer(experiment: Experiment, vocabulary: Vocabulary) -> "Retoken
 
 
 class Retokenizer:
-    """Adds to a batch the tokens that the teacher's tokenizer gives to the batch's outputs.
+    """Tokenizes the outputs of a batch for the teacher, and adds the tokens to the batch.
 
-    The outputs may be sampled or from the data. They are retokenized on the host, which therefore
-    waits for a rollout to finish. Each process retokenizes its own rows.
+    The outputs may be samples or targets of the data. They are retokenized on the host, which
+    therefore waits for a rollout to finish. Each process retokenizes its own rows.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Retokenizer:
             size = min(width, len(found.teacher_ids))
             ids[row, :size] = found.teacher_ids[:size]
             kept[row, :size] = 1.0
-            # The first span that has a token beyond `width` is dropped, with all later spans.
+            # The first span that has a token beyond `width` and all later spans are dropped.
             cut = found.teacher_spans[width:]
             last = min((one for one in cut if one), default=len(found.texts) + 1)
             spans = np.array(found.spans, np.int32)

@@ -1,7 +1,7 @@
 """One step of training, and the jitted functions that it calls.
 
-A coin decides whether a step samples outputs. These are scored if the run has a reward. Then the
-parameters are updated.
+A random draw decides whether a step samples outputs. If the run has a reward, the sampled outputs
+are scored. Then the parameters are updated.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ class StepFunctions:
     abstract_state: TrainState
 
 
-# Cached: runs whose arguments here are equal, such as many runs of one study, share the compiled
-# functions.
+# The cache lets runs that call this function with equal arguments, such as many runs of one study,
+# share the compiled functions.
 @functools.cache
 def jit_step_functions(
     student: LanguageModel,
@@ -181,7 +181,7 @@ class Trainer:
         return self._init_fn(parameters.init_params(self.experiment))
 
     def student_params(self, state: TrainState) -> Params:
-        """Returns all parameters of the student at this state, trained and frozen."""
+        """Returns all parameters of the student at this state, trainable and frozen."""
         return lora.join(state.params, self.frozen)
 
     def _rollout_params(self, state: TrainState) -> Params:
@@ -200,9 +200,9 @@ class Trainer:
     ) -> tuple[TrainState, dict[str, Metrics], Batch]:
         """Makes update number `step`, counted from 0.
 
-        A coin decides whether the step trains on the targets of the batch or on outputs of the
-        student. With `OutputMix.per_example`, there is a coin for each example instead. Sampling
-        and scoring use the parameters before the update.
+        A random draw decides whether the step trains on the targets of the batch or on outputs of
+        the student. With `OutputMix.per_example`, a separate draw decides for each example instead.
+        Sampling and scoring use the parameters before the update.
 
         Returns:
           The new state, the metrics by group, and the batch that the step trained on.
@@ -236,7 +236,10 @@ class Trainer:
     def _sample(
         self, state: TrainState, batch: Batch, step: int, groups: dict[str, Metrics]
     ) -> Batch:
-        """Samples outputs, scores them if there is a reward, and fills the replay buffer if any."""
+        """Samples outputs, and scores them if the run has a reward.
+
+        If the run has a replay buffer, the outputs are also added to it, without their scores.
+        """
         key = make_key(self.experiment.seed, Purpose.ROLLOUT, step)
         with self.phases.phase("rollout") as wait:
             sampled = wait(self.rollout_fn(self._rollout_params(state), batch, key))

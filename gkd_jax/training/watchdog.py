@@ -41,8 +41,8 @@ class Watchdog:
         Args:
           seconds: maximum time between two beats; None disables the watchdog.
           folder: folder of `stacks.process_<n>.txt`, to which the stacks are written in addition to
-            standard error. A folder in a bucket is not used, because the run may hang while it
-            accesses the bucket.
+            standard error. A folder in a bucket is not used, because access to the bucket may
+            be the reason why the run hangs.
           end: function that ends the process.
         """
         self._seconds = seconds

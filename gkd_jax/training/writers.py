@@ -87,7 +87,7 @@ class MultiWriter:
             writer.sync()
 
     def close(self) -> None:
-        """Closes all writers. A failed upload is only logged, because `sync` came before."""
+        """Closes all writers. If an upload fails, this is only logged, since `sync` came before."""
         for writer in self._writers:
             try:
                 writer.close()
@@ -110,7 +110,7 @@ class JsonLinesWriter:
     def _up_to(self, start_step: int, text: str) -> str:
         """Returns the lines of steps up to `start_step`. Drops an incomplete last line."""
         kept = []
-        # Not splitlines, which also splits at other characters that a text may contain.
+        # Not `splitlines`, because it also splits at other characters that a text may contain.
         for line in text.split("\n")[:-1]:
             try:
                 row = json.loads(line)
@@ -157,8 +157,8 @@ class TensorBoardWriter:
         name = f"events.out.tfevents.{int(now * 1000)}.{socket.gethostname()}.{os.getpid()}"
         self._file = GrowingFile(f"{folder}/{name}")
         self._append(_text_field(3, "brain.Event:2"))
-        # Event.session_log with status START makes readers drop the events of earlier files from
-        # `first_step` on.
+        # Event.session_log with status START tells readers to drop those events of earlier files
+        # whose step is `first_step` or later.
         first_step = start_step + 1 if start_step else 0
         self._append(_varint_field(2, first_step) + _bytes_field(7, _varint_field(1, 1)))
 
@@ -244,10 +244,11 @@ def _masked_crc(data: bytes) -> bytes:
 
 
 class ProgressWriter:
-    """Shows progress on standard error: one line that changes on a terminal, else a line per entry.
+    """Shows progress on standard error.
 
-    The remaining time is the number of remaining steps, times the mean time per step so far. This
-    mean includes evaluations and checkpoints.
+    On a terminal, each entry overwrites the same line. Otherwise each entry has its own line. The
+    remaining time is the number of remaining steps, multiplied by the mean time per step so far.
+    This mean includes evaluations and checkpoints.
     """
 
     def __init__(self, *, start_step: int, num_steps: int, stream: TextIO | None = None):
@@ -266,7 +267,7 @@ class ProgressWriter:
         return True
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Shows training metrics as progress, and others (evaluations) on permanent lines."""
+        """Shows training metrics on the progress line, and evaluations on lines of their own."""
         is_training = any(name.startswith("train/") for name in scalars)
         if not is_training:
             self._end_line()
