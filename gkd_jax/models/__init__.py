@@ -1,10 +1,11 @@
 """Language models as pure functions of their parameters, with logical axis names.
 
-Models do not depend on losses, samplers or meshes, and import only `common`. Start with `base`, the
-interface that rollouts and losses call. Then read one of the networks, `decoder_only` or `t5`, and
-`linen`, which makes pure functions of a network. `layer_loops` runs the layers, `families`
-translates Hugging Face's `config.json`, and `sizes` has the configurations of released models.
-`wrapper`, `lora`, `quantised` and `ensembles` define models that are made of other models.
+Models do not depend on losses, samplers or meshes. Of the other subpackages, they import only
+`common`. Start with `base`, the interface that rollouts and losses call. Then read one of the
+networks, `decoder_only` or `t5`, and `linen`, which wraps a network in pure functions.
+`layer_loops` runs the layers, `families` translates Hugging Face's `config.json`, and `sizes` has
+the configurations of released models. `wrapper`, `lora`, `quantised` and `ensembles` define models
+that wrap or combine other models.
 """
 
 from typing import Any

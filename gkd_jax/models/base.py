@@ -1,4 +1,4 @@
-"""The interface of a model: what rollouts and losses call."""
+"""The interface of a language model, which rollouts and losses call."""
 
 from typing import Any, Protocol, TypeAlias
 
@@ -15,8 +15,9 @@ therefore repeat rows (several samples per prompt) or gather them (beam search) 
 class LanguageModel(Protocol):
     """A conditional language model as pure functions of its parameters.
 
-    Hidden states and logits are computed by separate functions because the chunked loss needs them
-    separately. A model does not depend on losses, samplers or meshes.
+    Hidden states and logits are computed by separate functions, because the chunked loss computes
+    the logits of only one chunk of the hidden states at a time. A model does not depend on losses,
+    samplers or meshes.
     """
 
     @property

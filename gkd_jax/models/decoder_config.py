@@ -33,8 +33,8 @@ class Rope:
         `original_length` positions, wavelengths are multiplied by `factor`.
       attention_factor: 'yarn' only: scale of the rotated queries and keys; None for the paper's
         0.1 ln(factor) + 1.
-      truncate: 'yarn' only: between the dimensions given by `beta_fast` and `beta_slow`, the
-        scaling is interpolated. True rounds both dimensions to integers.
+      truncate: 'yarn' only: whether the dimensions between which the scaling is interpolated are
+        rounded to integers. `beta_fast` gives the first of these dimensions, `beta_slow` the last.
 
     Raises:
       ValueError: an unknown kind, or a number that is not positive.
@@ -73,17 +73,17 @@ class DecoderConfig:
       vocab_size: rows of the embedding, including padding.
       emb_dim: width of the hidden states, D.
       num_heads: number of query heads.
-      num_kv_heads: number of heads of keys and values, each of which is shared by
+      num_kv_heads: number of heads of keys and values. Each of them is shared by
         num_heads / num_kv_heads query heads ("GQA: Training Generalized Multi-Query Transformer
         Models from Multi-Head Checkpoints", arXiv 2305.13245).
       head_dim: width of a head.
       mlp_dim: width of the gated feed-forward block.
       mlp_activation: activation of the gate in the feed-forward block.
       layer_kinds: the kind of each layer, with one entry per layer. In a 'full' layer, a position
-        attends to itself and to all earlier positions; in a 'sliding' layer, to the last
-        `sliding_window` of these. 'full_nope' and 'sliding_nope' are the same without rotary
-        embedding ("Rope to Nope and Back Again: A New Hybrid Attention Strategy",
-        arXiv 2501.18795).
+        attends to itself and to all earlier positions. In a 'sliding' layer, it attends only to
+        the last `sliding_window` of these positions. 'full_nope' and 'sliding_nope' are the same
+        kinds without rotary embedding ("Rope to Nope and Back Again: A New Hybrid Attention
+        Strategy", arXiv 2501.18795).
       sliding_window: number of positions that a position attends to in sliding layers, including
         itself.
       rope: rotary embedding of 'full' layers.
@@ -108,8 +108,8 @@ class DecoderConfig:
         rotations are float32.
       scan_layers: whether layers run in a loop over stacked parameters, so that the size of the
         compiled program does not grow with the depth.
-      remat_policy: which activations are recomputed in the backward pass: 'none' of them;
-        'minimal', all except the outputs of matrix products with weights; 'full', all except the
+      remat_policy: which activations are recomputed in the backward pass. 'none': no activations.
+        'minimal': all except the outputs of matrix products with weights. 'full': all except the
         hidden states between layers.
 
     Raises:
@@ -209,7 +209,7 @@ class DecoderConfig:
 
 
 def is_sliding(kind: str) -> bool:
-    """Returns whether positions attend only to a window in layers of this kind."""
+    """Returns whether layers of this kind attend only within a sliding window."""
     return kind in ("sliding", "sliding_nope")
 
 

@@ -36,8 +36,8 @@ class DecoderState:
     """The state of decoding between steps. The first axis of every array is the batch.
 
     Attributes:
-      cache: keys and values of the layers, in a tuple or stacked along the second axis. The prompt
-        is in slots 0 to S - 1, output position t in slot S + t.
+      cache: keys and values, in a tuple with one entry per layer, or in arrays with the layers as
+        their second axis. The prompt is in slots 0 to S - 1, output position t in slot S + t.
       inputs_mask: True on the real tokens of the prompt.
     """
 
@@ -73,6 +73,7 @@ def make_position_tables(
 
     A query attends to keys at its own and at earlier positions. In sliding layers, the keys must
     also be within the window.
+
     Args:
       config: configuration of the model.
       positions: positions of the queries.
@@ -292,7 +293,7 @@ class Decoder(nn.Module):
             x, keys_values = layer(x, *tables.at(kind))
             return x, keys_values if with_cache else None
 
-        # Nothing is rematerialised if there is a cache: decoding has no backward pass.
+        # Nothing is rematerialised if there is a cache, since decoding has no backward pass.
         policy = "none" if with_cache else config.remat_policy
         return self._run(body, self._embed(tokens), remat_policy=policy)
 
@@ -313,7 +314,7 @@ class Decoder(nn.Module):
     ) -> Array:
         """Computes `hidden_states` of packed rows, in which positions restart with each example."""
         num_inputs, num_outputs = inputs.shape[1], targets.shape[1]
-        # [B, T, S]: the prompt of each output position.
+        # [B, T, S]: whether prompt slot s and output position t belong to the same example.
         is_prompt = targets_segments[:, :, None] == inputs_segments[:, None, :]
         lengths = jnp.sum(is_prompt, axis=2, dtype=jnp.int32)
         output_positions = layers.positions_in_segments(targets_segments)
@@ -324,8 +325,8 @@ class Decoder(nn.Module):
         tokens = jnp.concatenate([inputs, targets], axis=1)[:, :-1]
         tables = make_position_tables(self.config, positions, positions, segments > 0, segments)
         x, _ = self._run_row(tables, tokens, with_cache=False)
-        # The first token of an output is predicted at the last token of its prompt, every other
-        # token at the slot before it.
+        # The first token of an output is predicted at the last token of its prompt. Every other
+        # token is predicted at the slot before its own.
         last_of_prompt = num_inputs - 1 - jnp.argmax(is_prompt[:, :, ::-1], axis=2)
         before = jnp.arange(num_inputs - 1, num_inputs - 1 + num_outputs)[None]
         previous = jnp.where(output_positions == 0, last_of_prompt, before)
@@ -370,7 +371,7 @@ class Decoder(nn.Module):
         return self.decoder_norm(x)[:, 0], dataclasses.replace(state, cache=cache)
 
     def __call__(self, tokens: Array, mask: Array) -> Array:
-        """Uses every parameter. Called only to initialise the parameters."""
+        """Runs the whole network. Called only to initialise every parameter."""
         hidden = self.decoder_norm(self.row(tokens, mask, with_cache=False)[0])
         return hidden if self.config.tie_embeddings else self.logits_dense(hidden)
 
@@ -427,8 +428,8 @@ class DecoderOnly(LinenModel):
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Computes float32 logits, with the final soft cap.
 
-        If `params` has only some vocabulary entries of the output layer, the logits are those of
-        these entries.
+        `params` may contain the output layer for only some vocabulary entries. The logits then
+        cover only these entries.
         """
         if self.config.tie_embeddings:
             logits = layers.project(hidden, params["token_embedder"]["embedding"], axis=1)

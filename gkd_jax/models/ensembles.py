@@ -58,8 +58,8 @@ class EnsembleModel(abc.ABC):
 
         Args:
           logits: logits of each model.
-          rest: additional columns of the hidden states, after those of the models; most ensembles
-            have none.
+          rest: columns that the ensemble appends to the models' hidden states. Most ensembles
+            append none.
         """
 
     @property
@@ -195,12 +195,12 @@ class MixtureModel(EnsembleModel):
 
 @dataclasses.dataclass(frozen=True)
 class RoutedModel(EnsembleModel):
-    """A different model for each source of the data, selected by an example's `source_id`.
+    """An ensemble that uses a different model for each data source, given by `source_id`.
 
     The batch must have a `source_id`. A batch contains rows of all sources, so every model runs on
     every row, and the cost is as high as for a mixture. The last column of the hidden states is the
-    index of the model, so that `unembed` can be called with any subset of positions. A routed model
-    cannot decode, since `prefill` receives no `source_id`.
+    index of the model. `unembed` reads the index from there, so it can be called with any subset of
+    positions. A routed model cannot decode, since `prefill` receives no `source_id`.
 
     Attributes:
       routes: index of the model for each source of the data.
@@ -224,7 +224,7 @@ class RoutedModel(EnsembleModel):
         hidden = super().hidden_states(params, batch, dropout_key=dropout_key)
         assert batch.source_id is not None, "the data set gives it to routed teachers"
         index = jnp.array(self.routes)[batch.source_id]
-        if index.ndim == 1:  # One index per row. Packed rows have one index per position.
+        if index.ndim == 1:  # One index per row, since rows are not packed.
             index = jnp.broadcast_to(index[:, None], hidden.shape[:2])
         return _concatenate([hidden, index[..., None].astype(hidden.dtype)])
 
@@ -251,17 +251,18 @@ class RoutedModel(EnsembleModel):
 
 @dataclasses.dataclass(frozen=True)
 class CorrectedModel(EnsembleModel):
-    """The student's distribution, corrected by the teacher outside the teacher's top K tokens.
+    """The student's distribution, after the teacher replaces tokens outside its own top K.
 
     Speculative knowledge distillation ("Speculative Knowledge Distillation: Bridging the
     Teacher-Student Gap Through Interleaved Sampling", arXiv 2410.11325): the student proposes a
-    token. If it is not among the teacher's K most likely tokens, it is replaced by a token sampled
-    from the teacher. A token v therefore has the probability
+    token. If this token is not among the teacher's K most likely tokens, it is replaced by a token
+    sampled from the teacher. A token v therefore has the probability
 
         q_v [v in top K of P]  +  (1 - sum of q over top K of P) p_v
 
-    The output layer of this model computes these probabilities, so sampling from this model is
-    equivalent to the method.
+    with the student's probabilities q and the teacher's p. The bracket is 1 if v is in the top K,
+    and otherwise 0. The output layer of this model computes these probabilities, so sampling from
+    this model is equivalent to the method.
 
     Attributes:
       models: the student, then the teacher.
@@ -291,13 +292,13 @@ class CorrectedModel(EnsembleModel):
         """Returns the logarithms of the probabilities defined in the class's docstring."""
         del rest
         student, teacher = (jax.nn.softmax(one) for one in logits)
-        # All tokens with the same logit as the K-th are accepted. Comparing logits needs no
-        # scatter, unlike a mask made from the indices of `top_k`.
+        # Logits are compared with the K-th largest. This needs no scatter, unlike a mask made from
+        # the indices of `top_k`. If several tokens have the K-th largest logit, all are accepted.
         least = jax.lax.top_k(logits[1], self.top_k)[0][..., -1:]
         is_accepted = logits[1] >= least
         accepted = jnp.where(is_accepted, student, 0.0)
-        # Summed directly, so that it is exactly 0 if nothing is rejected. 1 minus the accepted
-        # probability would have a rounding error.
+        # The rejected probability is summed directly, so that it is exactly 0 if nothing is
+        # rejected. 1 minus the accepted probability would have a rounding error.
         rejected = jnp.sum(jnp.where(is_accepted, 0.0, student), axis=-1, keepdims=True)
         return jnp.log(accepted + rejected * teacher)
 

@@ -189,8 +189,8 @@ def model_from_hf(
 def text_part(config: HFConfig) -> HFConfig:
     """Returns the part of a `config.json` that describes the language model.
 
-    Only the `config.json` of a model that also takes images has such a part. Any other is returned
-    unchanged.
+    If the model also takes images, the returned part is its `text_config`, with the model type of
+    the language model. Any other `config.json` is returned unchanged.
     """
     model_type = _TEXT_PARTS.get(config.get("model_type", ""))
     if model_type is None:

@@ -1,4 +1,4 @@
-"""Translation between the fields of Hugging Face's `config.json` and our configurations.
+"""Translation between the fields of Hugging Face's `config.json` and gkd_jax's configurations.
 
 This module has the code that all families share. The `Family` records in `families` state how the
 families differ.
@@ -40,7 +40,7 @@ class Family:
       class_name: name of its class in `transformers`, including the output layer.
       layer_kinds: computes the kinds of layers if `config.json` does not list `layer_types`.
       computes: returns whether a configuration has the characteristics of this family. A model is
-        exported as the last family in `families._DECODERS` for which this is True.
+        exported as the last family in `families._DECODERS` whose `computes` returns True.
       rotated: computes for each layer whether it has rotary embeddings. Used only if `config.json`
         lists `layer_types`; None if all layers have rotary embeddings.
       settings: fields of `DecoderConfig` that have the same value in all models of the family.
@@ -162,9 +162,10 @@ _OPTIONAL_FIELDS: dict[str, Callable[[DecoderConfig], Any]] = {
 
 
 def _layer_kinds(family: Family, config: HFConfig) -> tuple[str, ...]:
-    """Returns the kinds of the layers, from `layer_types` or else by the family's rule.
+    """Returns the kind of each layer.
 
-    Older checkpoints do not list `layer_types`.
+    The kinds are read from `layer_types`. Older checkpoints do not have this field. For these, the
+    kinds are computed by `Family.layer_kinds`.
     """
     if not config.get("layer_types"):
         return family.layer_kinds(config)
@@ -197,7 +198,11 @@ def _query_scale(family: Family, config: HFConfig, head_dim: int) -> float | Non
 
 
 def _ropes(config: HFConfig) -> tuple[Rope, Rope]:
-    """Returns the rotary embeddings of full and of sliding layers, from current or older fields."""
+    """Returns the rotary embeddings of full and of sliding layers.
+
+    Reads `rope_parameters` if the field is present, and otherwise the older fields `rope_theta`,
+    `rope_scaling` and `rope_local_base_freq`.
+    """
     given = config.get("rope_parameters")
     theta = config["rope_theta"]
     local_theta = config.get("rope_local_base_freq", theta)
@@ -241,7 +246,8 @@ def _rope(config: HFConfig, given: Mapping[str, Any], default_theta: float) -> R
     return Rope(theta=theta, kind=kind, **fields)
 
 
-# For each kind of scaling: its fields in config.json besides the factor, and their names in `Rope`.
+# Maps each kind of scaling to its fields in config.json, without the factor, and each of these
+# fields to its name in `Rope`.
 _ROPE_FIELDS: dict[str, dict[str, str]] = {
     "default": {},
     "linear": {},
@@ -335,7 +341,7 @@ def _choose(config: HFConfig, field: str, choices: Mapping[str, Any], default: A
 
 
 def _require(config: HFConfig, **wanted: Any) -> None:
-    """Checks that each field has the only supported value or is missing."""
+    """Checks that each field is missing or has its only supported value."""
     for field, value in wanted.items():
         if config.get(field) not in (None, value):
             raise ValueError(

@@ -59,7 +59,7 @@ _T5_DECODER = {
 
 
 def hf_tensor(name: str, config: T5Config | DecoderConfig) -> HFTensor:
-    """Returns names and layout of a parameter, e.g. 'layers_0/mlp/wo/kernel', in a checkpoint."""
+    """Describes the checkpoint's tensor for a parameter such as 'layers_0/mlp/wo/kernel'."""
     if isinstance(config, T5Config):
         return _t5_tensor(name)
     return _decoder_tensor(name, config)
@@ -94,7 +94,7 @@ def _decoder_tensor(name: str, config: DecoderConfig) -> HFTensor:
             "token_embedder/embedding": "embed_tokens.weight",
             "decoder_norm/scale": "norm.weight",
         }[name]
-    # The last two occur in checkpoints of models that also take images.
+    # The last two prefixes occur in checkpoints of models that also take images.
     prefixes = ("model.", "language_model.model.", "model.language_model.")
     return HFTensor(tuple(prefix + inner for prefix in prefixes), kind == "kernel")
 

@@ -16,7 +16,7 @@ from gkd_jax.common.array_types import Array, Int, Key, PyTree
 from gkd_jax.models import stacking
 
 Layers = Sequence[nn.Module] | nn.Module
-"""The layers of a network; if parameters are stacked, one module with the parameters of all."""
+"""The layers of a network; one module with the parameters of all layers if they are stacked."""
 
 Index = int | Int[Array, ""]
 """Index of a layer; traced if parameters are stacked."""
@@ -25,8 +25,8 @@ Body = Callable[[Any, Any, Index, Any], tuple[Any, Any]]
 """Function of `(layer, carry, index of the layer, kind of the layer)` that returns the new carry
 and an output."""
 
-# Which activations of a layer are saved for the backward pass. All others are recomputed. The names
-# of the policies are the same as in T5X.
+# Rematerialisation policies, named as in T5X. Each policy selects the activations of a layer that
+# are saved for the backward pass. All others are recomputed.
 _REMAT_POLICIES = {
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -65,7 +65,7 @@ def run_layers(
     needs.
 
     Args:
-      layers: the layers in order, or one module with the stacked parameters of all.
+      layers: the layers in order, or one module with the stacked parameters of all layers.
       body: computes one layer, see `Body`.
       carry: carry that the first layer receives.
       kinds: the kind of each layer, with one entry per layer. Layers of the same kind compute the
@@ -136,9 +136,10 @@ def _make_loop(
                     return body(layer, carry, number, kind)
 
             # The parameters of the layer are read within the rematerialised function. Otherwise
-            # they would be saved for the backward pass. Common subexpression elimination must be
-            # prevented only if there is one turn, whose loop the compiler unrolls. Otherwise the
-            # forward and the backward pass are in different loops.
+            # they would be saved for the backward pass. The compiler unrolls a loop of one turn,
+            # and its common subexpression elimination (CSE) could then undo rematerialisation. With
+            # several turns, the forward and the backward pass are in different loops, so CSE need
+            # not be prevented.
             own = _rematerialised(
                 one if is_sliced else _reading_own_layer(one), remat_policy,
                 prevent_cse=section.turns == 1,
@@ -199,8 +200,8 @@ def slice_of_layer(array: Array, ndim: int) -> Array:
 def key_of_layer(key: Key[Array, ""]) -> Key[Array, ""]:
     """Derives a key for the current layer from the key that Flax gives to a turn of the loop.
 
-    Flax gives different keys to the turns of a loop. However, all bodies of a turn have the same
-    key, and successive loops have the same keys.
+    Flax gives each turn of a loop a different key. However, all layers of a turn get the same key,
+    and successive loops get the same keys as the first loop.
     """
     loop = _loop.get()
     return key if loop is None or loop.body == 0 else jax.random.fold_in(key, loop.body)
@@ -221,7 +222,7 @@ def extend_cache(cache: Any, new: Any, number: Index, slot: Int[Array, ""]) -> t
     Args:
       cache: keys and values of all layers, in the form of the outputs of `run_layers`: a tuple with
         arrays [B, H, L, K] for each layer, or stacked arrays [B, layers, H, L, K].
-      new: keys and values of the fed tokens in the layer, [B, H, 1, K].
+      new: keys and values of the step's tokens in this layer, [B, H, 1, K].
       number: index of the layer.
       slot: index on axis L that is written.
 

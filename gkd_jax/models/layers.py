@@ -22,7 +22,7 @@ from gkd_jax.models.layer_loops import key_of_layer
 
 MASKED = -1e10
 """Number added to the attention logits of masked keys. It is finite, as in T5X. A query whose keys
-are all masked, as for padding, therefore has uniform attention weights instead of NaN."""
+are all masked, such as a query at padding, therefore has uniform attention weights and not NaN."""
 
 NUM_BUCKETS = 32
 MAX_DISTANCE = 128
@@ -42,7 +42,7 @@ def same_segment(queries: Int[Array, "B Q"], keys: Int[Array, "B L"]) -> Bool[Ar
 
 
 def starts_of_segments(segments: Int[Array, "B L"]) -> Bool[Array, "B L"]:
-    """Returns whether each position is the first of an example in a packed row, or of padding."""
+    """Returns whether each position of a packed row is the first of an example or of padding."""
     changes = segments[:, 1:] != segments[:, :-1]
     return jnp.concatenate([jnp.ones_like(changes, shape=(len(segments), 1)), changes], axis=1)
 
@@ -74,19 +74,19 @@ def soft_cap(logits: Float[Array, "*shape"], cap: float | None) -> Float[Array, 
 def project(
     hidden: Float[Array, "*n D"], kernel: Array, *, axis: int, divisor: float = 1.0
 ) -> Float[Array, "*n V"]:
-    """Computes float32 logits: the product of hidden states and output layer, over `divisor`.
+    """Computes float32 logits: hidden states times the output layer, divided by `divisor`.
 
     Args:
       hidden: hidden states of any dtype.
       kernel: output layer, [D, V] or [V, D].
-      axis: axis D of the kernel.
+      axis: index of the kernel's axis D, 0 or 1.
       divisor: number that the product is divided by.
     """
     # bfloat16 operands are not cast. Products of two bfloat16 numbers are exact in float32, and
     # a cast would copy the output layer of a large teacher.
     is_exact = hidden.dtype == kernel.dtype == jnp.bfloat16
     if not is_exact:
-        # The hidden states are divided instead of the logits, since they are smaller arrays.
+        # Divides the hidden states instead of the logits, which are the larger array.
         hidden, kernel = hidden.astype(jnp.float32) / divisor, kernel.astype(jnp.float32)
     logits = lax.dot_general(
         hidden,
@@ -183,9 +183,9 @@ class Embed(nn.Module):
             ("vocab", "embed"),
             (self.vocab_size, self.features),
         )
-        # The gather precedes the cast. So the table is not copied in the compute dtype, and its
-        # gradient is summed in float32. GSPMD can partition the gather if the table is sharded over
-        # the vocabulary. An id outside the table gives NaN instead of another row.
+        # The gather precedes the cast. Therefore no copy of the table in the compute dtype is made,
+        # and the table's gradient is summed in float32. GSPMD can partition the gather if the table
+        # is sharded over the vocabulary. An id outside the table gives NaN instead of another row.
         rows = jnp.take(table, tokens, axis=0, mode="fill").astype(self.dtype)
         return nn.with_logical_constraint(rows, ("batch", "length", None))
 
@@ -224,8 +224,8 @@ class Attention(nn.Module):
 
     The factor is in the initialiser of the query projection instead. Keys and values are computed
     by a separate method, so that decoding can cache them. Their shape is [B, H, L, K]. The batch is
-    first because a decoding state requires it. The keys of each head are contiguous, which suits
-    the matrix products of a decode step.
+    the first axis, as in every array of a decoding state. The keys of each head are contiguous,
+    which suits the matrix products of a decode step.
     """
 
     num_heads: int
@@ -282,9 +282,10 @@ def relative_position_buckets(
 ) -> Int[np.ndarray, " N"]:
     """Maps distances (key position minus query position) to T5's buckets.
 
-    Half of the buckets contain one distance each. The widths of the others grow exponentially up to
-    MAX_DISTANCE; larger distances are in the last bucket. If bidirectional, each direction has its
-    own half of the buckets. Otherwise all keys after the query are in bucket 0.
+    If `bidirectional`, keys before and after the query have separate halves of the buckets.
+    Otherwise keys before the query have all buckets, and keys after the query are in bucket 0. In
+    each direction, half of the buckets contain one distance each. The widths of the other buckets
+    grow exponentially up to MAX_DISTANCE. Larger distances are in the last bucket.
 
     Args:
       distances: distances as a NumPy array, known at trace time.
@@ -336,7 +337,8 @@ class RelativePositionBias(nn.Module):
         gradient of this reshape is a sum, while the gradient of a gather would be a scatter.
         """
         ahead, behind = np.arange(key_length), np.arange(1 - query_length, 0)
-        # The value of distance d is at index d modulo P. One filler makes P - 1 >= key_length.
+        # The value of distance d is at index d modulo P. One filler entry ensures that
+        # P - 1 >= key_length.
         period = self._values(np.concatenate([ahead, [0], behind]))  # [H, P]
         row_length = period.shape[1] - 1
         rows = jnp.tile(period, (1, query_length))[:, : query_length * row_length]

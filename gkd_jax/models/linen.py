@@ -37,7 +37,7 @@ class LinenModel(abc.ABC):
 
     @abc.abstractmethod
     def _boxed_params(self, key: Key[Array, ""]) -> PyTree:
-        """Makes random unstacked parameters, in Flax's boxes with their logical axes."""
+        """Makes random parameters, not stacked, in Flax's boxes that hold the logical axes."""
 
     @property
     def vocab_size(self) -> int:

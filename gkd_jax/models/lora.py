@@ -9,8 +9,8 @@ model.
 
 The parameters consist of two trees. `adapters` are trained, have optimizer state and are saved in
 checkpoints. `base` is not saved; it is restored whenever a run starts. `join` combines both trees
-to the parameters that the model's functions take, and `split` separates them for training and
-checkpointing.
+into the parameters that the model's functions take. `split` separates these parameters into both
+trees, for training and checkpointing.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ class LoRA(ModelWrapper):
         return params.get(_BASE, params)
 
     def init_adapters(self, key: Key[Array, ""]) -> Params:
-        """Makes float32 adapters: A uniform in ±1/sqrt(inputs), as in PEFT, and B zero."""
+        """Makes float32 adapters. As in PEFT, A is uniform in ±1/sqrt(inputs), and B is zero."""
         adapters = {}
         for path, ((*depth, inputs, outputs), _) in self.kernels.items():
             bound = 1.0 / math.sqrt(inputs)
@@ -129,8 +129,8 @@ class LoRA(ModelWrapper):
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
         """Returns the logical axis names of the parameters.
 
-        A is named by the input axis of its kernel, and B by the output axis. The axis of the rank
-        has no name.
+        The input axis of A and the output axis of B have the names of these axes in the kernel.
+        The rank axis of A and B has no name.
         """
         spec = jax.sharding.PartitionSpec
         adapters = {
@@ -159,7 +159,7 @@ class LoRA(ModelWrapper):
         return traverse_util.unflatten_dict(flat, sep="/")
 
     def tracing(self, params: Params) -> Any:
-        """Returns a context in which traced functions of the base model apply the adapters."""
+        """Returns a context in which the base model's functions, when traced, apply adapters."""
         pairs = pairs_of(params[_ADAPTERS])
 
         def add(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -177,7 +177,7 @@ class LoRA(ModelWrapper):
 
 
 def join(trained: Params, frozen: Params | None) -> Params:
-    """Joins trained and frozen parameters to the parameters of the model.
+    """Joins trained and frozen parameters into the parameters that the model's functions take.
 
     If `frozen` is None, all parameters are trained, and `trained` is returned.
     """
@@ -192,7 +192,7 @@ def split(model: LanguageModel, params: PyTree[Any]) -> tuple[PyTree[Any], PyTre
       params: its parameters, or a tree of the same structure, such as shapes or shardings.
 
     Returns:
-      The trained parameters, and the frozen ones or None.
+      The trained parameters, and the frozen ones, or None if all parameters are trained.
     """
     if isinstance(model, RestrictedVocabulary):
         model = model.model
@@ -217,7 +217,7 @@ def base_of(model: LanguageModel) -> LanguageModel:
 
 
 def are_adapters(names: Iterable[str]) -> bool:
-    """Returns whether any of the names is an adapter's, such as 'layers_0/mlp/wo/lora_a'."""
+    """Returns whether any name belongs to an adapter, such as 'layers_0/mlp/wo/lora_a'."""
     return any(name.rpartition("/")[2] == A for name in names)
 
 

@@ -62,7 +62,7 @@ class Int8(ModelWrapper):
         return jax.eval_shape(self.quantise, self.model.abstract_params())
 
     def logical_axes(self) -> PyTree[jax.sharding.PartitionSpec]:
-        """Returns the logical axis names. Scales are named by the output axis of their kernel."""
+        """Returns the logical axis names. Scales have the name of their kernel's output axis."""
         spec = jax.sharding.PartitionSpec
         scales = {
             path: spec(*axes[:-2], axes[-1]) for path, (_, axes) in products(self.model).items()
@@ -70,7 +70,7 @@ class Int8(ModelWrapper):
         return {"weights": self.model.logical_axes(), "scales": scales}
 
     def tracing(self, params: Params) -> Any:
-        """Returns a context in which traced functions of the model multiply products by scales."""
+        """Returns a context in which functions of the model, when traced, apply the scales."""
         scales = params["scales"]
 
         def scale(next_fn: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:

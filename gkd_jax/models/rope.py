@@ -50,7 +50,8 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
 def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
     """Scales slowly rotating dimensions, keeps fast ones, and interpolates between them (YaRN).
 
-    A dimension is slow or fast by the number of its rotations within the original context length.
+    Whether a dimension is slow or fast depends on the number of its rotations within the original
+    context length, see `Rope.beta_slow` and `Rope.beta_fast`.
     """
 
     def dimension(turns: float) -> float:
@@ -81,9 +82,10 @@ def rotations(
 def rotate(
     x: Float[Array, "B H L K"], rotation: tuple[Array, Array] | None
 ) -> Float[Array, "B H L K"]:
-    """Rotates each pair of dimensions (i, i + K/2) in float32. Hugging Face pairs them in this way.
+    """Rotates each pair of dimensions (i, i + K/2) in float32.
 
-    Returns `x` unchanged if there is no rotation.
+    The pairs are the same as in Hugging Face's models. If `rotation` is None, `x` is returned
+    unchanged.
     """
     if rotation is None:
         return x

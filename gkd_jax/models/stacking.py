@@ -52,9 +52,9 @@ class Section:
 def sections(kinds: Sequence[Any]) -> tuple[Section, ...]:
     """Divides layers into sections so that few layers have to be compiled.
 
-    For each section, only the layers of one period are compiled. For example, every sixth of the 26
-    layers of Gemma 3 1B is of another kind. They are divided into four turns of six layers and then
-    two turns of one layer.
+    For each section, only the layers of one period are compiled. For example, Gemma 3 1B has 26
+    layers, and every sixth layer has full attention instead of a sliding window. These layers are
+    divided into a section of four periods of six layers and a section of two periods of one layer.
 
     Args:
       kinds: the kind of each layer, a hashable value.
@@ -75,8 +75,8 @@ def _sections(kinds: tuple[Any, ...]) -> tuple[Section, ...]:
             while start >= 0 and kinds[start : start + period] == pattern:
                 cost, compiled, before = best[start]
                 section = Section(start, pattern, (end - start) // period)
-                # A loop costs as much as two layers, so that one loop over a whole period is
-                # preferred to several over its parts.
+                # Each loop adds the cost of two layers, so that one loop over a long period is
+                # preferred to several loops over parts of this period.
                 candidates.append((cost + period + 2, compiled + period, (*before, section)))
                 start -= period
         best.append(min(candidates, key=lambda candidate: candidate[:2]))
@@ -84,7 +84,7 @@ def _sections(kinds: tuple[Any, ...]) -> tuple[Section, ...]:
 
 
 def are_stacked(names: Iterable[str]) -> bool:
-    """Returns whether any name is one of stacked layers, such as 'decoder/layers/mlp/wo/kernel'."""
+    """Returns whether any name is in stacked layers, such as 'decoder/layers/mlp/wo/kernel'."""
     return any(STACKED in name.split("/") for name in names)
 
 
@@ -141,7 +141,7 @@ def unstack(params: PyTree[Any], take: Callable[[Any, int], Any] | None = None) 
 
 
 def split(params: PyTree[Any]) -> tuple[list[PyTree[Any]], PyTree[Any]]:
-    """Splits a tree into one tree for each stack of layers, and the rest."""
+    """Splits a tree into a list with one tree for each stack of layers, and a tree of the rest."""
     flat = traverse_util.flatten_dict(params, keep_empty_nodes=True)
     stacks: dict[Any, dict[Any, Any]] = {}
     rest = {}

@@ -30,8 +30,9 @@ class T5DecodeState:
     """The state of decoding between steps. The first axis of every array is the batch.
 
     Attributes:
-      self_attention: keys and values of the fed tokens for each layer, in a tuple or stacked along
-        the second axis. The start token is in slot 0, output position t in slot t + 1.
+      self_attention: keys and values of the decoder's input tokens, in a tuple with one entry per
+        layer, or in arrays with the layers as their second axis. The start token is in slot 0,
+        output position t in slot t + 1.
       cross_attention: keys and values of the encoded prompt, in the same form.
       inputs_mask: True on the real tokens of the prompt.
     """
@@ -114,8 +115,8 @@ class Encoder(nn.Module):
         segments: Int[Array, "B S"] | None,
     ) -> Float[Array, "B S D"]:
         length = x.shape[1]
-        # As in T5X, padded queries attend to no key. Their outputs are not used, but then equal
-        # T5X's.
+        # As in T5X, queries at padding attend to no key. Their outputs are not used. They are
+        # masked only so that all outputs of the encoder equal T5X's.
         mask = inputs_mask[:, None, :, None] & inputs_mask[:, None, None, :]
         if segments is not None:
             # `relpos` needs no change: it depends only on distances, which packing does not change
@@ -164,7 +165,7 @@ class DecoderLayer(nn.Module):
         Args:
           x: hidden states.
           cross: keys and values of the encoded prompt.
-          self_biases: biases of the self-attention's logits, of which the sum is used.
+          self_biases: biases whose sum is added to the self-attention's logits.
           cross_bias: bias of the cross-attention's logits.
           keep: function of the keys and values of `x`. It returns all keys and values that `x`
             attends to, and a second output of the layer, such as the updated cache.
@@ -208,8 +209,8 @@ class Decoder(nn.Module):
         targets_segments: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         length = x.shape[1]
-        # The mask is only causal. Padding follows the output and needs no mask, since the loss
-        # weights exclude it.
+        # Padding follows the output, so the causal mask also hides it from the output. The loss
+        # weights exclude the padding positions themselves.
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
         whole = self.relpos_bias(length, length) + layers.mask_to_bias(causal)
         self_biases: tuple[Array, ...] = (whole,)
@@ -233,7 +234,8 @@ class Decoder(nn.Module):
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> PyTree:
         """Computes the cross-attention's keys and values in all layers.
 
-        They are in a tuple, or stacked along the second axis if parameters are stacked.
+        Returns a tuple with one entry per layer or, if parameters are stacked, arrays with the
+        layers as their second axis.
         """
 
         def body(
@@ -321,7 +323,7 @@ class Transformer(nn.Module):
         return hidden[:, 0], state
 
     def __call__(self, inputs: Array, inputs_mask: Array, targets: Array) -> Array:
-        """Uses every parameter. Called only to initialise the parameters."""
+        """Runs the whole network. Called only to initialise every parameter."""
         hidden = self.hidden_states(inputs, inputs_mask, targets)
         return hidden if self.config.logits_via_embedding else self.decoder.logits_dense(hidden)
 
@@ -335,7 +337,7 @@ class T5(LinenModel):
     """
 
     config: T5Config
-    # The start token is in slot 0.
+    # Slot 0 has the start token, so output position 0 is in slot 1.
     _first_slot: ClassVar[int] = 1
 
     @property
@@ -377,7 +379,7 @@ class T5(LinenModel):
 
         `unembed` maps the hidden states at position t to the logits of `batch.targets[:, t]`. The
         inputs of the decoder are the start token and all targets except the last, so position t
-        depends only on the targets before t. In packed rows it depends only on its own example.
+        depends only on the targets before t. In packed rows, no position depends on other examples.
 
         Args:
           params: the parameters.
@@ -404,9 +406,9 @@ class T5(LinenModel):
     def unembed(self, params: Params, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Computes float32 logits.
 
-        The output layer is a kernel (T5 1.1), or the embedding scaled by 1/sqrt(D) (T5 1.0). If
-        `params` has only some vocabulary entries of the output layer, the logits are those of these
-        entries.
+        The output layer is a kernel (T5 1.1), or the embedding scaled by 1/sqrt(D) (T5 1.0).
+        `params` may contain the output layer for only some vocabulary entries. The logits then
+        cover only these entries.
         """
         if not self.config.logits_via_embedding:
             return layers.project(hidden, params["decoder"]["logits_dense"]["kernel"], axis=0)

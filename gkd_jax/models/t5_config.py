@@ -9,7 +9,7 @@ ACTIVATIONS = ("gelu", "relu", "silu", "swish", "linear")
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes and variants of a T5 encoder-decoder, named as in T5X's minimal T5.
+    """Sizes and variants of a T5 model, with the field names of T5X's minimal T5.
 
     T5 1.1 has `mlp_activations=('gelu', 'linear')` and a separate output layer. T5 1.0 has
     `mlp_activations=('relu',)` and `logits_via_embedding=True`; its logits are scaled by
@@ -19,11 +19,11 @@ class T5Config:
       vocab_size: rows of the embedding, including padding (32,128 in the released models).
       dtype: dtype of the computations, 'float32' or 'bfloat16'. Parameters, softmax and norms are
         float32.
-      decoder_start_id: the token that starts every output; 0 (padding) in every T5.
+      decoder_start_id: id of the token that starts every output; 0 (padding) in every T5.
       scan_layers: whether layers run in a loop over stacked parameters, so that the size of the
         compiled program does not grow with the depth.
-      remat_policy: which activations are recomputed in the backward pass: 'none' of them;
-        'minimal', all except the outputs of matrix products with weights; 'full', all except the
+      remat_policy: which activations are recomputed in the backward pass. 'none': no activations.
+        'minimal': all except the outputs of matrix products with weights. 'full': all except the
         hidden states between layers.
 
     Raises:
@@ -96,7 +96,7 @@ def check_remat_policy(config: str, policy: str) -> None:
       policy: the configuration's `remat_policy`.
 
     Raises:
-      ValueError: there is no such policy.
+      ValueError: the policy is unknown.
     """
     if policy not in REMAT_POLICIES:
         raise ValueError(

@@ -36,7 +36,10 @@ class ModelWrapper:
         return params
 
     def tracing(self, params: Params) -> contextlib.AbstractContextManager[Any]:
-        """Returns a context in which the functions of the wrapped model are traced."""
+        """Returns a context in which the functions of the wrapped model are called.
+
+        Subclasses override this method to change matrix products while the functions are traced.
+        """
         del params
         return contextlib.nullcontext()
 
@@ -119,7 +122,7 @@ def with_remat_policy(model: LanguageModel, policy: str) -> LanguageModel:
 def restrict_vocabulary(model: LanguageModel, vocab_size: int) -> LanguageModel:
     """Restricts a model to the first `vocab_size` entries of its vocabulary.
 
-    A model that has no more entries is returned unchanged.
+    A model with at most `vocab_size` entries is returned unchanged.
 
     Args:
       model: any model.
@@ -133,13 +136,13 @@ class RestrictedVocabulary(ModelWrapper):
     """A model whose softmax is restricted to the first entries of its vocabulary.
 
     Output layers are padded to sizes that suit the hardware. Two models with the same vocabulary
-    but different padding share only their first entries. They are compared and sampled over these
-    entries alone. The softmax is also taken over these entries, so that both distributions sum to
-    1.
+    but different padding share only their first entries. Losses and samplers use these entries
+    alone. The softmax is also taken over these entries alone, so that the distributions of both
+    models sum to 1.
 
     The parameters are the same as in the wrapped model. The logits are sliced instead of the output
-    layer. XLA fuses a slice of the logits into the operations that read it, at no cost. A slice of
-    the layer would be a copy, and so would its gradient.
+    layer. XLA fuses a slice of the logits into the operations that read it, at no cost. Slicing the
+    output layer would copy it, and the gradient would be copied as well.
 
     Attributes:
       model: the wrapped model, whose vocabulary is larger.

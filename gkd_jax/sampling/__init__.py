@@ -1,7 +1,7 @@
 """Decoding: sampling methods, the decoding loop over a key-value cache, and beam search.
 
 This package depends only on the interface of models, and not on losses or data. Start with
-`decode`, the decoding loop, and `methods`, which choose the next token.
+`decode`, the decoding loop, and `methods`, the sampling methods that choose the next token.
 """
 
 from typing import Any

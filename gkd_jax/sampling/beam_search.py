@@ -27,7 +27,7 @@ class BeamSearch:
     Human and Machine Translation" (arXiv 1609.08144, equation 14).
 
     Attributes:
-      num_beams: number of prefixes kept for each prompt, and of outputs returned for it.
+      num_beams: number of prefixes that are kept, and of outputs that are returned, per prompt.
       alpha: exponent of the length penalty. If it is 0, the score is the log-probability; larger
         values favour longer outputs.
     """
@@ -106,13 +106,13 @@ class _Rules:
     def num_candidates(self) -> int:
         """Number of candidates per step.
 
-        At least `num_beams` candidates are unfinished, even if every beam is also extended by every
-        end-of-sequence id.
+        Each beam has at most one finished candidate for each end-of-sequence id. The number is
+        large enough that at least `num_beams` candidates are always unfinished.
         """
         return self.num_beams * (1 + max(1, len(self.eos_ids)))
 
     def penalty(self, length: int | Int[Array, ""]) -> Float[Array, ""]:
-        """Returns the number that the log-probability of an output of this length is divided by."""
+        """Returns the divisor of the log-probability of an output of this length."""
         return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** self.alpha
 
 
@@ -130,9 +130,10 @@ def beam_search(
 ) -> Beams:
     """Searches for the best outputs of each prompt; see `BeamSearch` and `Beams`.
 
-    The search stops when no unfinished beam of any prompt can outscore the prompt's finished
-    outputs. The upper bound of a beam's score is its current log-probability, which can only
-    decrease, divided by the length penalty of `max_length`, which is the largest.
+    The search stops when no unfinished beam of any prompt can outscore the worst of the prompt's
+    `num_beams` best finished outputs. A beam's log-probability can only decrease, and the length
+    penalty of `max_length` is the largest. Therefore the current log-probability divided by this
+    penalty is an upper bound of the beam's score.
 
     Args:
       model: model to decode from.
@@ -183,7 +184,7 @@ def _step(search: _Search, model: LanguageModel, params: Params, rules: _Rules) 
 
 
 def _can_improve(search: _Search, filler: Bool[Array, " B"], rules: _Rules) -> Bool[Array, ""]:
-    """Returns whether any prompt has a live beam that can still outscore its finished outputs."""
+    """Returns whether any prompt has a live beam that can outscore one of its finished outputs."""
     best_possible = search.live.scores[:, 0] / rules.penalty(rules.max_length)
     open_rows = (best_possible > search.ended.scores[:, -1]) & ~filler
     return (search.index < rules.max_length) & jnp.any(open_rows)
@@ -268,11 +269,11 @@ def _collect(search: _Search, filler: Bool[Array, " B"], pad_id: int) -> Beams:
 def _top_few(
     values: Float[Array, "B n"], count: int
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
-    """Equivalent to `lax.top_k`, including the order of equal values, for small `count`.
+    """Returns the result of `lax.top_k`, including the order of equal values, for small `count`.
 
-    If the batch is sharded, `lax.top_k` gathers all of it on every device, while this function
-    moves no data between devices. Large rows are divided into blocks. The k largest entries are in
-    the k blocks with the largest maxima, so only these blocks are searched.
+    If the batch is sharded, `lax.top_k` gathers the whole batch on every device, while this
+    function moves no data between devices. Large rows are divided into blocks. The k = `count`
+    largest entries are in the k blocks with the largest maxima, so only these blocks are searched.
     """
     size = values.shape[1]
     ids = lax.broadcasted_iota(jnp.int32, values.shape, 1)
@@ -286,8 +287,8 @@ def _top_few(
         ids = best[:, :, None] * _BLOCK_SIZE + ids[:, None, :_BLOCK_SIZE]
         ids = ids.reshape(values.shape)
     best_values, best_ids = _top_by_turns(values, ids, count)
-    # In rows with NaNs, it can happen that no entry compares as the largest. The id found is then
-    # beyond the row.
+    # In rows with NaNs, no entry may equal the maximum. The id found is then beyond the row and is
+    # replaced by the last id.
     return best_values, jnp.minimum(best_ids, size - 1)
 
 

@@ -27,8 +27,8 @@ class Decoded:
     Attributes:
       tokens: output tokens up to and including the end-of-sequence token, then the padding id.
       weights: 1 up to and including the end-of-sequence token, 0 after it; 0 on filler rows.
-      log_probs: log-probability of each token under the distribution that it was sampled from; 0
-        where the weight is 0.
+      log_probs: log-probability of each token, for `Sample` at its temperature but before top-k
+        and top-p, for other methods at temperature 1; 0 where the weight is 0.
       lengths: number of tokens, including the end-of-sequence token.
       truncated: True if the output has no end-of-sequence token; False on filler rows.
       steps_run: number of output positions that were computed, a scalar.
@@ -185,8 +185,8 @@ class _Decoder:
 
     def step(self, progress: _Progress, position: Int[Array, ""]) -> tuple[_Progress, _Columns]:
         """Runs the model on the tokens before `position` and chooses the tokens at `position`."""
-        # The last chunk may have steps beyond max_length. Their outputs are cut off afterwards.
-        # They overwrite the last entry of the cache, which is not needed any more.
+        # The last chunk may have steps beyond max_length, whose outputs are cut off afterwards.
+        # These steps overwrite the last slot of the cache, which is no longer needed.
         index = jnp.minimum(position, self.limits.max_length - 1) - 1
         hidden, state = self.model.decode_step(self.params, progress.state, progress.tokens, index)
         return self.choose(hidden, state, progress.ended, position)

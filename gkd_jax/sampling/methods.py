@@ -1,11 +1,11 @@
 """Methods that choose the next token of each row: greedy, temperature, top-k and top-p.
 
 Sampling descends a tree over the vocabulary: each level selects one of 32 groups by its
-probability, and the last level selects the entry. This takes one uniform random number per level
-(three for up to 65,536 entries) instead of one per entry. Any probability that float32 can
-represent is sampled at the correct rate, because the uniforms are dense near 0 and cumulative sums
-run from small to large terms. Entries of probability 0 are never sampled. Neither top-k nor top-p
-sorts the vocabulary: see `_keep_top_k` and `_draw_top_p`.
+probability, and the last level selects the entry. Each level takes one uniform random number, so a
+row of 65,536 entries takes three, while Gumbel noise would take one per entry. Any probability that
+float32 can represent is sampled at the correct rate, because the uniforms are dense near 0 and
+cumulative sums run from small to large terms. Entries of probability 0 are never sampled. Neither
+top-k nor top-p sorts the vocabulary: see `_keep_top_k` and `_draw_top_p`.
 """
 
 import dataclasses
@@ -68,8 +68,9 @@ class Sample:
     equal logits at the threshold, lower ids are kept.
 
     Log-probabilities are taken from softmax(logits / temperature) over the entire vocabulary,
-    **before** top-k and top-p. They are therefore finite, comparable with the teacher's
-    log-probabilities, and the same as if the tokens were scored at this temperature.
+    **before** top-k and top-p. They are therefore finite and comparable with the teacher's
+    log-probabilities. A forward pass over the finished output at this temperature gives the same
+    values.
 
     Attributes:
       temperature: divisor of the logits; 1 samples from the model's own distribution.
@@ -239,8 +240,9 @@ def _pick(masses: Float[Array, "B n"], uniform: Float[Array, " B"]) -> Int[Array
 def _keep_top_k(values: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
     """Sets all but the k largest values to -inf. Among equal values, those with lower ids are kept.
 
-    Rows are divided into groups. The k largest values (or values equal to them) are in the k groups
-    with the largest maxima. Therefore only the group maxima and the entries of k groups are ranked.
+    Rows are divided into groups. The k groups with the largest maxima contain the k largest values,
+    or values equal to these. Therefore only the maxima of all groups and the entries of k groups
+    are ranked.
     """
     candidates = values
     if k * FANOUT <= values.shape[-1] // 4:
@@ -292,8 +294,8 @@ def _draw_top_p(
         draws, tokens, kept = carry
         new_keys = position_keys(keys, draws)
         remaining = jnp.where(come_before(tokens), scaled, -jnp.inf)
-        # Rows with an accepted token draw from all entries, since none may remain. Their new draw
-        # is not used.
+        # In rows with an accepted token, there may be no remaining entries. These rows draw from
+        # all entries, and the result of this draw is not used.
         remaining = jnp.where(kept[:, None], scaled, remaining)
         again, _ = _draw(remaining, _uniforms_of_draw(new_keys, scaled))
         tokens = jnp.where(kept, tokens, again)

@@ -1,4 +1,4 @@
-"""Helpers of sampling and beam search: checks of arguments, ends of outputs, repeated rows."""
+"""Helpers for sampling and beam search: argument checks, token comparison, repeated rows."""
 
 from typing import TypeVar
 

@@ -43,7 +43,7 @@ class TeacherMixed:
             )
 
     def combine(self, student: LanguageModel, teacher: LanguageModel) -> MixtureModel:
-        """Returns the model with the distribution (1 - teacher_share) Q + teacher_share P."""
+        """Returns the mixture (1 - teacher_share) * student + teacher_share * teacher."""
         return MixtureModel(
             (student, teacher), weights=(1.0 - self.teacher_share, self.teacher_share)
         )
@@ -56,10 +56,10 @@ class Corrected:
     This is interleaved sampling as in "Speculative Knowledge Distillation: Bridging the
     Teacher-Student Gap Through Interleaved Sampling" (arXiv 2410.11325). A token that is not among
     the teacher's `top_k` most likely tokens is replaced by a token sampled from the teacher.
-    The combined model has the distribution of a token after this replacement, so sampling from it
-    at temperature 1, without a cut, is exactly this procedure. The temperature, top-k and top-p
-    of the sampling method, if set, apply to that distribution; they are independent of the
-    attribute `top_k`.
+    The combined model computes the distribution of a token after this replacement. Sampling from
+    the combined model at temperature 1, without top-k and top-p, is exactly this procedure. The
+    temperature, top-k and top-p of the sampling method, if set, apply to the combined model. They
+    are independent of the attribute `top_k`.
 
     Attributes:
       top_k: number of the teacher's most likely tokens that are not replaced; the paper uses 25.
@@ -78,8 +78,7 @@ class Corrected:
             )
 
     def combine(self, student: LanguageModel, teacher: LanguageModel) -> CorrectedModel:
-        """Returns a model of the distribution of a token after the replacement; see
-        `CorrectedModel`."""
+        """Returns a model of a token's distribution after replacement, see `CorrectedModel`."""
         return CorrectedModel((student, teacher), top_k=self.top_k)
 
 
