@@ -32,7 +32,7 @@ class DoesNotFitError(ValueError):
 
 
 def compile_ahead(experiment: Experiment) -> str:
-    """Compiles a run for `Experiment.topology` and returns a table of its needs.
+    """Compiles a run for `Experiment.topology` and returns the report as text.
 
     Raises:
       DoesNotFitError: the run needs more memory than the chips have. The message suggests remedies.

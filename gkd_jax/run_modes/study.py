@@ -189,7 +189,7 @@ def run_study(study: Study, *, before_start: Callable[[], None] | None = None) -
 
     Args:
       study: the study.
-      before_start: called after all checks and before anything is written.
+      before_start: function that is called after all checks, before anything is written.
 
     Returns:
       The rows of the table. The table is also written to `model_dir` as results.md and

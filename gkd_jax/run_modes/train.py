@@ -52,7 +52,7 @@ def train(experiment: Experiment, *, before_start: Callable[[], None] | None = N
 
     Args:
       experiment: the experiment.
-      before_start: called after all checks and before anything is written.
+      before_start: function that is called after all checks, before anything is written.
 
     Raises:
       ConfigurationError: lists everything that is wrong with the experiment.

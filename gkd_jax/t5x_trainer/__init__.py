@@ -5,7 +5,7 @@ adds the objective, the rollout, the choice of outputs for each step, and a teac
 are an argument of T5X's partitioned step. `gin_configs/t5x/gkd.gin` sets both classes; docs/t5x.md
 has the commands. Start with `trainer`.
 
-No other package of gkd_jax imports T5X, which is not on PyPI. None of them imports this package.
+T5X is not on PyPI. No other package of gkd_jax imports T5X or this package.
 """
 
 from gkd_jax.t5x_trainer.model import GkdModel

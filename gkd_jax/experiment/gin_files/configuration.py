@@ -183,9 +183,9 @@ def _check(statements: Sequence[Binding], roots: Sequence[Callable[..., Any]]) -
     return GinConfig(text=str(Text(walk)), settings=list_settings(walk, root), root=root.function)
 
 
-# Settings that do not change the results of a run, such as its folder, its length, and what is
-# logged. Each is a pattern `Class.parameter`, in which * matches any text. A pattern includes all
-# settings of the objects that are built for the parameter.
+# Settings that may differ from the saved configuration when a run is resumed, such as its folder,
+# its length, and what is logged. Each is a pattern `Class.parameter`, in which * matches any text.
+# A pattern includes all settings of the objects that are built for the parameter.
 MAY_CHANGE = (
     "Experiment.model_dir",
     "Experiment.num_steps",

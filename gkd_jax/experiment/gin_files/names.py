@@ -72,7 +72,7 @@ class Namespace:
         return canonical_target(module.__name__, rest[-1], value, written=selector)
 
     def _module(self, name: str, selector: str) -> types.ModuleType:
-        """Returns the module that the file imported as `name`, or whose former name is `name`."""
+        """Returns the module that this file imported as `name`, or older gin files call `name`."""
         if name in self.modules:
             return self.modules[name]
         module = moved.gin_alias(name)
@@ -252,7 +252,7 @@ def present_macro(name: str) -> str:
 
 
 def present_scope(scope: str) -> tuple[str, ...]:
-    """Returns the parts of a scope, in which a macro's former name is replaced.
+    """Returns the parts of a scope, with former names of macros replaced by present names.
 
     Scopes may be named after macros: the value of a macro is built in such a scope, and a saved
     configuration binds the defaults of the value there.

@@ -32,7 +32,7 @@ class Walk:
       used: keys of the bindings that at least one call receives. A call does not receive a binding
         that an inner scope overrides.
       calls: the calls that gin would make, each a target and its active scope, in order.
-      missing: reasons why missing values are required, by key.
+      missing: for the key of each missing value, the reason why the value is required.
       undefined: for each macro without a value, a binding that refers to it.
       cycles: objects that are built from themselves.
     """
