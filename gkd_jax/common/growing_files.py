@@ -154,7 +154,7 @@ def check_writable(setting: str, folder: epath.Path, *, remedy: str) -> None:
     try:
         probe.write_text("")
         probe.unlink()
-    except Exception as error:  # Each library for buckets has exceptions of its own.
+    except Exception as error:  # Each bucket library has its own exceptions.
         reason = error.strerror if isinstance(error, OSError) else None
         raise ValueError(
             f"{setting} cannot be written: {folder} ({existing}: {reason or error}). "

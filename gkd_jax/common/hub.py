@@ -22,7 +22,7 @@ def find(path: epath.PathLike) -> epath.Path:
     """
     folder = epath.Path(path)
     name = os.fspath(path)
-    # If the folder runs/ exists, 'runs/x' is a local path, and 'runs' is not an account on the hub.
+    # If the folder runs/ exists, 'runs/x' is treated as a local path, not as a name on the hub.
     if folder.exists() or folder.parent.exists() or not _NAME.fullmatch(name):
         return folder if "://" in name else folder.absolute()
     try:

@@ -195,7 +195,7 @@ def former_names(module: str, name: str) -> list[str]:
 
 
 def present_setting(function: Any, name: str) -> str | None:
-    """Returns the present name of a parameter of `function`, or None if `name` is no former one."""
+    """Returns the present name of a parameter of a function; None if `name` is not a former one."""
     for kind in getattr(function, "__mro__", (function,)):
         home = getattr(kind, "__module__", None) or ""
         owner = f"{home}.{getattr(kind, '__qualname__', '')}"
@@ -261,7 +261,7 @@ class _FormerLoader(importlib.abc.InspectLoader):
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        # Restored, since the import system has replaced the spec by one with the former name.
+        # The import system has replaced the spec by one with the former name: restore it.
         module.__spec__ = self._spec
 
     def get_source(self, fullname: str) -> str | None:

@@ -120,7 +120,8 @@ class ArithmeticProblems:
         for draw in itertools.count():
             if len(kept) == self.num_examples:
                 return kept
-            # Drawing 99% of all problems takes fewer than 5 draws per problem.
+            # Drawing 99% of all problems takes fewer than 5 draws per problem. If more draws than
+            # this limit are needed, the split has too few problems.
             if draw > 1000 + 10 * self.num_examples:
                 break
             problem = _canonical(*self._draw_problem(self._numbers(draw)))

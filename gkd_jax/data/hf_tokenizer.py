@@ -179,7 +179,7 @@ class HFTokenizer:
         self.__dict__.update(state)
 
 
-# Decoders of byte-level BPE, of SentencePiece models, and of single characters.
+# Supported decoders: those of byte-level BPE, SentencePiece models and character tokenizers.
 _DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
 
 

@@ -369,9 +369,8 @@ class Dataset:
         """Returns an endless iterator over the rows of this process.
 
         Args:
-          position: number of examples that all processes together have consumed before. With the
-            saved value of `TrainIterator.position` the iterator continues an interrupted run
-            exactly.
+          position: number of examples that all processes together have consumed before. Pass a
+            saved `TrainIterator.position` to continue an interrupted run exactly.
           process_index: index of this process.
           process_count: number of processes.
 

@@ -19,6 +19,8 @@ _JSON_PREFIX = "json:"
 def encode_reference(target: Any) -> str:
     """Encodes a postprocessed target as text. Strings are unchanged; other types become JSON.
 
+    A string that starts with the prefix of encoded JSON is encoded too.
+
     Raises:
       ValueError: the target does not consist of text, numbers, lists and dictionaries.
     """

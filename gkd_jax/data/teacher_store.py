@@ -78,7 +78,7 @@ class StoreWriter:
           description: everything that determines the content of the store, as JSON.
         """
         self._folder = pathlib.Path(folder)
-        # Converted to JSON and back, since tuples are read back as lists.
+        # Converted to JSON and back, so that tuples become lists as in the stored description.
         wanted = json.loads(json.dumps({"format": _FORMAT, **description}))
         if (self._folder / _META).exists():
             found = json.loads((self._folder / _META).read_text(encoding="utf-8"))
@@ -143,7 +143,7 @@ class StoreWriter:
         self._num_done += len(blocks)
 
     def summary(self) -> tuple[int, int]:
-        """Returns the number of tokens and the size in bytes, including the index."""
+        """Returns the number of output tokens, and the size in bytes with the index."""
         index = _read_index(self._folder)
         return int(index["num_tokens"].sum()), self._end + index.nbytes
 

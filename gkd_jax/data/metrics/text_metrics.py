@@ -100,8 +100,8 @@ def resampled_bleu(
         rows.append([sentence.sys_len, sentence.ref_len, *sentence.counts, *sentence.totals])
     statistics = np.asarray(rows, np.int64)
     count = len(rows)
-    # How often each sample contains each sentence. The sums over all samples are then one matrix
-    # product.
+    # `draws` holds how often each sample contains each sentence. The sums of the statistics over
+    # the sentences of each sample are then one matrix product.
     draws = np.random.default_rng(seed).multinomial(
         count, np.full(count, 1.0 / count), size=num_sets
     )

@@ -90,7 +90,7 @@ def flan_cot_tsv(
 
 
 # A few of FLAN 2021's 62 data sets, one or two of each kind, with templates of our own. Maps the
-# name of a data set in TFDS to the templates of prompt and output and to the names of classes.
+# name of a TFDS data set to (template of the prompt, template of the output, `Templated.labels`).
 _FLAN_TEMPLATES: dict[str, tuple[str, str, dict[str, tuple[str, ...]]]] = {
     "glue/rte": (
         "{sentence1}\n\nDoes it follow that {sentence2}\nOptions:\n- yes\n- no",

@@ -11,7 +11,7 @@ class FieldsToText:
     """Reads prompt and output from two fields of the raw example.
 
     Examples with the fields 'inputs' and 'targets', such as those of `ParallelText` and
-    `Templated`, are accepted whatever the settings, so that fields of local files need not be
+    `Templated`, are accepted with any settings, so that fields of local files need not be
     renamed.
 
     Attributes:
