@@ -181,7 +181,7 @@ def loss_metrics(
 
 
 def _packing_metrics(batch: Batch) -> Metrics:
-    """Returns, for packed rows, the number of examples and the share of positions with a token."""
+    """Computes the number of examples and the share of positions with a token, for packed rows."""
     if batch.inputs_segments is None or batch.targets_segments is None:
         return {}
     masks = [batch.inputs_segments > 0, batch.targets_segments > 0]
@@ -196,11 +196,11 @@ def _packing_metrics(batch: Batch) -> Metrics:
 def mean_over_sequences(
     per_token: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns the mean over sequences of per-token values, as a metric that adds over batches.
+    """Computes the mean over sequences of per-token values, as a metric (sum, weight).
 
-    The final weights of a batch make the weighted sum of its per-token values a mean. The metric
-    is the pair (mean * number of sequences, number of sequences): pairs of several batches are
-    added, and divided when they are written.
+    The final weights of a batch sum to 1, so the weighted sum of its per-token values is a mean.
+    Returns the pair (mean * number of sequences, number of sequences). The pairs of several batches
+    are added, and the total sum is divided by the total weight when the metric is written.
     """
     num_sequences = count_outputs(batch.measured_weights, batch.targets_segments)
     # `where` instead of a product, which would be NaN for an infinite value at a masked position.

@@ -111,7 +111,7 @@ class Linear:
 class Cosine:
     """Warm-up to `learning_rate`, then cosine decay to `end` at step `decay_steps`.
 
-    The formula is that of `Linear`, with (1 + cos(pi p)) / 2 in place of 1 - p.
+    The formula is the same as for `Linear`, with (1 + cos(pi p)) / 2 in place of 1 - p.
 
     Attributes:
       learning_rate: peak learning rate, at the end of the warm-up.
@@ -138,11 +138,11 @@ class Cosine:
 class Adafactor:
     """Adafactor, with the settings that T5 uses for fine-tuning.
 
-    The defaults are those of T5X's `adafactor.Adafactor` in its T5 configurations: relative step
-    sizes, updates clipped at a root mean square of 1, a second moment with decay 1 - t^-0.8 that is
-    factored over the two largest axes if both have at least 128 entries, no momentum, no weight
-    decay. On parameters of at most two axes, the only kind in T5, the updates agree with T5X's. For
-    stacked or fused parameters T5X has factoring rules of its own.
+    The defaults are the same as in T5X's T5 configurations of `adafactor.Adafactor`: relative step
+    sizes, updates clipped at a root mean square of 1, no momentum and no weight decay. The second
+    moment has decay 1 - t^-0.8, and is factored over the two largest axes if both have at least 128
+    entries. The updates agree with T5X's on parameters of at most two axes, which are the only kind
+    in T5. For stacked or fused parameters T5X has factoring rules of its own.
 
     Reference: "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", arXiv 1804.04235.
 
@@ -154,7 +154,7 @@ class Adafactor:
         with the learning rate, at least 1; None for no clipping.
       multiply_by_parameter_scale: whether each update is scaled by the root mean square of its
         parameter (at least 1e-3).
-      min_dim_size_to_factor: size of the smallest axis that is factored.
+      min_dim_size_to_factor: smallest size of an axis that is factored.
       epsilon: constant added to squared gradients.
       momentum: decay of a moving average of updates; None for no momentum, which saves the memory
         of the average.
@@ -256,9 +256,9 @@ Optimizer: TypeAlias = Adafactor | AdamW
 def decay_mask(params: Params) -> PyTree[bool]:
     """Returns which parameters weight decay applies to.
 
-    It does not apply to parameters of fewer than two axes. It does not apply to parameters whose
-    path contains a norm, a scale or a bias either: T5's relative position biases have two axes, and
-    so do norms that are stacked over layers.
+    Weight decay applies neither to parameters of fewer than two axes nor to parameters whose path
+    contains a norm, a scale or a bias. The path matters because some of them have two axes: T5's
+    relative position biases, and norms that are stacked over layers.
 
     Args:
       params: parameters, or their shapes.
@@ -316,7 +316,7 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     """Runs a transformation on float32 copies, so that its state never has a lower precision.
 
     optax takes the dtype of the state from the parameters. A second moment in bfloat16 would stop
-    changing, since its decay is smaller than half a unit in the last place.
+    changing, since its decay per step is smaller than half a unit in the last place.
     """
 
     def cast(tree: Any) -> Any:
@@ -344,7 +344,8 @@ def _decay(
 ) -> Float[Array, ""]:
     """Returns the learning rate: a warm-up, then a decay.
 
-    The decay is `shape` of the progress, which runs from 0 (at the peak) to 1 (at `end`).
+    `shape` maps the progress of the decay, from 0 (at the peak) to 1 (at `end`), to the fraction of
+    `learning_rate - end` that remains.
     """
     warmup_steps, peak = schedule.warmup_steps, jnp.float32(schedule.learning_rate)
     progress = (jnp.asarray(step, jnp.float32) - warmup_steps) / (

@@ -1,6 +1,6 @@
 """Sources of a teacher's parameters: restored networks, or the student at some time of the run.
 
-A teacher names its sources (`AbstractTeacher.parameter_sources`). Two trees follow from them:
+A teacher names its sources (`AbstractTeacher.parameter_sources`), which determine two trees:
 
 * `teacher_params`: the parameters of the sources that are restored once, before training. Every
   jitted function takes them as an argument.
@@ -8,8 +8,8 @@ A teacher names its sources (`AbstractTeacher.parameter_sources`). Two trees fol
   within the jitted step from `teacher_params`, the training state and the student's frozen
   parameters.
 
-Both trees have the same structure. For a teacher with one source it is the tree of that source. For
-a teacher with several sources it is a tuple with one tree per source, in order. In
+Both trees have the same structure. If a teacher has one source, each of the two is the tree of that
+source. If it has several sources, each is a tuple with one tree per source, in order. In
 `teacher_params`, sources that are not restored have None in place of a tree.
 """
 

@@ -5,9 +5,9 @@ for Large Language Models", arXiv 2402.03898, keeps sampled outputs in a buffer,
 from it, and samples new outputs less often as training proceeds.
 
 The buffer stores the outputs of the last K rollouts as arrays [B, K, ...]. Row b of the buffer
-holds row b of each of these rollouts. Row b of a drawn batch is one of these K outputs, chosen at
-random for each row. Rows therefore stay on their device and in their process, nothing is copied to
-the host, and the draws do not depend on the number of devices or processes.
+holds row b of each of these rollouts. Row b of a drawn batch is one of the K outputs in row b of
+the buffer, chosen at random for each row. Rows therefore stay on their device and in their process,
+nothing is copied to the host, and the draws do not depend on the number of devices or processes.
 """
 
 import dataclasses
@@ -57,10 +57,11 @@ class FallingRefresh:
 class Replay:
     """Settings of the replay buffer.
 
-    In an on-policy step (chosen by `OutputMix`) the student samples new outputs with probability
-    `refresh`, and always until the buffer is full. The step trains on them, and they replace the
-    oldest outputs in the buffer. Otherwise the step trains on outputs from the buffer with their
-    own prompts, and the prompts of the data's batch are skipped.
+    `OutputMix` decides which steps are on-policy. In such a step, the student samples new outputs
+    with probability `refresh`, or always while the buffer is not full. The step trains on the new
+    outputs, which replace the oldest outputs in the buffer. If no outputs are sampled, the step
+    trains on outputs from the buffer with their own prompts, and skips the prompts of the data's
+    batch.
 
     Attributes:
       capacity: number of outputs in the buffer, over all devices. Whole rollouts are stored, so the
@@ -110,7 +111,7 @@ class Replay:
           ValueError: the schedule returned a value outside [0, 1].
         """
         refresh = self.refresh(step) if callable(self.refresh) else self.refresh
-        # The coin is in (0, 1]. A probability of 0 therefore never samples, and 1 always does.
+        # `coin` is in (0, 1]: with a probability of 0 no step samples, with 1 every step does.
         coin = 1.0 - host_generator(_REPLAY_STREAM, seed=seed, step=step).random()
         return bool(coin <= _check_probability(refresh))
 
@@ -126,7 +127,7 @@ def _check_probability(value: object) -> float:
 
 
 class ReplayBuffer:
-    """The outputs of the last rollouts: arrays on the devices, bookkeeping on the host.
+    """Buffer of the last rollouts' outputs, with arrays on devices and bookkeeping on the host.
 
     The buffer is saved with the training state: `attach` returns the arrays and `host_part` the
     bookkeeping. Neither depends on the mesh or on the number of processes.
@@ -176,7 +177,7 @@ class ReplayBuffer:
         return self._arrays
 
     def add(self, outputs: Batch, step: int) -> None:
-        """Stores the outputs that the student sampled in a step, in place of the oldest ones."""
+        """Stores the outputs that the student sampled in a step, in place of the oldest outputs."""
         slot = self.num_written % self.num_slots
         self._arrays = _jit_write(self._partitioner)(self.arrays, outputs, np.int32(slot))
         self.steps[slot : slot + 1] = [step]
@@ -196,8 +197,8 @@ class ReplayBuffer:
         """Draws a batch of stored outputs.
 
         Returns:
-          The batch, and its staleness, which is the number of steps between sampling and use, as
-          (sum, weight) over the rows.
+          The batch, and its staleness as (sum, weight) over rows. The staleness of a row is the
+          number of steps between sampling and use.
         """
         slots = self.draw_slots(step)
         batch = _jit_draw(self._partitioner)(self.arrays, slots)
@@ -205,7 +206,7 @@ class ReplayBuffer:
         return batch, (np.float32(age.sum()), np.float32(len(age)))
 
     def attach(self, state: Any) -> dict[str, PyTree[Any]]:
-        """Returns the fields of a training state, and the arrays as `replay`, for a checkpoint."""
+        """Returns the tree to save in a checkpoint: the state's fields, and the arrays 'replay'."""
         return _fields(state) | {"replay": _to_saved(self.arrays)}
 
     def attach_abstract(self, abstract_state: Any) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
@@ -237,7 +238,7 @@ def _to_saved(batch: Any) -> dict[str, Any]:
 
 
 def _from_saved(saved: Mapping[str, Any]) -> Batch:
-    """Builds a batch from the fields that `_to_saved` returned for it."""
+    """Builds a batch from the result of `_to_saved`."""
     names = {field.name: _SAVED_NAMES.get(field.name, field.name)
              for field in dataclasses.fields(Batch)}  # fmt: skip
     return Batch(**{name: saved[saved_name] for name, saved_name in names.items()})

@@ -130,8 +130,8 @@ class RewardMix:
 
       E_x[(1 - alpha) E_{y~Q}[r(y)] - alpha E_{y~Q}[D(P || Q)(y|x)]]
 
-    by REINFORCE. Steps on the data's targets, if `OutputMix.student_data_fraction` is below 1, are
-    plain distillation steps.
+    by REINFORCE. If `OutputMix.student_data_fraction` is below 1, there are also steps on the
+    data's targets, which are plain distillation steps.
 
     Reference: "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
     arXiv 2306.13649.
@@ -214,7 +214,8 @@ def reward_metrics(
 ) -> Metrics:
     """Computes the mean reward, and the mean standard deviation among the samples of a prompt.
 
-    If that deviation is 0, advantages relative to the group are 0 and give no gradient.
+    If all samples of a prompt have the same reward, the deviation is 0. Advantages with a baseline
+    are then 0 and give no gradient.
 
     Args:
       rewards: rewards, with the samples of a prompt adjacent.

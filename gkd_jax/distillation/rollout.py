@@ -93,8 +93,8 @@ def sample_outputs(
 ) -> Batch:
     """Replaces the outputs of a batch by outputs sampled from a model, without dropout.
 
-    A pure function to be jitted. All devices follow the same control flow, that of the global
-    batch, so batches and parameters may be sharded. No gradient flows through the outputs.
+    A pure function to be jitted. Its control flow depends on the global batch and is the same on
+    all devices, so batches and parameters may be sharded. No gradient flows through the outputs.
 
     Args:
       model: model to sample from.
@@ -103,11 +103,11 @@ def sample_outputs(
       key: random key that must differ in every step, e.g. folded with the step number.
       rollout: settings for sampling.
       eos_ids: ids that end an output; may be empty.
-      pad_id: fills `targets` after the end.
+      pad_id: id that fills `targets` after the end of an output.
 
     Returns:
-      A batch of B * num_samples rows, the samples of a prompt adjacent. `loss_weights` are 1 up to
-      and including the end-of-sequence token, 1 everywhere if an output did not end, and 0 in
+      A batch of B * num_samples rows, with the samples of a prompt adjacent. `loss_weights` are 1
+      up to and including the end-of-sequence token, 1 everywhere if an output did not end, and 0 in
       filler rows. Fields of a prompt are repeated for each of its samples.
 
     Raises:
@@ -157,8 +157,8 @@ def mix_outputs(
       batch: the data's outputs.
       sampled: one sample for each prompt of `batch`, of the same length.
       fraction: probability of taking the sample; the paper's lambda.
-      key: random key that must differ in every step. The coin of an example depends on this key and
-        on the example's `example_id`.
+      key: random key that must differ in every step. Whether an output is replaced depends on this
+        key and on the example's `example_id`.
     """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch.example_id)
     # Coins are in (0, 1]. A fraction of 0 therefore takes no sample, and a fraction of 1 takes all.
@@ -181,7 +181,7 @@ def rollout_metrics(batch: Batch, *, eos_ids: tuple[int, ...]) -> Metrics:
       loop.
 
     Args:
-      batch: outputs whose weights are 1 up to their end.
+      batch: outputs, with `loss_weights` of 1 up to the end of each output.
       eos_ids: ids that end an output; if empty, all outputs count as truncated.
 
     Returns:

@@ -14,11 +14,12 @@ from gkd_jax.data.teacher_store_records import Counts, Entries, Whole
 from gkd_jax.objectives.buckets import Buckets
 from gkd_jax.sampling.methods import Sample, row_keys
 
-_MAX_DRAWS = (1 << 16) - 2  # The number of entries, the output token included, has two bytes.
+# The number of entries, the output token included, is stored in two bytes.
+_MAX_DRAWS = (1 << 16) - 2
 
 
 class Sparsification(abc.ABC):
-    """Selects and packs the entries of a distribution that are stored.
+    """Base class: selects the entries of a distribution that are stored, and packs them.
 
     Entries are selected on the devices and packed on the host.
     """
@@ -33,7 +34,7 @@ class Sparsification(abc.ABC):
           log_probs: log p, with the temperature already applied.
           targets: output tokens. They are always selected, so that a loss term on the output token,
             such as a cross-entropy in addition to a divergence, is exact.
-          keys: one random key per token, used for nothing else.
+          keys: one random key per token, not used elsewhere.
 
         Returns:
           Arrays [B, ...], the arguments of `packing(...).pack`.
@@ -62,7 +63,9 @@ def _check_count(setting: str, value: object, most: int | None = None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Full(Sparsification):
-    """Stores the whole distribution. Divergences equal those computed with the teacher itself.
+    """Stores the whole distribution.
+
+    Divergences are the same as with the teacher itself, except for the rounding to `dtype`.
 
     Attributes:
       dtype: dtype of the log-probabilities: 'float32' (4 V bytes per token) or 'float16'.

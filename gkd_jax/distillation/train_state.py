@@ -1,4 +1,4 @@
-"""The training state: all arrays that an update changes, which is also what a checkpoint holds."""
+"""The training state: all arrays that an update changes and that a checkpoint stores."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ class TrainState:
 
     Attributes:
       step: number of updates so far. Skipped steps are not counted.
-      params: the student's trained parameters, float32. If the student has adapters, its frozen
-        parameters are not part of the state: they are an argument of the step.
+      params: the student's trainable parameters, float32. If the student has adapters, its frozen
+        parameters are not part of the state: they are passed to the step as an argument.
       opt_state: the optimizer's state.
       average: moving average of `params`, if one of the teacher's sources is `Average`; otherwise
         None, which adds no leaf to the pytree.
@@ -35,7 +35,7 @@ def init_train_state(
     """Builds the state before the first step; the average, if kept, starts as a copy of `params`.
 
     Args:
-      params: the student's trained parameters.
+      params: the student's trainable parameters.
       optimizer: optimizer whose state is initialized from `params`.
       with_average: whether a moving average of the parameters is kept.
     """
@@ -50,5 +50,5 @@ def init_train_state(
 
 def update_average(average: Params, params: Params, *, decay: float) -> Params:
     """Returns the moving average after an update: decay * average + (1 - decay) * params."""
-    # In this form the average of equal numbers is exactly that number.
+    # In this form the average of two equal numbers is exact.
     return jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), average, params)

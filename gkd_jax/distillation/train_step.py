@@ -47,7 +47,7 @@ def split_microbatches(tree: Any, num_microbatches: int) -> Any:
 
 
 def _step_metrics(objective: Objective, per_token: Array, batch: Batch, weights: Array) -> Metrics:
-    """Computes the metrics; adds the divergence alone if the objective has other terms as well."""
+    """Computes the metrics, including the divergence alone if a policy gradient is added to it."""
     metrics = loss_metrics(per_token, batch, weights)
     divergence = divergence_alone(objective.divergence, per_token)
     if divergence is not None:
@@ -73,9 +73,9 @@ def make_gradient_fn(
 
     Returns:
       A function `(params, teaching_params, batch, weights, key, frozen)` that returns the gradient
-      with respect to `params`, and metrics. `params` are the student's trained parameters. `frozen`
-      are its other parameters; the default is None. `weights` are the final weights of the whole
-      batch.
+      with respect to `params`, and metrics. `params` are the student's trainable parameters.
+      `frozen` are its other parameters; the default is None. `weights` are the final weights of the
+      whole batch.
     """
     loss_fn = make_loss_fn(student, teacher, objective)
 
@@ -153,16 +153,16 @@ def make_train_step(
       objective: divergence, temperatures and reduction.
       optimizer: computes the update from the gradient.
       num_microbatches: number of parts that the batch is split into.
-      sources: sources of the teacher's parameters. By default, all parameters are the
-        `teacher_params` given to the step. If one source is an `Average`, the step also updates the
-        average in the state.
+      sources: sources of the teacher's parameters. By default, the teacher's parameters are the
+        argument `teacher_params` of the step. If one source is an `Average`, the step also updates
+        the average in the state.
       skips_non_finite: whether a step with a NaN or infinite loss or gradient leaves the state
-        unchanged and counts in no metric except 'target_tokens'.
+        unchanged and counts in no metrics except 'target_tokens' and 'non_finite'.
 
     Returns:
       A function `(state, teacher_params, batch, key, frozen)` that returns the new state and
-      metrics. `teacher_params` are the restored parameters of the teacher, as an argument of
-      `parameter_sources.resolve`. `key` must differ in every step. `frozen` are the student's
+      metrics. `teacher_params` are the restored parameters of the teacher, in the form that
+      `parameter_sources.resolve` takes. `key` must differ in every step. `frozen` are the student's
       parameters that are not trained; the default is None. They are not differentiated and not part
       of the state. The metric 'non_finite' is 1 if the loss or the gradient is NaN or infinite,
       else 0.
@@ -210,10 +210,9 @@ def _updated(
 def _unless_finite(
     is_finite: Bool[Array, ""], state: TrainState, new_state: TrainState, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
-    """Returns the new state and metrics.
+    """Returns the new state and the metrics if `is_finite` is True.
 
-    If `is_finite` is False, returns the old state, and metrics of which all but 'target_tokens'
-    have weight 0.
+    Otherwise returns the old state, and metrics with weight 0 except for 'target_tokens'.
     """
     kept: TrainState = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old), new_state, state

@@ -1,13 +1,13 @@
-"""What the student minimises, and on which outputs: divergences, the objective, the loss.
+"""The loss that the student minimises: divergences, the objective, and the source of outputs.
 
 The package contains pure functions of arrays and frozen dataclasses. It does not depend on
 networks, optimizers or files: a model is passed as hidden states and a function that computes
-logits from them. Of the device mesh it uses only the roles of the axes (`common.mesh_axes`).
+logits from them. It knows the device mesh only by the roles of its axes (`common.mesh_axes`).
 
 Start with `divergences`, which defines each divergence by a term per vocabulary entry, and
-`per_token`, which computes its value and gradient at each token. Then read `objective`, with the
-loss in its plain form, and `fused`, with the form that training uses. A divergence X is imported
-as `objectives.X`.
+`per_token`, which computes its value and gradient at each token. Then read `objective`, which
+defines the loss in its plain form, and `fused`, which computes the same loss in less memory and is
+used in training. A divergence X is imported as `objectives.X`.
 """
 
 from typing import Any

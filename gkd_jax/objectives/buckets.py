@@ -1,9 +1,9 @@
 """Bucketed distributions: a few vocabulary entries, and one bucket for all others, the tail.
 
-A sparse teacher is stored in this form. The student's distribution is put into the same buckets,
-and the divergence is the sum of the same terms as over the vocabulary, here over E + 1 buckets. For
-every f-divergence, the bucketed divergence is a lower bound of the divergence over the vocabulary.
-The two are equal if teacher and student are proportional on the tail.
+A sparse teacher is stored in this form. The student's distribution is put into the same buckets.
+The divergence then sums its terms over the E + 1 buckets instead of over the vocabulary. For every
+f-divergence, the bucketed divergence is a lower bound of the divergence over the vocabulary. The
+two are equal if teacher and student are proportional on the tail.
 """
 
 import dataclasses
@@ -43,7 +43,8 @@ class Buckets:
         entries = jnp.take_along_axis(log_probs, jnp.where(is_entry, ids, 0), axis=-1)
         entries = jnp.where(is_entry, entries, -jnp.inf)
         rest = _put(log_probs, ids, jnp.full(ids.shape, -jnp.inf, entries.dtype))
-        # Not log(1 - sum of the entries), which would have no correct digits if the sum is near 1.
+        # The tail is summed directly, because log(1 - sum of the entries) would have no correct
+        # digits if the sum is near 1.
         tail = jax.nn.logsumexp(rest, axis=-1, keepdims=True)
         return cls(ids, rest, jnp.concatenate([entries, tail], axis=-1))
 
@@ -54,7 +55,7 @@ class Buckets:
         return jnp.concatenate([is_own, in_tail], axis=-1)
 
     def spread(self, slope: Float[Array, "*n E1"]) -> Float[Array, "*n V"]:
-        """Converts slopes in the log-probabilities of buckets to slopes in those of tokens.
+        """Converts slopes in buckets' log-probabilities to slopes in tokens' log-probabilities.
 
         Each token of the tail gets a share of the tail's slope,
 

@@ -1,7 +1,7 @@
 """Positions of a batch that have weight, in chunks of a fixed size.
 
-Chunks have a static shape. A loop runs only over as many chunks as the positions with weight fill,
-so that padding and masked positions cost nothing.
+Chunks have a static shape. A loop runs only over the chunks that contain positions with weight, so
+that padding and masked positions cost nothing.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ class Chunks:
     Attributes:
       size: number of positions in a chunk.
       mask: True at positions with weight.
-      order: position of each slot. Unused slots have the number of positions, which is out of
-        bounds, so that `take` fills them with 0.
+      order: index of the position in each slot. In unused slots the index is the number of
+        positions, which is out of bounds, so that `take` fills these slots with 0.
     """
 
     size: int
@@ -68,6 +68,6 @@ class Chunks:
         return lax.dynamic_update_slice_in_dim(array, values, index * self.size, axis=0)
 
     def restore(self, array: Float[Array, "P *d"]) -> Float[Array, "N *d"]:
-        """Converts an array over chunks to one over positions; 0 at positions without weight."""
+        """Converts an array over chunks to an array over positions, 0 where there is no weight."""
         slots = jnp.where(self.mask, jnp.cumsum(self.mask) - 1, self.num_slots)
         return array.at[slots].get(mode="fill", fill_value=0)

@@ -60,7 +60,7 @@ class EntropyAware(Divergence):
         return ReverseKL().slope(entries) + self._where_high(entries, ForwardKL().slope(entries))
 
     def _where_high(self, entries: VocabularyEntries, forward: Array) -> Array:
-        # Selected, not multiplied by 0 or 1: the forward KL may be infinite, and 0 * inf is NaN.
+        # `where` instead of a product: the forward KL may be infinite, and 0 * inf is NaN.
         is_high = entries.teacher_entropy >= self.threshold
         return jnp.where(is_high, self.forward_weight * forward, 0.0)
 

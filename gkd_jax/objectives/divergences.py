@@ -11,9 +11,9 @@ over entries, and the gradient with respect to the student's logits,
     f'_v - q_v * sum over u of f'_u.
 
 Adding the same multiple of q_v to every slope does not change that gradient. Adding q_v - p_v to
-every term does not change the sum over v. The KL divergences use this freedom, so that their terms
-and slopes are exactly 0 where p_v = q_v, and rounding errors of a normaliser have an effect of
-second order only.
+every term does not change the sum over v. The KL divergences make both changes, so that their terms
+and slopes are exactly 0 where p_v = q_v. A rounding error of a normaliser then changes the
+divergence only to second order.
 
 To add a divergence, subclass `Divergence` in `other_divergences`. Tests fail until the class is
 exported, has a row in the table of docs/objectives.md, and has a float64 definition in
@@ -33,7 +33,7 @@ from gkd_jax.common.array_types import Array, Bool, Float
 _MAX_EXPONENT = 40.0
 
 EXCLUDED_LOG_PROB = -1e30
-"""Log-probability given to a term, for both models, at an entry that both models exclude."""
+"""Log-probability that replaces -inf, for both models, at an entry that both models exclude."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,15 @@ class VocabularyEntries:
     """Next-token distributions of student and teacher, one row per token: the input of a term.
 
     Each row is a complete distribution: its probabilities sum to 1. Its entries are usually the
-    whole vocabulary. With a sparse teacher they are the tokens that it stores and one more entry
-    for all others, so a term must not rely on the size or the order of the last axis.
+    whole vocabulary. With a sparse teacher they are the tokens that the teacher stores and one more
+    entry for all other tokens. A term must therefore not rely on the size or the order of the last
+    axis.
 
     An entry that one model excludes has log-probability -inf for that model. An entry that both
-    models exclude has `EXCLUDED_LOG_PROB` for both, a finite number: its probabilities are exactly
-    0, its log-ratio is 0, and it adds nothing to sums over its row. Its term and slope are replaced
-    by 0 afterwards. Without a teacher, excluded entries keep -inf and nothing is replaced.
+    models exclude has the finite number `EXCLUDED_LOG_PROB` for both. Its probabilities are then
+    exactly 0, its log-ratio is 0, and it adds nothing to sums over its row. Its term and slope are
+    replaced by 0 after they are computed. Without a teacher, excluded entries keep -inf, and no
+    term or slope is replaced.
 
     Attributes:
       student_log_probs: log q_v, normalised, with the student temperature applied.
@@ -102,7 +104,7 @@ class VocabularyEntries:
 
 @dataclasses.dataclass(frozen=True)
 class Divergence(abc.ABC):
-    """A divergence D(P || Q) as a sum of terms; the base class of all of them.
+    """Base class of all divergences. Defines D(P || Q) as a sum of terms.
 
     Attributes:
       needs_teacher: whether the term reads the teacher's log-probabilities.
@@ -144,12 +146,12 @@ class Divergence(abc.ABC):
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """Returns the derivative of the divergence with respect to log q_v.
 
-        Each entry gets the derivative of its row's sum of terms,
+        The slope of an entry is the derivative of its row's sum of terms,
 
-            f'_v = d/d(log q_v) sum over u of f_u,
+            f'_v = d/d(log q_v) sum over u of f_u.
 
-        which for an elementwise term is the derivative of f_v alone. An override may add c q_v to
-        all entries of a row, with the same c, which does not change the gradient in the logits.
+        For an elementwise term this is the derivative of f_v alone. An override may add c q_v to
+        each entry v, with one c for the whole row: the gradient in the logits does not change.
 
         This default differentiates `term` in reverse mode. Override it if a closed form is more
         accurate than automatic differentiation. If an entry is -inf for one model, all branches of
@@ -269,9 +271,9 @@ class GeneralizedJSD(Divergence):
     "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (GKD,
     arXiv 2306.13649, section 2).
 
-    As beta tends to 0, JSD_beta tends to 0 as beta KL(P || Q) does; as beta tends to 1, it tends to
-    0 as (1 - beta) KL(Q || P) does. The limits are therefore separate classes, `ForwardKL` and
-    `ReverseKL`.
+    JSD_beta itself tends to 0 at both ends of beta. JSD_beta / beta tends to KL(P || Q) as beta
+    tends to 0, and JSD_beta / (1 - beta) tends to KL(Q || P) as beta tends to 1. These two limits
+    are separate classes, `ForwardKL` and `ReverseKL`.
 
     With d = log p - log q and r = log m - log q = log1p(beta expm1(d)) the term is
     beta p (d - r) - (1 - beta) q r. The derivatives of log m cancel, which leaves the slope
@@ -280,8 +282,8 @@ class GeneralizedJSD(Divergence):
     Attributes:
       beta: the teacher's share of the mixture M, 0 < beta < 1.
       normalized: whether to divide by beta (1 - beta), which the paper does not do. The values then
-        tend to the forward and the reverse KL at the ends of beta, and learning rates are
-        comparable across beta.
+        tend to the forward KL as beta tends to 0 and to the reverse KL as beta tends to 1, and
+        learning rates are comparable across beta.
 
     Raises:
       ValueError: `beta` is not inside (0, 1).
@@ -355,7 +357,7 @@ def mix(log_ratio: Array, share: float) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def times_log(probs: Array, logs: Array) -> Array:
-    """Returns probs * logs; where probs is 0, the limit 0, even if the logarithm is infinite."""
+    """Returns probs * logs, or 0 where `probs` is 0, even if `logs` is infinite there."""
     return jnp.where(probs > 0, probs * logs, 0.0)
 
 

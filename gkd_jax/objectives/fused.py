@@ -3,8 +3,8 @@
 A chunk holds some of the positions that have weight. For each chunk, the forward pass computes the
 logits of both models, the divergence and its gradient with respect to the student's logits, and
 from that gradient the gradients of the student's hidden states and output layer. Only the latter
-are kept. The backward pass recomputes nothing: it multiplies the gradients by the cotangent of the
-loss. Positions of weight 0 cost nothing.
+are kept. The backward pass recomputes nothing: it multiplies the kept gradients by the cotangent of
+the loss. Positions of weight 0 cost nothing.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ CHUNK_ENTRIES = 1 << 22
 """Number of logits of one model in a chunk on a CPU, chosen to fit the CPU's caches: 16 MB in
 float32."""
 ACCELERATOR_CHUNK_ENTRIES = 1 << 25
-"""The same on a TPU or GPU, per device: 128 MB. Each chunk reads the whole output layer and adds to
-its whole gradient. If a chunk has fewer than a few hundred positions, this memory traffic takes
-longer than the matrix products."""
+"""Like `CHUNK_ENTRIES`, but for each device of a TPU or GPU: 128 MB. Each chunk reads the whole
+output layer and adds to the gradient of the whole output layer. If a chunk has fewer than a few
+hundred positions, this memory traffic takes longer than the matrix products."""
 MIN_CHUNK, MAX_CHUNK = 8, 1024
 
 GROUP_ENTRIES = 1 << 18
@@ -81,9 +81,10 @@ def fused_weighted_loss(
     """Computes `weighted_loss` in chunks. Arguments, values, gradients and errors are the same.
 
     On a mesh whose axes have roles (`common.mesh_axes`), rows are sharded over the axes with the
-    role `rows`, and positions over those with the role `sequence`. The number of shards must divide
-    the number of rows, and likewise the number of positions. The vocabulary may be sharded over the
-    axes with the role `width`. Second derivatives are not supported.
+    role `rows`, and positions over the axes with the role `sequence`. The number of rows must be a
+    multiple of the number of row shards, and the number of positions a multiple of the number of
+    sequence shards. The vocabulary may be sharded over the axes with the role `width`. Second
+    derivatives are not supported.
     """
     check_predictions(objective.divergence, student, teacher, weights)
     check_advantages(objective.divergence, advantages, targets)
@@ -127,8 +128,8 @@ def chunked_loss(
     Args:
       objective: its `value_and_gradient` is called on the positions of a chunk.
       student: hidden states and output layer, which get gradients.
-      teacher: None, or a pair: a tree of arrays [B, T, ...] with the teacher's data at each
-        position, and the parameters of the teacher's output layer.
+      teacher: None, or a pair (data, head). `data` is a tree of arrays [B, T, ...] with the
+        teacher's data at each position; `head` has the parameters of the teacher's output layer.
       make_teacher: function of (parameters of the output layer, tree at the positions of a chunk)
         that returns the argument `teacher` of `objective.value_and_gradient`.
       targets: output tokens.
@@ -256,7 +257,7 @@ def _split_positions(
     student: _Student,
     with_gradients: bool,
 ) -> _Run:
-    """Maps `run` over shards; `split` has the mesh axes of the rows and those of the positions."""
+    """Maps `run` over shards; `split` has the mesh axes of rows and the mesh axes of positions."""
     _check_divisible(mesh, split, student[0].shape)
     axes = (*split[0], *split[1])
 
@@ -348,7 +349,8 @@ def _chunk_and_group(
     shards = num_shards(mesh.shape, current_mesh_axes().width)
     if vocab_size % shards == 0:
         vocab_size //= shards
-    # The mesh's device, if any: a program may be compiled for devices that this machine lacks.
+    # The platform is the mesh's, if there is a mesh: a program may be compiled for devices that
+    # this machine does not have.
     device = mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform
     size = chunk_positions(vocab_size, len(hidden), platform=platform)

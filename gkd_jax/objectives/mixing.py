@@ -1,4 +1,4 @@
-"""Source of a step's outputs, data or student: GKD's Algorithm 1 and its probability lambda.
+"""GKD's Algorithm 1: decides whether a step trains on the data's or the student's outputs.
 
 "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (GKD,
 arXiv 2306.13649).
@@ -10,12 +10,12 @@ from typing import Protocol
 
 import numpy as np
 
-# Separates the random stream of the coin from other uses of the same seed.
+# Separates the random numbers of `OutputMix` from other uses of the same seed.
 _COIN_STREAM = 0x6B64636F696E
 
 
 class FractionSchedule(Protocol):
-    """A schedule of lambda, the fraction of steps on the student's own outputs."""
+    """A schedule of lambda, the fraction of steps that train on the student's own outputs."""
 
     def __call__(self, step: int) -> float:
         """Returns the probability that step `step` trains on the student's own outputs."""
@@ -95,7 +95,8 @@ class OutputMix:
     per_example: bool = False
 
     def __post_init__(self) -> None:
-        # A class is callable too: gin passes a class if a schedule is named without its brackets.
+        # If the brackets after a schedule's name are missing, gin passes the class itself, which is
+        # callable too.
         is_schedule = callable(self.student_data_fraction)
         if not is_schedule or isinstance(self.student_data_fraction, type):
             _check_fraction(self.student_data_fraction)
@@ -111,7 +112,7 @@ class OutputMix:
         return float(self.student_data_fraction)
 
     def is_on_policy(self, step: int, *, seed: int) -> bool:
-        """Tosses the coin of one step, on the host.
+        """Decides on the host whether a step trains on the student's own outputs.
 
         The result depends on (seed, step) alone, so all hosts agree without communication, and a
         resumed run gets the same result at each step.
@@ -126,7 +127,8 @@ class OutputMix:
         Raises:
           ValueError: the seed or the step is negative.
         """
-        # 1 - random() is in (0, 1], so the result is never True for a fraction of 0, always for 1.
+        # 1 - random() is in (0, 1]. The result is therefore never True for a fraction of 0, and
+        # always True for a fraction of 1.
         coin = 1.0 - host_generator(_COIN_STREAM, seed=seed, step=step).random()
         return bool(coin <= self.fraction(step))
 
@@ -137,10 +139,10 @@ def host_generator(stream: int, *, seed: int, step: int, use: int = 0) -> np.ran
     All hosts draw the same numbers without communication, and so does a resumed run.
 
     Args:
-      stream: constant of the purpose, so that each purpose has numbers of its own.
+      stream: constant that identifies the purpose. Each purpose gets independent numbers.
       seed: the run's seed.
       step: number of the training step, from 0.
-      use: index of the generator, if a purpose needs several at one step.
+      use: index of the generator, if one purpose needs several generators at one step.
 
     Raises:
       ValueError: the seed or the step is negative.
@@ -151,7 +153,8 @@ def host_generator(stream: int, *, seed: int, step: int, use: int = 0) -> np.ran
                 f"{name} must be between 0 and 2**63 - 1; got {value}. Set {name} to such a number."
             )
     key = np.array([seed, stream], dtype=np.uint64)
-    # The lowest word counts the draws of one generator, so that generators never overlap.
+    # Philox counts the draws of a generator in the lowest word. The other words differ between
+    # generators, so that their random numbers never overlap.
     counter = np.array([0, step, use, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 

@@ -43,8 +43,8 @@ class Predictions:
     def logits(self, mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
         """Returns the logits of all positions, with hidden states outside of `mask` set to 0.
 
-        Otherwise a NaN in one of those hidden states would reach the gradient of the output layer,
-        as 0 * NaN.
+        A NaN in a hidden state outside of `mask` would otherwise reach the gradient of the output
+        layer, because 0 * NaN is NaN.
         """
         hidden = jnp.where(mask[..., None], self.hidden, jnp.zeros((), self.hidden.dtype))
         return self.unembed(self.head, hidden)
@@ -57,7 +57,7 @@ class Predictions:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The loss that the student minimises on a batch of outputs, wherever they come from.
+    """The loss that the student minimises, whether outputs come from the data or the student.
 
     The temperature for sampling outputs is a setting of the rollout, not of the objective.
 
@@ -74,8 +74,8 @@ class Objective:
       ValueError: a setting is outside its range, or would have no effect.
 
     Examples:
-      Two sequences of two tokens; the second token of the second one is padding. The output layer
-      is the identity here, so that hidden states are logits.
+      Two sequences of two tokens; the second token of the second sequence is padding. The output
+      layer is the identity here, so that hidden states are logits.
 
       >>> import jax.numpy as jnp
       >>> from gkd_jax import objectives
@@ -150,15 +150,15 @@ def final_weights(
     reduction: Reduction,
     segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """Converts loss weights to factors whose weighted sum is the reduced loss.
+    """Converts loss weights to final weights: the loss is the sum of weight * value over tokens.
 
     Call it on the whole batch, before the batch is split into microbatches. The weighted sums of
     the microbatches then add up to the loss and gradient of the batch. If outputs are sampled, call
     it after the rollout, with the weights of the outputs that are trained on.
 
     Args:
-      loss_weights: weight of each token in the loss, not negative, 0 at tokens that do not count;
-        of the whole global batch.
+      loss_weights: weight of each token of the whole global batch, not negative; 0 at tokens that
+        do not count.
       reduction: 'per_sequence' divides the weights of each sequence by their sum and by the number
         of sequences that have any weight; 'per_token' divides all weights by their total.
       segments: `Batch.targets_segments` if rows are packed. Each example in a row then counts as a
@@ -243,7 +243,7 @@ def weighted_loss(
     weight 0 are left out: their values, NaN included, reach neither the loss nor a gradient.
 
     Args:
-      objective: the divergence and its settings; its reduction is already in `weights`.
+      objective: the divergence and its settings. `weights` already include its reduction.
       student: hidden states and output layer of the student.
       teacher: hidden states and output layer of the teacher; or its stored distributions, to which
         the objective's teacher temperature was already applied; None if the divergence needs no
@@ -314,7 +314,7 @@ def check_predictions(
     teacher: Predictions | TeacherDistributions | None,
     weights: Array,
 ) -> None:
-    """Checks that a teacher is given if and only if the divergence needs it, and all shapes.
+    """Checks all shapes, and that a teacher is given if and only if the divergence needs one.
 
     Raises:
       ValueError: the teacher is missing or not needed, or shapes differ.

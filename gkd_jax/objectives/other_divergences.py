@@ -69,8 +69,8 @@ class SkewForwardKL(Divergence):
         KL(P || alpha P + (1 - alpha) Q).
 
     "DistiLLM: Towards Streamlined Distillation for Large Language Models" (arXiv 2402.03898).
-    It is at most -log(alpha), even if the student excludes an entry. Where q is far below p, its
-    gradient is smaller than the gradient of the forward KL.
+    The divergence is at most -log(alpha), even if the student excludes an entry. Where q is far
+    below p, its gradient is smaller than the gradient of the forward KL.
 
     Attributes:
       alpha: the teacher's share of the mixture, 0 < alpha < 1; DistiLLM takes 0.1.
@@ -194,7 +194,7 @@ class AlphaDivergence(Divergence):
 
 
 def _log_product(entries: VocabularyEntries, alpha: float) -> Array:
-    """Returns log(p^alpha q^(1 - alpha)). If alpha < 1 and p or q is 0, this is -inf."""
+    """Returns log(p^alpha q^(1 - alpha)). The result is -inf if alpha < 1 and p or q is 0."""
     student, teacher = entries.student_log_probs, entries.checked_teacher_log_probs
     return alpha * teacher + (1.0 - alpha) * student
 
@@ -222,12 +222,12 @@ class RenyiDivergence(Divergence):
         D_alpha(P || Q) = log(sum of p_v^alpha q_v^(1 - alpha)) / (alpha - 1).
 
     "Rényi Divergence and Kullback-Leibler Divergence" (arXiv 1206.2459). It increases with alpha
-    and tends to the forward KL as alpha tends to 1. Orders below 1 are finite unless the supports
-    are disjoint. Orders above 1 are +inf if the student excludes an entry to which the teacher
-    gives probability.
+    and tends to the forward KL as alpha tends to 1. For alpha below 1 the divergence is finite
+    unless the supports are disjoint. For alpha above 1 it is +inf if the student excludes an entry
+    to which the teacher gives probability.
 
-    It is the logarithm of a sum over entries, not a sum over entries. Its gradient with respect to
-    the student's logits is q_v - w_v, with w the distribution proportional to
+    The divergence is the logarithm of a sum over entries, and not itself such a sum. Its gradient
+    with respect to the student's logits is q_v - w_v, with w the distribution proportional to
     p^alpha q^(1 - alpha).
 
     Attributes:
@@ -259,7 +259,7 @@ class RenyiDivergence(Divergence):
     def term(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
         """The divergence of the row, distributed over its entries in proportion to p."""
         value = self._log_sum(entries) / (self.alpha - 1.0)
-        # The value may be infinite, and the product of 0 and infinity would be NaN.
+        # The value may be infinite; its plain product with a probability of 0 would be NaN.
         return times_log(entries.teacher_probs, value)
 
     def slope(self, entries: VocabularyEntries) -> Float[Array, "*n V"]:
@@ -339,11 +339,11 @@ class SampledReverseKL(Divergence):
     For outputs sampled from the student this is an unbiased estimate of KL(Q || P). Its gradient is
     a policy gradient (score function), with the advantage A held fixed,
 
-        -A grad log q_y,  A = log p_y - log q_y,
+        -A grad log q_y,  A = log p_y - log q_y.
 
-    which is an unbiased estimate of the gradient of KL(Q || P). Both estimates are far noisier than
-    `ReverseKL`, which sums over the vocabulary. Use them only for methods in which no more than the
-    log-probability of the output token is known.
+    For such outputs it is an unbiased estimate of the gradient of KL(Q || P). Both estimates are
+    far noisier than `ReverseKL`, which sums over the vocabulary. Use this class only if a method
+    knows nothing but the log-probability of the output token.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Divergence per token and its gradient, from logits: the part that all divergences share.
+"""Divergence per token and its gradient, computed from logits for any `Divergence`.
 
 The functions normalise logits, apply temperatures, sum the terms of a `Divergence` over the
 vocabulary, and compute the gradient from its slopes.
@@ -48,8 +48,8 @@ def token_divergence(
       teacher: logits of the teacher, before any temperature; or its stored distributions, to which
         the temperature was already applied; None if and only if the divergence needs no teacher.
       targets: output tokens; only the negative log-likelihood and sampled estimates read them.
-      student_temperature: divides the student's logits, here and nowhere else; above 0.
-      teacher_temperature: divides the teacher's logits, here and nowhere else; above 0.
+      student_temperature: number above 0 by which the student's logits are divided.
+      teacher_temperature: number above 0 by which the teacher's logits are divided.
       advantages: advantages of the output tokens, without gradient; None if and only if the
         divergence does not need them.
 
@@ -93,14 +93,14 @@ def divergence_and_gradient(
 
         (f'_v - q_v * sum over u of f'_u) / tau_s.
 
-    Use it in losses that compute their gradients in the forward pass. Other losses differentiate
-    `token_divergence`, which takes the same arguments.
+    Use this function in losses that compute their gradients in the forward pass. Other losses
+    differentiate `token_divergence`, which takes the same arguments.
 
     Returns:
       The divergence per token, and its gradient per logit, in the same dtype.
 
     Raises:
-      ValueError: as `token_divergence`.
+      ValueError: for the same reasons as `token_divergence`.
     """
     _check(divergence, student_logits, teacher, targets)
     check_advantages(divergence, advantages, targets)
@@ -139,8 +139,8 @@ def _teacher_log_probs(teacher: TokenTeacher | None, temperature: float) -> Arra
     if teacher.ids is not None:
         assert teacher.tail is not None, "entries that are not all have a tail"
         log_probs = jnp.concatenate([log_probs, teacher.tail[..., None]], axis=-1)
-    # Their temperature is 1 here, since it was applied before they were stored. They are normalised
-    # again because they may have been stored with few digits.
+    # The teacher temperature was applied before the log-probabilities were stored, so it is 1 here.
+    # They are normalised again because they may have been stored with few digits.
     return tempered_log_probs(log_probs, 1.0)
 
 
@@ -149,8 +149,8 @@ def term_and_slope(divergence: Divergence, entries: VocabularyEntries) -> tuple[
     student, teacher = entries.student_log_probs, entries.teacher_log_probs
     if teacher is None:
         return divergence.term(entries), divergence.slope(entries)
-    # -inf minus -inf would be NaN. A very negative number also has probability 0, so terms that sum
-    # over their row stay correct.
+    # The log-ratio of two excluded entries, -inf minus -inf, would be NaN. EXCLUDED_LOG_PROB is
+    # finite and has probability 0 like -inf, so terms that sum over their row stay correct.
     excluded = jnp.isneginf(student) & jnp.isneginf(teacher)
     entries = dataclasses.replace(
         entries,
@@ -162,7 +162,7 @@ def term_and_slope(divergence: Divergence, entries: VocabularyEntries) -> tuple[
     return term, slope
 
 
-# The teacher, the output tokens and their advantages, which get no gradient.
+# Arguments without gradient: the teacher, the output tokens and their advantages.
 _Constants: TypeAlias = tuple[Any, Array, Array | None]
 
 
@@ -202,7 +202,7 @@ def _backward(
 ) -> tuple[Array, None]:
     del divergence, temperatures
     cotangent = cotangent[..., None]
-    # A token without weight must not matter, but 0 times an infinite gradient would be NaN.
+    # A token with cotangent 0 gets gradient 0; 0 times an infinite gradient would be NaN.
     student_gradient = jnp.where(cotangent == 0, 0.0, cotangent * gradient)
     return student_gradient.astype(gradient.dtype), None
 
@@ -276,7 +276,7 @@ def _check_teacher_shape(student_logits: Array, teacher: TokenTeacher) -> None:
     name = "teacher"
     if isinstance(teacher, TeacherDistributions):
         teacher_shape, name = teacher.log_probs.shape, "stored teacher"
-        if teacher.ids is not None:  # Any number of entries.
+        if teacher.ids is not None:  # A sparse teacher may store any number of entries.
             shape = (*shape[:-1], teacher.ids.shape[-1])
     else:
         teacher_shape = teacher.shape

@@ -1,4 +1,4 @@
-"""Rewards in the loss: a policy gradient as one more term, at the output token.
+"""Policy gradient of rewards, as an additional term of the loss at each output token.
 
 Together with a divergence, the policy gradient forms the objective of RL with GKD
 (`with_policy_gradient`) or of MiniLLM (`with_returns`).
@@ -25,8 +25,8 @@ class PolicyGradient(Divergence):
     The outputs must be sampled from the student: y is the sampled token and A its advantage, which
     is held fixed. The expected value of this gradient is the gradient of minus the expected return,
     even if a baseline that does not depend on y was subtracted from the return. The value of the
-    loss is 0, because the return cannot be computed from the advantages of single tokens. The
-    return is measured where the advantages are computed.
+    loss is 0, because the return cannot be computed from the advantages of single tokens. The code
+    that computes the advantages also reports the return.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -100,9 +100,10 @@ def with_returns(objective: Objective) -> Objective:
 def divergence_alone(
     divergence: Divergence, per_token: Float[Array, "B T"]
 ) -> Float[Array, "B T"] | None:
-    """Recovers D per token from the values alpha D, for an objective of `with_policy_gradient`.
+    """Computes D per token if `divergence` is a weighted sum of D and `PolicyGradient`.
 
-    Returns None if `divergence` is D alone or the policy gradient alone, and not their sum.
+    `with_policy_gradient` builds such a sum. Since `PolicyGradient` has value 0, D is `per_token`
+    divided by the weight of D. Returns None if `divergence` is D alone or `PolicyGradient` alone.
     """
     if not (isinstance(divergence, WeightedSum) and len(divergence.divergences) == 2):
         return None
@@ -116,14 +117,14 @@ def token_advantages(
 ) -> Float[Array, "B T"]:
     """Distributes the advantages of outputs over their tokens, undoing the loss's reduction.
 
-    The policy gradient of an output is A * sum over t of grad log q_t, and the loss must be the
-    mean of this over outputs. The reduction of the loss divides by other numbers; 'per_sequence',
-    for example, also divides by the length of the output. The advantage of each token is multiplied
-    by a factor that compensates for this.
+    The policy gradient of an output is A * sum over t of grad log q_t. The gradient of a batch is
+    the mean of these gradients over outputs. The reduction of the loss divides by other numbers;
+    'per_sequence', for example, also divides by the length of the output. The advantage of each
+    token is multiplied by a factor that compensates for this division.
 
     Args:
       advantages: advantage of each output.
-      loss_weights: 1 at tokens with weight, of the whole global batch.
+      loss_weights: loss weights of the whole global batch: 1 at tokens that count, 0 elsewhere.
       reduction: reduction of the objective.
 
     Returns:

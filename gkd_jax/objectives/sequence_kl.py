@@ -4,8 +4,8 @@ With r_t = log p_t - log q_t at the output token t, the reverse KL of whole outp
 
     KL(Q || P) = -E_{y~Q} sum over t of r_t.
 
-Its gradient at a position t has two parts ("MiniLLM: Knowledge Distillation of Large Language
-Models", arXiv 2306.08543, section 2.2):
+The gradient of this KL at a position t has two parts ("MiniLLM: Knowledge Distillation of Large
+Language Models", arXiv 2306.08543, section 2.2):
 
 - the gradient of the reverse KL of the next-token distributions at t, exact over the vocabulary,
   which `ReverseKL` computes;
@@ -58,9 +58,9 @@ def importance_weights(
 
         w_t = q_t / ((1 - s) q_t + s p_t).
 
-    This is MiniLLM's approximation, which uses the ratio of the token alone. The product with the
-    ratios of all earlier tokens would have too high a variance. A weight is at most 1 / (1 - s), so
-    weights are not clipped.
+    This is MiniLLM's approximation. The exact weight of a token would be the product of this ratio
+    over the token and all earlier tokens, but that product has too high a variance. A weight is at
+    most 1 / (1 - s), so weights are not clipped.
 
     Args:
       student_log_probs: log q of the output tokens.

@@ -1,16 +1,16 @@
-"""Divergence between models with different vocabularies: one per span of equal text.
+"""Divergence between models with different vocabularies, measured on spans of equal text.
 
 A span is the text between two neighbouring positions at which the tokenizations of student and
 teacher both have a boundary. At the beginning of a span, both models have read the same text and
-predict how it continues. Their predictions are compared over the same entries:
+predict how it continues. The two predictions are compared over these entries:
 
 - the classes of tokens that both vocabularies have in common (`token_classes`);
-- the span's own text, unless that text is itself a class. Its probability is the product of the
-  probabilities of its tokens (the chain rule).
+- the span's whole text, unless that text is itself a class. The probability of the text is the
+  product of the probabilities of its tokens (the chain rule).
 
-The probability of a span's first token is divided: the part that continues as the span's text
-belongs to that text, and the rest belongs to the class of the first token. With a single
-vocabulary, the distributions compared are the next-token distributions themselves.
+The probability of a span's first token is split in two. The part in which the span's other tokens
+follow counts for the span's text. The rest counts for the class of the first token. If both models
+have the same vocabulary, the distributions compared are the next-token distributions themselves.
 """
 
 import dataclasses
@@ -31,8 +31,9 @@ from gkd_jax.objectives.per_token import tempered_log_probs, term_and_slope
 from gkd_jax.objectives.token_classes import Classes, Vocabularies, logaddexp
 
 _HIGHEST_LOG_PROB = -1e-6
-"""Upper limit of the log-probability of a span's tokens after the first. Float32 would round higher
-values to 0, which would leave no probability for other continuations of the first token."""
+"""Upper limit of the log-probability of a span's tokens after the first. In float32, values closer
+to 0 could be rounded to 0, which would leave no probability for other continuations of the first
+token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class SpanObjective(Objective):
       vocabularies: classes over which tokens of student and teacher are compared.
 
     Raises:
-      ValueError: `vocabularies` is None, or `z_loss`, which is defined for tokens only, is not 0.
+      ValueError: `vocabularies` is None; or `z_loss` is not 0, since it is defined for tokens only.
     """
 
     vocabularies: Vocabularies | None = None
@@ -69,10 +70,10 @@ class SpanObjective(Objective):
 
         Args:
           logits: the student's logits at the span's first token, followed by one more feature: the
-            log-probability of the span's further tokens, 0 if the span is one token.
+            log-probability of the span's tokens after the first, 0 if the span is one token.
           teacher: a `_TeacherSpans`.
           targets: the student's first token of each span.
-          advantages: None.
+          advantages: not used.
         """
         del advantages
         assert self.vocabularies is not None
@@ -142,8 +143,8 @@ def _entries(
         target_class = jnp.where(at_start, jnp.asarray(first.of_tokens)[targets], target_class)
     text = jnp.full((*sums.shape[:-1], 1), -jnp.inf, sums.dtype)
     entries = jnp.concatenate([sums, text], axis=-1)
-    # The first token is not in the sums. Its probability is divided between continuations that
-    # differ from the span's text, which belong to its class, and the span's text.
+    # `sums` excludes the span's first token. The probability of that token is split: the part that
+    # continues as the span's text is added to the entry of the text, the rest to the token's class.
     further = spans.further[..., None]
     is_single = further == 0
     otherwise = jnp.where(is_single, -jnp.inf, _log1mexp(jnp.where(is_single, -1.0, further)))
@@ -182,16 +183,16 @@ def span_loss(
     """Sums weights * divergence over all spans.
 
     Spans and tokens are processed in chunks, as in `fused_weighted_loss`. The student's output
-    layer is applied twice to the tokens after a span's first token: once for their probability, and
-    once for its gradient.
+    layer is applied twice to the tokens after a span's first token: once to compute their
+    probability, and once to compute the gradient of that probability.
 
     Args:
-      objective: the divergence and its settings; its reduction is already in `weights`.
+      objective: the divergence and its settings. `weights` already include its reduction.
       student: hidden states and output layer, which get gradients.
       teacher: hidden states at the teacher's own tokens, and output layer. They get no gradient.
       targets: the student's tokens.
       tokens: the teacher's tokens, and the spans of both models.
-      weights: final weights; those at the first token of each span are used.
+      weights: final weights, which are read only at the first token of each span.
 
     Returns:
       The loss, and the divergence of each span at its first token; 0 at all other tokens.
@@ -314,7 +315,8 @@ def _further_log_probs(
     return jnp.where(has_further, jnp.minimum(sums, _HIGHEST_LOG_PROB), 0.0)
 
 
-# The objective and the output layer's function; hidden states and output layer; tokens and a mask.
+# Arguments of `_log_probs`: the objective and the function of the output layer; hidden states and
+# parameters of the output layer; tokens and a mask.
 _LikelihoodFunctions: TypeAlias = tuple[Objective, Callable[[Params, Array], Array]]
 _Model: TypeAlias = tuple[Float[Array, "B T D"], Params]
 _Tokens: TypeAlias = tuple[Int[Array, "B T"], Bool[Array, "B T"]]
@@ -326,8 +328,9 @@ def _log_probs(
 ) -> Float[Array, "B T"]:
     """Returns the log-probability of tokens where the mask is True, and 0 elsewhere.
 
-    Computed in chunks of the tokens in the mask. The gradient needs the cotangent of each token, so
-    the backward pass computes it in a second pass over the chunks.
+    The log-probabilities are computed in chunks, only at tokens in the mask. The gradient depends
+    on the cotangent of each token, which is unknown in the forward pass. The backward pass
+    therefore runs over the chunks a second time.
     """
     ids, mask = tokens
     _, negative = _likelihood(functions, model, ids, mask.astype(jnp.float32))

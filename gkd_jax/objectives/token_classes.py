@@ -30,7 +30,10 @@ class Classes:
 
     @functools.cached_property
     def _tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One token per class (-1 if empty); the other tokens, sorted by class; their classes."""
+        """Three arrays: one token per class, the other tokens, and the classes of these others.
+
+        An empty class has -1 in the first array. The other tokens are sorted by class.
+        """
         firsts = np.full(self.num_classes + 1, -1, np.int32)
         classes, where = np.unique(self.of_tokens, return_index=True)
         firsts[classes] = where
@@ -50,7 +53,8 @@ class Classes:
         first_log_probs = jnp.where(missing, -jnp.inf, first_log_probs)
         if not others.size:
             return first_log_probs
-        # Divided by the largest of the class, so that sums of small probabilities do not underflow.
+        # Probabilities are divided by the largest one in their class, so that sums of small
+        # probabilities do not underflow.
         other_log_probs = jnp.moveaxis(log_probs[..., others], -1, 0)
         add = functools.partial(
             jax.ops.segment_sum, segment_ids=classes, num_segments=self.num_classes + 1,
@@ -74,9 +78,9 @@ class Vocabularies:
     Attributes:
       student: classes of the student's tokens.
       teacher: classes of the teacher's tokens.
-      first: classes (student, teacher) for the first token of an output. They differ from the other
-        two if only one of the vocabularies begins an output with a space that is not shown. None if
-        the first token has the same classes as all others.
+      first: classes (student, teacher) for the first token of an output. They differ from `student`
+        and `teacher` if only one of the two vocabularies begins an output with a space that
+        decoding drops. None if the first token has the same classes as all other tokens.
     """
 
     student: Classes

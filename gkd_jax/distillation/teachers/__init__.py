@@ -2,8 +2,8 @@
 
 A teacher is one or more frozen networks (`networks`), the student itself at some time of the run
 (`self_teachers`), or a set of precomputed distributions (`stored`). All of them implement
-`AbstractTeacher`, and no other module asks for the kind. Gin files and notebooks use the names in
-this package, e.g. `@teachers.Teacher()`.
+`AbstractTeacher`, so other modules do not distinguish between them. Gin files and notebooks use the
+names in this package, e.g. `@teachers.Teacher()`.
 """
 
 from gkd_jax.distillation.teachers.networks import (

@@ -1,4 +1,4 @@
-"""Teachers that are frozen networks, restored from their checkpoints: one, or several at once."""
+"""Teachers that consist of one or several frozen networks, restored from checkpoints."""
 
 import abc
 import dataclasses
@@ -19,13 +19,13 @@ class AbstractTeacher(abc.ABC):
     """Interface of all teachers.
 
     A teacher runs without dropout and gets no gradient. Subclasses are frozen dataclasses that
-    define `describe` and `model_for`. If their parameters are not those of restored networks, they
-    also define `parameter_sources`.
+    define `describe` and `model_for`. A subclass whose parameters do not come from restored
+    networks also defines `parameter_sources`.
     """
 
     @abc.abstractmethod
     def describe(self, start: str) -> str:
-        """Returns where the teacher's parameters come from, as text for plans, logs and files.
+        """Returns a text for plans, logs and files: where the teacher's parameters come from.
 
         Args:
           start: description of the student's initial parameters.
@@ -33,7 +33,7 @@ class AbstractTeacher(abc.ABC):
 
     @property
     def networks(self) -> tuple["Teacher", ...]:
-        """Networks that have their own checkpoints to be restored from; empty for self-teachers."""
+        """Networks that are restored from checkpoints of their own; empty for self-teachers."""
         return ()
 
     @property
@@ -97,7 +97,7 @@ class AbstractTeacher(abc.ABC):
 
     @property
     def num_sources(self) -> int | None:
-        """Number of sources of the data, if the source of a row selects its teacher; else None."""
+        """Number of data sources if the source of a row selects its teacher, otherwise None."""
         return None
 
     def store_for(self, data: str) -> str | None:
@@ -168,7 +168,7 @@ class Teacher(AbstractTeacher):
 
 @dataclasses.dataclass(frozen=True)
 class CrossTokenizerTeacher(AbstractTeacher):
-    """One frozen network with another tokenizer. It reads the same text in its own tokens.
+    """One frozen network whose tokenizer is not the student's. It reads the text in its own tokens.
 
     The divergence compares spans of equal text (`objectives.spans`).
 
@@ -232,7 +232,7 @@ class CrossTokenizerTeacher(AbstractTeacher):
 
 
 class _Ensemble(AbstractTeacher):
-    """Several networks, all in memory, restricted to the vocabulary entries that all have."""
+    """Several networks, all in memory, restricted to the vocabulary entries that they share."""
 
     teachers: tuple[Teacher, ...]
 

@@ -47,8 +47,8 @@ class AverageStudent(SelfTeacher):
 
     a_n = decay * a_(n-1) + (1 - decay) * theta_n, with a_0 = theta_0.
 
-    The average is updated after every step. It is part of the training state and of its
-    checkpoints, in float32, and as large as the student's trained parameters.
+    The average is updated after every step. It is stored in float32 in the training state and in
+    checkpoints, and is as large as the student's trainable parameters.
 
     Attributes:
       decay: decay per update, above 0 and below 1; the average covers about the last
