@@ -251,7 +251,7 @@ class RoutedModel(EnsembleModel):
 
 @dataclasses.dataclass(frozen=True)
 class CorrectedModel(EnsembleModel):
-    """The student's distribution, after the teacher replaces tokens outside its own top K.
+    """The student's distribution if the teacher replaces all tokens outside the teacher's top K.
 
     Speculative knowledge distillation ("Speculative Knowledge Distillation: Bridging the
     Teacher-Student Gap Through Interleaved Sampling", arXiv 2410.11325): the student proposes a

@@ -16,7 +16,8 @@ from gkd_jax.common.array_types import Array, Int, Key, PyTree
 from gkd_jax.models import stacking
 
 Layers = Sequence[nn.Module] | nn.Module
-"""The layers of a network; one module with the parameters of all layers if they are stacked."""
+"""The layers of a network: a sequence of modules, or one module if parameters are stacked. This
+module has the stacked parameters of all layers."""
 
 Index = int | Int[Array, ""]
 """Index of a layer; traced if parameters are stacked."""

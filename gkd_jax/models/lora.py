@@ -192,7 +192,7 @@ def split(model: LanguageModel, params: PyTree[Any]) -> tuple[PyTree[Any], PyTre
       params: its parameters, or a tree of the same structure, such as shapes or shardings.
 
     Returns:
-      The trained parameters, and the frozen ones, or None if all parameters are trained.
+      The trained and the frozen parameters. If all parameters are trained, the second is None.
     """
     if isinstance(model, RestrictedVocabulary):
         model = model.model

@@ -141,8 +141,8 @@ class RestrictedVocabulary(ModelWrapper):
     models sum to 1.
 
     The parameters are the same as in the wrapped model. The logits are sliced instead of the output
-    layer. XLA fuses a slice of the logits into the operations that read it, at no cost. Slicing the
-    output layer would copy it, and the gradient would be copied as well.
+    layer. XLA fuses a slice of the logits into the operations that read the slice, at no cost. A
+    slice of the output layer would be a copy, both in the forward pass and for its gradient.
 
     Attributes:
       model: the wrapped model, whose vocabulary is larger.

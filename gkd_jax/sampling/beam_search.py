@@ -287,8 +287,8 @@ def _top_few(
         ids = best[:, :, None] * _BLOCK_SIZE + ids[:, None, :_BLOCK_SIZE]
         ids = ids.reshape(values.shape)
     best_values, best_ids = _top_by_turns(values, ids, count)
-    # In rows with NaNs, no entry may equal the maximum. The id found is then beyond the row and is
-    # replaced by the last id.
+    # If a row has NaNs, it can happen that no entry equals the maximum. The id found is then beyond
+    # the row and is replaced by the last id.
     return best_values, jnp.minimum(best_ids, size - 1)
 
 
