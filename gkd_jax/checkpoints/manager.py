@@ -256,8 +256,8 @@ class CheckpointManager:
         Raises:
           FileNotFoundError, CorruptCheckpointError: as in `restore`.
         """
-        # Only process 0 verifies digests, which reads every byte of a checkpoint. All processes use
-        # the step that process 0 chose.
+        # Only process 0 verifies digests, because this reads every byte of a checkpoint. All
+        # processes use the step that process 0 chose.
         chosen = process_zero_decides(lambda: self._choose(step))
         if step is None:
             self._corrupt |= {s for s in self.all_steps() if s > chosen}

@@ -93,7 +93,7 @@ def _load(folder: epath.Path) -> dict[str, dict[str, Any]]:
     try:
         text = path.read_text()
         files = json.loads(text)["files"]
-        # Compared byte by byte, so that any change of the manifest itself is detected.
+        # The text is compared byte by byte, so that any change of the manifest itself is detected.
         intact = _dump(files) == text
     except FileNotFoundError as error:
         raise CorruptCheckpointError(

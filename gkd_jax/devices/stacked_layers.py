@@ -27,7 +27,7 @@ def stack_params(params: Params, wanted: PyTree[jax.ShapeDtypeStruct]) -> Params
     """Stacks the parameters of layers and gives the results the shardings of `wanted`.
 
     Parameters are stacked one at a time. The separate arrays of a parameter are deleted before the
-    next one is stacked, so that the devices never hold two copies of more than one parameter.
+    next one is stacked. At any time, the devices thus hold at most one parameter in both forms.
 
     Args:
       params: parameters of separate layers, whose arrays are deleted.

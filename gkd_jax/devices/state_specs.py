@@ -84,4 +84,4 @@ def _spec_like(
             axis = int(np.argsort(shape)[dropped[name]])
             if state_shape == shape[:axis] + shape[axis + 1 :]:
                 return full[:axis] + full[axis + 1 :]
-    return ()  # A placeholder of shape (1,), or an array of an unknown kind: replicated.
+    return ()  # Placeholders of shape (1,) and arrays of unknown kinds are replicated.

@@ -213,7 +213,7 @@ def teacher_to_use(experiment: Experiment, *, frozen: Params | None = None) -> L
 def _newest_state(
     experiment: Experiment, fields: Sequence[str], frozen: Params | None
 ) -> _SavedState:
-    """Loads some fields of the newest state in `model_dir`, each shaped like `TrainState.params`.
+    """Loads some fields of the newest state in `model_dir`, such as 'params' and 'average'.
 
     If there is no checkpoint, every field is set to the parameters of the initial student.
     """

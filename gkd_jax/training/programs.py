@@ -262,7 +262,7 @@ def flops_of_step(experiment: Experiment) -> float | None:
 
 
 def num_chunks(experiment: Experiment, one: Function) -> int:
-    """Returns the number of chunks in the loss's loop if all positions have a nonzero weight."""
+    """Returns the number of chunks in the loop of the loss, if all positions have weight > 0."""
     partitioner = experiment.partitioner
     positions = max(1, one.positions // partitioner.smallest_batch)
     entries, parts = experiment.student_model.vocab_size, partitioner.mesh.shape["model"]

@@ -146,7 +146,7 @@ class Trainer:
         self.teacher_params = parameters.load_teacher(experiment) if self._sources else None
         vocabulary = dataset.config.vocabulary
         functions = step_functions_of(experiment, measured_objective(experiment, vocabulary))
-        # Without a reward in the objective, the cache returns `functions` again here.
+        # If the objective has no reward, this call returns `functions` again, from the cache.
         on_policy = step_functions_of(experiment, on_policy_objective(experiment))
         self.on_policy_step_fn = on_policy.step
         self._scorer = make_scorer(experiment, dataset)

@@ -43,7 +43,7 @@ class Writer(Protocol):
 def default_writer(
     model_dir: str, *, start_step: int, num_steps: int, owes_evaluation: bool = False
 ) -> Writer:
-    """Returns the writer of a run's metrics. On all but the first process it writes nothing.
+    """Returns the writer of a run's metrics. Only the writer of the first process writes them.
 
     Args:
       model_dir: the run's folder, local or in a bucket.
