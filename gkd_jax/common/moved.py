@@ -137,8 +137,8 @@ _GIN_FILES = {
 }
 
 # Names under which the gin files in gin_configs/ used to import modules. These gin files now import
-# only the packages, which re-export the contents of the modules. Flags and users' gin files, which
-# are read later, may still use the former names.
+# only the packages, which re-export the contents of the modules. Flags and users' gin files are
+# read after these gin files and could use the names that they imported, so they may still do so.
 _GIN_ALIASES = {
     "beam_search": "sampling.beam_search",
     "config": "models.t5_config",

@@ -50,7 +50,8 @@ def _describe_task(task: Any, split: str) -> dict[str, Any]:
 
 
 def _describe_source(source: Any) -> list[Any]:
-    # Other attributes are left out: a TFDS source sets some of them when it is first read.
+    # Only attributes that are functions are described: a TFDS source sets some of the others when
+    # it is first read.
     functions = {
         name: value
         for name, value in vars(source).items()

@@ -64,8 +64,8 @@ def sections(kinds: Sequence[Any]) -> tuple[Section, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _sections(kinds: tuple[Any, ...]) -> tuple[Section, ...]:
-    # best[n] is the best division of the first n layers: its cost, the number of layers to compile,
-    # and its sections.
+    # best[n] is the best division of the first n layers, as a tuple (cost, number of layers to
+    # compile, sections).
     best: list[tuple[int, int, tuple[Section, ...]]] = [(0, 0, ())]
     for end in range(1, len(kinds) + 1):
         candidates = []

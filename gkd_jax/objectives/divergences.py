@@ -239,8 +239,8 @@ class ReverseKL(Divergence):
 
     It makes the student concentrate on one mode of the teacher. "MiniLLM: Knowledge Distillation of
     Large Language Models" (arXiv 2306.08543) minimises the reverse KL of whole outputs: see
-    `objectives.sequence_kl`. The divergence is +inf if the teacher excludes an entry to which the
-    student gives probability; its gradient at such a token does not exist.
+    `objectives.sequence_kl`. If the teacher excludes an entry to which the student gives
+    probability, the divergence of that token is +inf and has no gradient.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -130,10 +130,10 @@ def beam_search(
 ) -> Beams:
     """Searches for the best outputs of each prompt; see `BeamSearch` and `Beams`.
 
-    The search stops when no unfinished beam of any prompt can outscore the worst of the prompt's
-    `num_beams` best finished outputs. A beam's log-probability can only decrease, and the length
-    penalty of `max_length` is the largest. Therefore the current log-probability divided by this
-    penalty is an upper bound of the beam's score.
+    The search keeps the `num_beams` best finished outputs of each prompt. It stops when, for
+    every prompt, no unfinished beam can outscore the last of these. A beam's log-probability can
+    only decrease, and the length penalty of `max_length` is the largest. Therefore the current
+    log-probability divided by this penalty is an upper bound of the beam's score.
 
     Args:
       model: model to decode from.
@@ -269,7 +269,8 @@ def _collect(search: _Search, filler: Bool[Array, " B"], pad_id: int) -> Beams:
 def _top_few(
     values: Float[Array, "B n"], count: int
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
-    """Returns the result of `lax.top_k`, including the order of equal values, for small `count`.
+    """Returns the same as `lax.top_k`, with equal values in the same order; fast only for small
+    `count`.
 
     If the batch is sharded, `lax.top_k` gathers the whole batch on every device, while this
     function moves no data between devices. Large rows are divided into blocks. The k = `count`

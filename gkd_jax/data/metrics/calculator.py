@@ -56,8 +56,8 @@ def apply_calculator(text: str) -> str:
     Handles 'a + b = c' and GSM8K's annotations '<<a+b=c>>c', with + - * / and their typographic
     forms, parentheses, dollar signs and thousands separators. A right-hand side with decimals is
     kept if it is the result rounded to the same number of decimals. A corrected number replaces the
-    wrong one in later equations and in the answer. If the
-    wrong number is the correct result of a later equation, it is not replaced from there on.
+    wrong one in later equations and in the answer. From the first later equation whose correct
+    result is that same number, it is no longer replaced.
 
     Args:
       text: a generated solution.

@@ -74,9 +74,9 @@ class AbstractTeacher(abc.ABC):
           initial_student: function that loads the parameters that the student starts with.
 
         Returns:
-          The `teacher_params` described in `parameter_sources`: a tree for a single source,
-          otherwise a tuple with one tree per source. Sources that are not restored have None in
-          place of a tree.
+          The `teacher_params` described in the module `distillation.parameter_sources`: a tree
+          for a single source, otherwise a tuple with one tree per source. Sources that are not
+          restored have None in place of a tree.
         """
         trees = []
         for source in self.parameter_sources(student):
